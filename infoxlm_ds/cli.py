@@ -1,0 +1,90 @@
+"""`infoxlm <verb>`: the command line. Verbs import what they need when they run, so that --help is instant."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from data_prep.cli import app as prep
+from infoxlm_ds.config import UserError
+from infoxlm_ds.evaluation import Pooling
+
+app = typer.Typer(
+    help="Pre-training of cross-lingual encoders after InfoXLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(prep, name="prep", help="Turn text into a corpus of packed token ids.")
+app.add_typer(evaluation, name="eval")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
+    ] = None,
+) -> None:
+    """Train on this machine, on every GPU, or on CPU ranks where there is none."""
+    from infoxlm_ds.train import launch
+
+    launch(recipe, overrides or [])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+) -> None:
+    """Write a run's encoder in Hugging Face format."""
+    from infoxlm_ds.publish.export import export as export_run
+
+    export_run(run, out)
+
+
+@evaluation.command()
+def retrieval(
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    data: Annotated[list[Path], typer.Option(help="Parallel text, JSON lines, plain or .xz; may be repeated.")],
+    pivot: Annotated[str, typer.Option(help="The language that all others are paired with.")] = "en",
+    layer: Annotated[
+        str, typer.Option(help="Number (0: embeddings) or all. Default: the universal layer, else the last.")
+    ] = "",
+    pooling: Annotated[Pooling | None, typer.Option(help="Default: what the model's config says, else mean.")] = None,
+    languages: Annotated[str, typer.Option(help="Only these, with commas; zh means every zh_*. Default: all.")] = "",
+    min_pairs: Annotated[int, typer.Option(min=1, help="Leave out languages with fewer pairs.")] = 50,
+    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
+) -> None:
+    """Is each sentence's translation its nearest neighbour? Accuracy@1 beside a character-trigram baseline."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.embed import SentenceEmbedder
+    from infoxlm_ds.evaluation.retrieval import evaluate_retrieval, read_pairs
+    from infoxlm_ds.evaluation.tables import print_tables, write_json
+
+    pairs = read_pairs(data, pivot, [code for code in languages.split(",") if code], min_pairs)
+    embedder = SentenceEmbedder(model, _layer(layer), pooling)
+    rows = [row for name, of_file in pairs.items() for row in evaluate_retrieval(embedder, name, of_file)]
+    print_tables(rows, Console())
+    if json:
+        write_json(rows, json)
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 the user's mistake, 75 stopped on request, 130 ^C."""
+    try:
+        app()
+    except UserError as error:
+        print(f"infoxlm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _layer(text: str) -> int | Literal["all"] | None:
+    if text in ("", "all"):
+        return "all" if text else None
+    if not text.isdecimal():
+        raise UserError(f"--layer {text}: expected a number or all")
+    return int(text)

@@ -1,0 +1,217 @@
+"""The typed tree a recipe is checked against: defaults < recipe file < `key.path=value` of the command line.
+
+A key that is not here is an error that names it. The tree is frozen: what a run was started with is what it has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+T = TypeVar("T", bound=BaseModel)
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what, where and what to do. The commands exit with code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The encoder's shape (XLM-R's own names and meanings) and where its sentence representations come from."""
+
+    init: Path | None = None  # a Hugging Face folder with weights; its shape then wins over the five numbers below
+    layers: Positive = 12
+    width: Positive = 768
+    heads: Positive = 12
+    feed_forward: Positive = 3072
+    positions: Positive = 512
+    universal_layer: Positive = 8  # InfoXLM, section 4.1: the contrast reads the output of this many layers
+    pooling: Literal["cls", "mean"] = "cls"
+    projection: bool = True
+    normalize: bool = False  # L2, before the dot product
+
+
+class Contrast(Section):
+    """XlCo. `keys: momentum` is InfoXLM's key encoder; `keys: gradient` trains both sides on the negatives of the whole step."""
+
+    keys: Literal["momentum", "gradient"] = "momentum"
+    negatives: Literal["queue", "in_batch", "both"] = "queue"
+    symmetric: bool = False
+    temperature: float = Field(gt=0)  # no default: the paper's text has none, its code has 0.25
+    queue_size: int = Field(default=131072, ge=0)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    mask_same_text: bool = True
+    mixup: Literal["off", "paper"] = "off"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.keys == "gradient" and self.negatives == "queue":
+            raise ValueError("keys: gradient needs negatives of the step: set negatives to in_batch or both")
+        if self.uses_queue and self.queue_size == 0:
+            raise ValueError("negatives from a queue need queue_size above 0")
+        return self
+
+    @property
+    def uses_queue(self) -> bool:
+        return self.negatives != "in_batch"
+
+    @property
+    def in_batch(self) -> bool:
+        return self.negatives != "queue"
+
+
+class Batch(Section):
+    """One optimizer step: `lanes` micro-batches, whatever the number of ranks (which divides the lanes)."""
+
+    lanes: Positive
+    mmlm_tokens: int = Field(ge=0)  # a lane, special tokens counted
+    tlm_tokens: int = Field(ge=0)
+    xlco_pairs: int = Field(ge=0)
+
+
+class Masking(Section):
+    """Of the pieces, never the special tokens: `probability` are chosen; of those `mask` become <mask>, `random` any piece."""
+
+    probability: Share = 0.15
+    mask: Share = 0.8
+    random: Share = 0.1
+
+
+class Sampling(Section):
+    """Sources are drawn with p^alpha of their items; items are shuffled over a window of packs of 512 rows."""
+
+    alpha: Share = 0.7
+    window_packs: Positive = 16
+    pivot: str | None = None  # of an n-way row, this language is one side ...
+    pivot_share: Share = 0.0  # ... in at least this share of draws
+
+
+class Weights(Section):
+    mmlm: float = Field(default=1.0, ge=0)
+    tlm: float = Field(default=1.0, ge=0)
+    xlco: float = Field(default=1.0, ge=0)
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and decay; biases and LayerNorms are not decayed."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, ge=0)  # global gradient norm; 0 leaves it alone
+    steps: Positive
+    warmup: int = Field(ge=0)
+
+
+class Log(Section):
+    every: Positive = 10  # steps a line
+    tensorboard: bool = True
+
+
+class Checkpoint(Section):
+    every: Positive = 1000  # steps
+    keep: int = Field(default=2, ge=1)
+
+
+class Probe(Section):
+    """A held-out retrieval probe at the universal layer, every n steps."""
+
+    data: Path
+    every: Positive = 500
+    pivot: str = "en"
+    languages: tuple[str, ...] = ()  # empty: all
+    pairs: Positive = 500  # a language, at most
+
+
+class Recipe(Section):
+    run: Path  # everything a run writes lies here
+    corpus: Path
+    engine: Path  # a DeepSpeed configuration, see ds_configs/README.md
+    seed: int = 1
+    model: Model = Model()
+    contrast: Contrast
+    batch: Batch
+    masking: Masking = Masking()
+    sampling: Sampling = Sampling()
+    weights: Weights = Weights()
+    reduction: Literal["per_task", "reference"] = "per_task"
+    optimizer: Optimizer
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+    probe: Probe | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.model.init is None and self.model.universal_layer > self.model.layers:
+            raise ValueError(f"model.universal_layer {self.model.universal_layer} is above model.layers {self.model.layers}")
+        if self.model.init is None and self.model.width % self.model.heads:
+            raise ValueError(f"model.width {self.model.width} is not a multiple of model.heads {self.model.heads}")
+        if self.optimizer.warmup >= self.optimizer.steps:
+            raise ValueError("optimizer.warmup must be below optimizer.steps")
+        if not any(self.tasks.values()):
+            raise ValueError("no task is left: give one of mmlm, tlm, xlco both a weight and a batch size above 0")
+        return self
+
+    @property
+    def tasks(self) -> dict[str, bool]:
+        """Which of the three losses take part: those with a weight and a batch size."""
+        sizes = {"mmlm": self.batch.mmlm_tokens, "tlm": self.batch.tlm_tokens, "xlco": self.batch.xlco_pairs}
+        return {task: bool(size and getattr(self.weights, task)) for task, size in sizes.items()}
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a YAML file with `key.path=value` overrides on top. UserError names every wrong key or value."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides or []:
+        _set(tree, override)
+    return check(Recipe, tree, str(path))
+
+
+def check(kind: type[T], tree: dict[str, Any], where: str) -> T:
+    """`tree` as a `kind`; all that is wrong with it in one line."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a known key: remove it or correct its spelling"
+    if error["type"] == "missing":
+        return f"{key} is missing: set it"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message} (got {error['input']!r})" if key else message
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise UserError(f"{override!r}: an override has the form key.path=value")
+    *parents, last = path.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UserError(f"{override!r}: {parent} is a value, not a section")
+        tree = below
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML") from None

@@ -1,0 +1,197 @@
+"""The joint batch: one flat sequence batch for all three losses, assembled from the rows of the three streams.
+
+Legend: T tokens, S sequences, M masked rows, B pairs, I text ids an item.
+
+Layout of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer. XLM-R's
+formats: `<s> a </s>` and `<s> a </s></s> b </s>`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from infoxlm_ds.config import Recipe
+from infoxlm_ds.data.masking import mask_pieces
+from infoxlm_ds.data.plan import keyed_generator
+from infoxlm_ds.data.reader import Corpus, Rows, StreamReader
+
+BOS, EOS = 0, 2
+SPECIAL_ONE, SPECIAL_TWO = 2, 4  # special tokens of a sequence with one text, with two
+N_TEXTS = {"off": 2, "paper": 4}  # text ids an item, by mixup
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """S sequences one behind the other: ids [T] and lengths [S], both int64."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """One lane's micro-batch.
+
+    `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first sides
+    first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder reads, [B] second
+    sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `languages`: items a stream and language (or
+    pair), for the report.
+    """
+
+    tokens: Sequences
+    trunk: int
+    rows: np.ndarray
+    labels: np.ndarray
+    mmlm: int
+    keys: Sequences | None
+    text_ids: np.ndarray
+    languages: dict[str, dict[str, int]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What each task's mean is taken over: masked pieces, masked pieces, pairs."""
+        return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
+
+
+class BatchBuilder:
+    """Takes rows from the three streams and makes a lane's next joint batch."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus, own_lanes: list[int]) -> None:
+        self._recipe, self._corpus = recipe, corpus
+        self._tokenizer = corpus.manifest.tokenizer
+        self._special = np.array(sorted(self._tokenizer.special_ids.values()))
+        sampling = recipe.sampling
+        self.readers = {
+            task: StreamReader(
+                corpus,
+                task,
+                seed=recipe.seed,
+                alpha=sampling.alpha,
+                lanes=recipe.batch.lanes,
+                window_packs=sampling.window_packs,
+                own_lanes=own_lanes,
+                pivot=sampling.pivot,
+                pivot_share=sampling.pivot_share,
+            )
+            for task, used in recipe.tasks.items()
+            if used
+        }
+
+    def build(self, lane: int, step: int) -> JointBatch:
+        """The micro-batch of `lane` at `step`; masks and mixup are keyed by both."""
+        trunk, masked, languages = [], [], {}
+        sizes = {"mmlm": (self._recipe.batch.mmlm_tokens, SPECIAL_ONE), "tlm": (self._recipe.batch.tlm_tokens, SPECIAL_TWO)}
+        for task, (tokens, overhead) in sizes.items():
+            if task not in self.readers:
+                continue
+            rows = self.readers[task].take(lane, tokens=tokens, overhead=overhead)
+            trunk.append(assemble(rows.ids, *_segments(rows)))
+            masked.append((task, self._mask(trunk[-1].ids, self._generator(task, lane, step))))
+            languages[task] = self._count_languages(rows)
+        queries, keys, text_ids, pairs = self._pairs(lane, step)
+        if pairs is not None:
+            languages["xlco"] = self._count_languages(pairs)
+        shift = np.cumsum([0] + [len(one.ids) for one in trunk])
+        rows_at = [m.rows + shift[i] for i, (_, m) in enumerate(masked)]
+        tokens_in = _concatenate([Sequences(m.ids, s.lengths) for (_, m), s in zip(masked, trunk, strict=True)] + [queries])
+        return JointBatch(
+            tokens_in,
+            sum(len(one) for one in trunk),
+            np.concatenate([np.zeros(0, np.int64), *rows_at]),
+            np.concatenate([np.zeros(0, np.int64), *(m.labels for _, m in masked)]),
+            sum(len(m.labels) for task, m in masked if task == "mmlm"),
+            keys,
+            text_ids,
+            languages,
+        )
+
+    def _pairs(self, lane: int, step: int) -> tuple[Sequences, Sequences | None, np.ndarray, Rows | None]:
+        if "xlco" not in self.readers:
+            return _concatenate([]), None, np.zeros((0, 2), np.int64), None
+        contrast, pairs = self._recipe.contrast, self._recipe.batch.xlco_pairs
+        mixing = contrast.mixup != "off"
+        rows = self.readers["xlco"].take(lane, items=pairs * (2 if mixing else 1))
+        starts, lengths = _segments(rows)
+        text_ids = rows.text_ids.T.astype(np.int64)
+        if mixing:
+            sides = _mixed(starts, lengths, self._generator("mixup", lane, step))
+            text_ids = text_ids.reshape(pairs, -1)
+        else:
+            sides = [(starts[side : side + 1], lengths[side : side + 1]) for side in (0, 1)]
+        first, second = (assemble(rows.ids, *side) for side in sides)
+        both = _concatenate([first, second])
+        gradient = contrast.keys == "gradient"
+        queries = both if gradient or contrast.symmetric else first
+        return queries, None if gradient else (both if contrast.symmetric else second), text_ids, rows
+
+    def _mask(self, ids: np.ndarray, generator: np.random.Generator):  # type: ignore[no-untyped-def]
+        tokenizer = self._tokenizer
+        how = self._recipe.masking
+        return mask_pieces(ids, tokenizer.vocab_size, self._special, tokenizer.special_ids["mask"], how, generator)
+
+    def _generator(self, use: str, lane: int, step: int) -> np.random.Generator:
+        return keyed_generator(self._recipe.seed, use, lane, step)
+
+    def _count_languages(self, rows: Rows) -> dict[str, int]:
+        names = np.array(self._corpus.languages)
+        codes, counts = np.unique(np.sort(rows.languages, axis=0), axis=1, return_counts=True)
+        return {"-".join(names[code]): int(n) for code, n in zip(codes.T, counts, strict=True)}
+
+
+def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+    """Sequences from one or two texts each, which lie in `pool` at `starts` [1 or 2, S] with `lengths` [1 or 2, S]."""
+    two = len(starts) == 2
+    total = lengths.sum(0) + (SPECIAL_TWO if two else SPECIAL_ONE)
+    begin = np.cumsum(total) - total
+    ids = np.full(int(total.sum()), EOS, np.int64)
+    ids[begin] = BOS
+    ids[_runs(begin + 1, lengths[0])] = pool[_runs(starts[0], lengths[0])]
+    if two:
+        ids[_runs(begin + 3 + lengths[0], lengths[1])] = pool[_runs(starts[1], lengths[1])]
+    return Sequences(ids, total.astype(np.int64))
+
+
+def _segments(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Where each side of each row lies in `rows.ids`, which is row by row: starts and lengths, [sides, n]."""
+    flat = rows.lengths.T.ravel()
+    return (np.cumsum(flat) - flat).reshape(-1, len(rows.lengths)).T, rows.lengths
+
+
+def _mixed(starts: np.ndarray, lengths: np.ndarray, generator: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, code-switched, <c1 d2, c2 d1>,
+    the order within each side by chance. Neighbours in the shuffled stream are random partners, new ones every epoch."""
+    n = starts.shape[1] // 2
+    c, d = np.arange(n) * 2, np.arange(n) * 2 + 1
+    crossed = generator.integers(2, size=n)
+    sides = []
+    for side in (0, 1):
+        texts = [(np.full(n, side), c), (side ^ crossed, d)]
+        flipped = generator.integers(2, size=n).astype(bool)
+        picked = []
+        for table in (starts, lengths):
+            one, two = (table[which, row] for which, row in texts)
+            picked.append(np.stack([np.where(flipped, two, one), np.where(flipped, one, two)]))
+        sides.append((picked[0], picked[1]))
+    return sides
+
+
+def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each run, one behind the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _concatenate(parts: list[Sequences]) -> Sequences:
+    empty = np.zeros(0, np.int64)
+    return Sequences(np.concatenate([empty, *(p.ids for p in parts)]), np.concatenate([empty, *(p.lengths for p in parts)]))
+
+
+def longest_sequence(recipe: Recipe, corpus: Corpus) -> int:
+    """Tokens of the longest sequence a recipe can make of a corpus, special tokens included."""
+    one = corpus.manifest.max_tokens
+    return 2 * one + SPECIAL_TWO if recipe.tasks["tlm"] or recipe.contrast.mixup != "off" else one + SPECIAL_ONE

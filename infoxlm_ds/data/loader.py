@@ -1,0 +1,77 @@
+"""The batches of this rank's lanes, step by step, made ahead in a thread. The position counts what was consumed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.batch import BatchBuilder, JointBatch
+from infoxlm_ds.data.reader import Corpus
+
+Cursors = dict[str, dict[int, tuple[int, int]]]  # stream -> lane -> (window, offset)
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """A step's micro-batches of this rank, lowest lane first, and where the streams stand after them."""
+
+    micros: list[JointBatch]
+    cursors: Cursors
+
+
+class Loader:
+    """Iterates over steps for ever. `rank` of `world` runs the lanes l = rank (mod world)."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus, rank: int, world: int) -> None:
+        lanes = recipe.batch.lanes
+        if lanes % world:
+            raise UserError(f"batch.lanes is {lanes}, which {world} ranks do not divide: start 1 to {lanes} ranks that do")
+        self.lanes = list(range(rank, lanes, world))
+        self._builder = BatchBuilder(recipe, corpus, self.lanes)
+        self.cursors: Cursors = self._position()
+        self._step = 0
+        self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def restore(self, step: int, cursors: Cursors) -> None:
+        """Go on after `step` consumed steps. Before the first `next` only."""
+        assert self._thread is None
+        self._step, self.cursors = step, cursors
+        for task, reader in self._builder.readers.items():
+            reader.restore({lane: cursors[task][lane] for lane in self.lanes})
+
+    def __next__(self) -> list[JointBatch]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        ready = self._ready.get()
+        if isinstance(ready, BaseException):
+            raise ready
+        self.cursors = ready.cursors
+        return ready.micros
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _position(self) -> Cursors:
+        return {task: reader.state() for task, reader in self._builder.readers.items()}
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.is_set():
+                micros = [self._builder.build(lane, self._step) for lane in self.lanes]
+                self._step += 1
+                self._put(StepBatches(micros, self._position()))
+        except BaseException as error:  # whatever it is, the consumer raises it
+            self._put(error)
+
+    def _put(self, item: StepBatches | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue

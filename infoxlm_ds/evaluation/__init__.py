@@ -1,0 +1,5 @@
+"""Measures of a trained encoder. Nothing here needs the trainer."""
+
+from typing import Literal
+
+Pooling = Literal["mean", "cls"]

@@ -1,0 +1,102 @@
+"""Parallel evaluation text: JSON lines `{"key": ..., "text": {language: sentence}}`, plain or xz-compressed.
+
+Language codes stay as the file has them (`fr_FR`, `zh-Hans`).
+"""
+
+import json
+import lzma
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from infoxlm_ds.config import UserError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The rows of one file that have both the pivot and `language`; sentence i translates sentence i."""
+
+    language: str
+    pivot_text: list[str]
+    text: list[str]
+    cross_script: bool  # most letters of `text` belong to another script than most letters of `pivot_text`
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Each row's {language: sentence}, blank sentences left out. Raises UserError naming the file and the line."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    try:
+        with opener(path, "rb") as lines:
+            return [_sentences(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def pairs_with_pivot(
+    rows: list[dict[str, str]], pivot: str, languages: Sequence[str], min_pairs: int, source: str
+) -> list[Pairs]:
+    """One `Pairs` for every language with at least `min_pairs` rows beside `pivot`, sorted by code.
+
+    `languages` restricts them (see `matches`; empty: all). Raises UserError, naming `source`, if no row has the pivot
+    or no language has enough pairs.
+    """
+    with_pivot = [row for row in rows if pivot in row]
+    if not with_pivot:
+        raise UserError(f"{source}: no row has the pivot language {pivot!r}: choose another with --pivot")
+    counts = Counter(code for row in with_pivot for code in row if code != pivot and _wanted(code, languages))
+    enough = sorted(code for code, count in counts.items() if count >= min_pairs)
+    if not enough:
+        best = ", ".join(f"{code} {count}" for code, count in counts.most_common(3)) or "none"
+        raise UserError(
+            f"{source}: no language asked for has {min_pairs} pairs with {pivot!r} (most: {best}): "
+            "lower --min-pairs or change --languages"
+        )
+    return [_pairs(with_pivot, pivot, code) for code in enough]
+
+
+def matches(code: str, wanted: str) -> bool:
+    """Whether a file's language code is `wanted` itself or a variant of it: zh_CN and zh-Hans are variants of zh."""
+    return code == wanted or re.split("[_-]", code)[0] == wanted
+
+
+def letters_by_script(texts: Iterable[str]) -> Counter[str]:
+    """How many letters each script has, by the first word of their Unicode names (LATIN, CYRILLIC, CJK, ...)."""
+    characters = Counter("".join(texts))
+    scripts: Counter[str] = Counter()
+    for character, count in characters.items():
+        if character.isalpha():
+            scripts[_script(character)] += count
+    return scripts
+
+
+@cache
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "UNNAMED").split()[0]
+
+
+def _sentences(line: bytes, where: str) -> dict[str, str]:
+    try:
+        texts = json.loads(line)["text"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{where}: expected {{"key": ..., "text": {{language: sentence}}}} ({error!r})') from error
+    for code, sentence in texts:
+        if not isinstance(sentence, str):
+            raise UserError(f"{where}: the sentence of {code!r} is not a string")
+    return {code: sentence for code, sentence in texts if sentence.strip()}
+
+
+def _wanted(code: str, languages: Sequence[str]) -> bool:
+    return not languages or any(matches(code, wanted) for wanted in languages)
+
+
+def _pairs(rows: list[dict[str, str]], pivot: str, language: str) -> Pairs:
+    both = [(row[pivot], row[language]) for row in rows if language in row]
+    pivot_text = [pivot_sentence for pivot_sentence, _ in both]
+    text = [sentence for _, sentence in both]
+    pivot_scripts, scripts = letters_by_script(pivot_text), letters_by_script(text)
+    shared = scripts[max(pivot_scripts, key=pivot_scripts.__getitem__, default="")]
+    return Pairs(language, pivot_text, text, cross_script=2 * shared < scripts.total())

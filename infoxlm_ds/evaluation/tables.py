@@ -1,0 +1,58 @@
+"""Retrieval results for people (a table a file) and for programs (JSON)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from infoxlm_ds.evaluation.retrieval import RetrievalRow
+
+_ACCURACIES = ("forward", "backward", "trigram_forward", "trigram_backward", "chance")
+
+
+def print_tables(rows: Sequence[RetrievalRow], console: Console) -> None:
+    """A table for each file: every language and the means for a single layer, the means of each for several."""
+    for data, of_file in groupby(rows, key=lambda row: row.data):
+        layers = [list(of_layer) for _, of_layer in groupby(of_file, key=lambda row: row.layer)]
+        console.print(_table(data, layers))
+
+
+def write_json(rows: Sequence[RetrievalRow], path: Path) -> None:
+    """A list with one object a row, the fields of `RetrievalRow`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    text = json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _table(data: str, layers: list[list[RetrievalRow]]) -> Table:
+    title = f"{Path(data).name}: accuracy@1, {layers[0][0].pooling} pooling"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("language", no_wrap=True)
+    for heading in ("pairs", "forward", "backward", "trigram\nforward", "trigram\nbackward", "chance"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rows in layers:
+        if len(layers) == 1:
+            for row in rows:
+                _add(table, row.lang + (" *" if row.cross_script else ""), [row])
+            table.add_section()
+        _add(table, f"mean of {len(rows)}", rows)
+        cross_script = [row for row in rows if row.cross_script]
+        if cross_script:
+            _add(table, f"mean of {len(cross_script)} *", cross_script)
+    table.caption = "* another script than the pivot's; trigram: untrained TF-IDF on the same pairs"
+    return table
+
+
+def _add(table: Table, label: str, rows: Sequence[RetrievalRow]) -> None:
+    means = [fmean(getattr(row, name) for row in rows) for name in _ACCURACIES]
+    pairs = str(rows[0].n) if len(rows) == 1 else ""
+    table.add_row(str(rows[0].layer), label, pairs, *(f"{mean:.3f}" for mean in means))

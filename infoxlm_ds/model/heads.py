@@ -1,0 +1,50 @@
+"""What sits on the encoder: the sentence projection of the contrast and the masked LM head on masked rows only.
+
+Legend: S sequences, M masked rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, normalize
+from transformers import XLMRobertaForMaskedLM
+
+from infoxlm_ds.losses.masked_lm import masked_lm
+
+Pooling = Literal["cls", "mean"]
+
+
+class SentenceHead(nn.Module):
+    """Representations [S, D] from the universal layer: pool, project (InfoXLM, section 3.2), normalise, each by choice."""
+
+    def __init__(self, width: int, pooling: Pooling, projection: bool, normalized: bool) -> None:
+        super().__init__()
+        self.pooling, self.normalized = pooling, normalized
+        self.projection = nn.Linear(width, width, bias=False) if projection else None
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
+        """hidden [T, D] of packed sequences; `sequence` [T] says whose token it is, `lengths` [S] how many each has."""
+        pooled = pool(hidden, sequence, lengths, self.pooling)
+        if self.projection is not None:
+            pooled = self.projection(pooled)
+        return normalize(pooled.float(), dim=1) if self.normalized else pooled
+
+
+def pool(hidden: Tensor, sequence: Tensor, lengths: Tensor, how: Pooling) -> Tensor:
+    """[T, D] to [S, D]: each sequence's first token (`cls`) or the mean over its tokens, special ones included."""
+    if how == "cls":
+        return hidden[torch.cumsum(lengths, 0) - lengths]
+    sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, sequence, hidden)
+    return sums / lengths[:, None].to(hidden.dtype)
+
+
+def masked_lm_loss(lm: XLMRobertaForMaskedLM, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """XLM-R's head on the masked rows [M, D] only: the weighted sum of cross-entropies, and each row's own [M] in nats."""
+    head = lm.lm_head
+    features = head.layer_norm(gelu(head.dense(rows)))
+    return masked_lm(features, head.decoder.weight, head.bias, labels, weights)

@@ -1,0 +1,74 @@
+"""From a recipe to a model: a fresh XLM-R of the given shape, or the weights of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForMaskedLM
+
+from infoxlm_ds.config import Model, UserError
+from infoxlm_ds.model.attention import PACKED
+from infoxlm_ds.model.encoder import PADDING_ID, InfoXLM
+from infoxlm_ds.model.heads import SentenceHead
+
+
+def build_model(model: Model, vocabulary: int, seed: int) -> InfoXLM:
+    """The model of a recipe for a vocabulary of this size. Random weights depend on `seed` alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = _load(model) if model.init else XLMRobertaForMaskedLM(_shape(model, vocabulary))
+        head = SentenceHead(lm.config.hidden_size, model.pooling, model.projection, model.normalize)
+    if lm.config.vocab_size != vocabulary:
+        raise UserError(f"model.init {model.init} has {lm.config.vocab_size} pieces, the corpus {vocabulary}: prepare it again")
+    if model.universal_layer > lm.config.num_hidden_layers:
+        raise UserError(f"model.universal_layer {model.universal_layer} is above the {lm.config.num_hidden_layers} layers")
+    return InfoXLM(lm, head, model.universal_layer)
+
+
+def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
+    """UserError where the corpus cannot go into the model: another tokenizer than `init` has, or too few positions.
+
+    `longest`: tokens of the longest sequence that the corpus can give, special tokens included.
+    """
+    positions = model.positions
+    if model.init:
+        if not (model.init / "config.json").is_file():
+            raise UserError(f"model.init {model.init}: no config.json there: give a Hugging Face folder")
+        positions = XLMRobertaConfig.from_pretrained(model.init).max_position_embeddings - PADDING_ID - 1
+        ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (tokenizer_folder, model.init))
+        if ours != theirs:
+            raise UserError(
+                f"the corpus was prepared with another tokenizer than {model.init} has: set tokenizer.path to that folder "
+                "in the corpus description and run `infoxlm prep build` again"
+            )
+    if longest > positions:
+        raise UserError(
+            f"the corpus has sequences of {longest} tokens, the model {positions} positions: "
+            f"set model.positions to {longest} or prepare the corpus with a smaller max_tokens"
+        )
+
+
+def _shape(model: Model, vocabulary: int) -> XLMRobertaConfig:
+    return XLMRobertaConfig(
+        vocab_size=vocabulary,
+        hidden_size=model.width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        intermediate_size=model.feed_forward,
+        max_position_embeddings=model.positions + PADDING_ID + 1,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        bos_token_id=0,
+        pad_token_id=PADDING_ID,
+        eos_token_id=2,
+        attn_implementation=PACKED,
+    )
+
+
+def _load(model: Model) -> XLMRobertaForMaskedLM:
+    # InfoXLM trains without dropout, and the packed kernels have none.
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return XLMRobertaForMaskedLM.from_pretrained(model.init, attn_implementation=PACKED, dtype=torch.float32, **no_dropout)

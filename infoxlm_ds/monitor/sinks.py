@@ -1,0 +1,76 @@
+"""Where the figures go: metrics.jsonl always, TensorBoard by default, and a progress line for who looks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from infoxlm_ds.monitor.meters import Scalars
+
+SHOWN = {"loss": "loss", "mmlm/loss": "mmlm", "tlm/loss": "tlm", "xlco/loss": "xlco", "xlco/accuracy": "acc", "speed/tokens": "tok/s"}
+
+
+class Sinks:
+    """Rank 0's outputs of a run. A context manager, so that nothing stays unflushed."""
+
+    def __init__(self, run: Path, steps: int, tensorboard: bool) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"))
+        self._console = Console()
+        self._bar = _progress(self._console) if self._console.is_terminal else None
+        self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
+        self._steps = steps
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._metrics.close()
+        if self._board:
+            self._board.close()
+
+    def write(self, step: int, values: Scalars, more: dict[str, Any] | None = None) -> None:
+        """Scalars of a step; `more` goes to metrics.jsonl alone."""
+        print(json.dumps({"step": step} | values | (more or {})), file=self._metrics, flush=True)
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
+        figures = " ".join(f"{short} {_short(values[name])}" for name, short in SHOWN.items() if name in values)
+        if self._bar:
+            self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
+        else:
+            self.say(f"step {step}/{self._steps} {figures} eta {_clock(seconds_left)}")
+
+    def say(self, text: str) -> None:
+        """A line of text that the progress bar does not swallow."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}"), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

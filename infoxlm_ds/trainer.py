@@ -1,0 +1,143 @@
+"""The loop. Read `fit`, then `train_step`."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+
+from infoxlm_ds import dist
+from infoxlm_ds.checkpoint import Checkpoints, Saved
+from infoxlm_ds.config import Recipe
+from infoxlm_ds.data.loader import Loader
+from infoxlm_ds.engine import Engine, schedule
+from infoxlm_ds.model.momentum import MomentumEncoder
+from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.monitor.meters import Meter, Scalars, scalars
+from infoxlm_ds.monitor.probe import RetrievalProbe
+from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.objective import Objective
+
+
+@dataclass
+class TrainState:
+    """All that a run is made of. `step` counts applied optimizer steps, `consumed` the steps' batches taken from the streams."""
+
+    recipe: Recipe
+    loader: Loader
+    objective: Objective
+    engine: Engine
+    momentum: MomentumEncoder | None
+    queue: KeyQueue | None
+    checkpoints: Checkpoints
+    probe: RetrievalProbe | None
+    vocabulary: int
+    step: int = 0
+    consumed: int = 0
+    meter: Meter = field(default_factory=Meter)
+
+
+def fit(state: TrainState, sinks: Sinks | None) -> bool:
+    """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is saved.
+
+    `sinks`: rank 0's, None elsewhere.
+    """
+    recipe, stop = state.recipe, _StopOnSignal()
+    started, first, saved = time.monotonic(), state.step, state.step
+    while state.step < recipe.optimizer.steps and not stop.agreed():
+        applied = train_step(state)
+        if applied and _due(state, recipe.log.every):
+            _log(state, sinks, (time.monotonic() - started) / (state.step - first))
+        if applied and state.probe is not None and recipe.probe is not None and _due(state, recipe.probe.every):
+            _probe(state, sinks)
+        if applied and _due(state, recipe.checkpoint.every):
+            _save(state)
+            saved = state.step
+    if saved != state.step:
+        _save(state)
+    return state.step >= recipe.optimizer.steps
+
+
+def train_step(state: TrainState) -> bool:
+    """One global batch: keys and counts of the whole step, one pass a lane, one update. True if the update was applied."""
+    waited = time.monotonic()
+    micros = next(state.loader)
+    state.meter.add({"data_wait": torch.tensor(time.monotonic() - waited)})
+    state.consumed += 1
+    context = state.objective.prepare(micros, state.momentum, state.queue.view() if state.queue else None)
+    reps, applied = [], False
+    for slot, micro in enumerate(micros):
+        share, report, lane_reps = state.engine.forward(micro, context, slot)
+        state.engine.backward(share)
+        applied = state.engine.step(state.step)
+        reps.append(lane_reps)
+        state.meter.add(report | {"loss": share.detach(), "tokens": len(micro.tokens.ids)})
+        state.meter.count_languages(micro.languages)
+    state.meter.add({"skipped": int(not applied), "steps": 1})
+    if applied:
+        state.step += 1
+        if state.momentum is not None:
+            state.momentum.update()
+    if state.queue is not None:
+        state.queue.push(state.objective.new_keys(context, micros, reps), state.step)
+    return applied
+
+
+def _due(state: TrainState, every: int) -> bool:
+    return state.step % every == 0 or state.step == state.recipe.optimizer.steps
+
+
+def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
+    sums, languages, seconds = state.meter.collect()
+    steps, world = sums["steps"] / dist.world_size(), dist.world_size()
+    values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
+    values |= {
+        "optimizer/learning_rate": state.recipe.optimizer.learning_rate * schedule(state.step, state.recipe.optimizer),
+        "optimizer/skipped_steps": sums["skipped"] / world,
+        "speed/tokens": sums["tokens"] / seconds,
+        "speed/data_wait_share": sums["data_wait"] / world / seconds,
+    }
+    if not math.isnan(norm := state.engine.gradient_norm):
+        values["optimizer/gradient_norm"] = norm
+    if state.queue is not None:
+        values["queue/filled"] = state.queue.filled
+        if state.queue.filled == 1.0:
+            values["queue/mean_age"] = state.queue.mean_age(state.step)
+    if sinks is not None:
+        sinks.write(state.step, values, {"languages": languages, "seconds": seconds})
+        sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)
+
+
+def _probe(state: TrainState, sinks: Sinks | None) -> None:
+    assert state.probe is not None
+    values = state.probe.run(state.objective.model.sentence_encoder())
+    if sinks is not None:
+        sinks.write(state.step, values)
+        sinks.say(
+            f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} (trigrams {values['probe/trigram_mean']:.3f})"
+        )
+
+
+def _save(state: TrainState) -> None:
+    saved = Saved(state.step, state.consumed, state.loader.cursors)
+    state.checkpoints.save(saved, state.recipe, state.engine, state.momentum, state.queue)
+
+
+class _StopOnSignal:
+    """SIGINT and SIGTERM end the run after the current step, on all ranks at the same one."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        return bool(dist.sum_over_ranks(torch.tensor(int(self._asked), device=dist.device())))

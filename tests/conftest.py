@@ -1,0 +1,32 @@
+"""One thread, the CPU as DeepSpeed's device, and no model hub, for this process and all that it starts."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+# A fork inherits the locks of OpenMP's threads but not the threads: with more than one, a rank can wait for ever.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny XLM-R with its tokenizer, see tests/evaluation/tiny_xlmr.py. Read-only."""
+    from tests.evaluation.tiny_xlmr import write_tiny_xlmr
+
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_xlmr(folder)
+    return folder

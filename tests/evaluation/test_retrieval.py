@@ -1,0 +1,110 @@
+"""Accuracy@1 against a brute-force float64 oracle, and the rules for ties and equal texts."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.evaluation.parallel_text import Pairs
+from infoxlm_ds.evaluation.retrieval import evaluate_retrieval, retrieval_accuracy, trigram_accuracy
+
+Vectors = npt.NDArray[np.float32]
+
+
+def _unit(vectors: npt.NDArray[np.float64]) -> Vectors:
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _brute_force(query: Vectors, key: Vectors, texts: list[str]) -> float:
+    """Row by row in float64: the best key's text is the right one and no other text scores as high."""
+    hits = 0
+    for row, vector in enumerate(query.astype(np.float64)):
+        scores = [float(vector @ other) for other in key.astype(np.float64)]
+        best = {texts[i] for i, score in enumerate(scores) if score == max(scores)}
+        hits += best == {texts[row]}
+    return hits / len(query)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 1024]))
+def test_accuracy_equals_brute_force_for_every_chunk(n: int, seed: int, chunk: int) -> None:
+    random = np.random.default_rng(seed)
+    texts = [f"text {i}" for i in random.integers(0, n, n)]  # some rows share a text, and so a vector
+    vector_of = {text: random.normal(size=8) for text in texts}
+    key = _unit(np.stack([vector_of[text] for text in texts]))
+    query = _unit(key + random.normal(size=(n, 8)) * 0.5)
+    assert retrieval_accuracy(query, key, texts, chunk) == pytest.approx(_brute_force(query, key, texts))
+
+
+def test_a_hit_on_an_equal_text_counts_and_on_an_equal_vector_does_not() -> None:
+    query, key = _unit(np.eye(3)), _unit(np.array([[1.0, 0, 0], [1, 0, 0], [0, 0, 1]]))
+    query[1] = query[0]
+    assert retrieval_accuracy(query, key, ["save", "save", "open"]) == 1
+    assert retrieval_accuracy(query, key, ["save", "store", "open"]) == pytest.approx(1 / 3)
+    assert retrieval_accuracy(query, key) == pytest.approx(1 / 3)
+
+
+def test_a_collapsed_encoder_scores_zero() -> None:
+    one_point = _unit(np.ones((5, 4)))
+    assert retrieval_accuracy(one_point, one_point) == 0
+
+
+def _tfidf_brute_force(query: list[str], key: list[str]) -> float:
+    """Trigram TF-IDF with smoothed idf in plain Python; both sides are the documents."""
+    grams = {text: Counter(text.lower()[i : i + 3] for i in range(len(text) - 2)) for text in query + key}
+    documents = Counter(gram for text in query + key for gram in grams[text])
+    idf = {gram: math.log((1 + 2 * len(query)) / (1 + count)) + 1 for gram, count in documents.items()}
+
+    def cosine(a: str, b: str) -> float:
+        norms = [math.sqrt(sum((count * idf[gram]) ** 2 for gram, count in grams[text].items())) for text in (a, b)]
+        return sum(count * grams[b][gram] * idf[gram] ** 2 for gram, count in grams[a].items()) / math.prod(norms)
+
+    hits = 0
+    for row, text in enumerate(query):
+        scores = [cosine(text, other) for other in key]
+        hits += all(scores[row] > score for other, score in enumerate(scores) if other != row)
+    return hits / len(query)
+
+
+def test_trigram_baseline_equals_tfidf_by_hand() -> None:
+    english = ["Restart Home Assistant", "The ZHA network", "Open the door", "Set the temperature", "Never", "Home"]
+    german = [
+        "Home Assistant neu starten",
+        "Das ZHA-Netzwerk",
+        "Öffne die Tür",
+        "Temperatur einstellen",
+        "Nie mehr",
+        "Zuhause",
+    ]
+    expected = (_tfidf_brute_force(english, german), _tfidf_brute_force(german, english))
+    assert trigram_accuracy(english, german, chunk=2) == expected
+    assert min(expected) > 0 and max(expected) < 1  # else the comparison would say little
+
+
+class _Lookup:
+    """Vectors by sentence, so that each accuracy is known beforehand."""
+
+    def __init__(self, layers: dict[int, dict[str, list[float]]]) -> None:
+        self.layers = list(layers)
+        self.pooling: Pooling = "mean"
+        self._tables = layers
+
+    def embed(self, sentences: list[str], *, description: str = "") -> Vectors:
+        tables = self._tables.values()
+        return _unit(np.array([[table[sentence] for sentence in sentences] for table in tables]))
+
+
+def test_rows_report_each_layer_both_ways_beside_one_baseline() -> None:
+    aligned = {"door": [1.0, 0.0], "lamp": [0.0, 1.0], "Tür": [1.0, 0.1], "Lampe": [0.1, 1.0]}
+    drawn_to_door = aligned | {"Lampe": [0.8, 0.7]}  # both keys lie nearer to "door", yet "lamp" still finds "Lampe"
+    pairs = [Pairs("de", ["lamp", "door"], ["Lampe", "Tür"], cross_script=False)]
+    rows = evaluate_retrieval(_Lookup({1: aligned, 4: drawn_to_door}), "rows.jsonl", pairs)
+    assert [(row.layer, row.forward, row.backward) for row in rows] == [(1, 1.0, 1.0), (4, 1.0, 0.5)]
+    assert {(row.data, row.lang, row.n, row.chance) for row in rows} == {("rows.jsonl", "de", 2, 0.5)}
+    trigram = trigram_accuracy(["lamp", "door"], ["Lampe", "Tür"])
+    assert {(row.trigram_forward, row.trigram_backward) for row in rows} == {trigram}

@@ -1,0 +1,36 @@
+"""The chunked linear cross-entropy equals torch's on full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from infoxlm_ds.losses import masked_lm as module
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+def test_loss_and_gradients_equal_cross_entropy_of_full_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((50, 8), (50,)))
+    labels, weights = torch.randint(50, (rows,)), torch.rand(rows, dtype=torch.float64)
+    expected_rows = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, labels, reduction="none")
+    expected = (expected_rows * weights).sum()
+    gradients = torch.autograd.grad(3 * expected, (hidden, weight, bias))
+    total, each = module.masked_lm(hidden, weight, bias, labels, weights)
+    torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(each, expected_rows.detach(), atol=1e-12, rtol=1e-12)
+    assert not each.requires_grad
+    for ours, theirs in zip(torch.autograd.grad(3 * total, (hidden, weight, bias)), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_sixteen_bit_inputs_are_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(300, 16).bfloat16(), torch.randn(80, 16).bfloat16(), torch.zeros(80).bfloat16()
+    labels = torch.randint(80, (300,))
+    total, _ = module.masked_lm(hidden, weight, bias, labels, torch.ones(300))
+    exact = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, exact, rtol=1e-5, atol=0)

@@ -1,0 +1,166 @@
+"""The command line: fast help, exit codes, and `eval retrieval` from files to table and JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infoxlm_ds import cli
+from infoxlm_ds.config import UserError
+
+LAMP = {"en": "The lamp is on.", "ru": "Лампа включена.", "de_DE": "Das Licht ist an."}
+DOOR = {"en": "Open the door, please.", "ru": "Откройте, пожалуйста, дверь.", "de_DE": "Bitte öffne die Tür."}
+KITCHEN = {"en": "The kitchen", "ru": "Кухня"}
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """The exit code of `infoxlm ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["infoxlm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture
+def parallel_text(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"key": str(i), "text": text} for i, text in enumerate([LAMP, DOOR, KITCHEN])]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = """
+import sys
+from infoxlm_ds.cli import main
+sys.argv = ["infoxlm", "--help"]
+try:
+    main()
+finally:
+    print("heavy:", {"torch", "transformers", "deepspeed", "sklearn", "matplotlib"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "heavy: set()" in done.stdout
+    assert all(verb in done.stdout for verb in ("train", "prep", "export", "eval"))
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = _run(monkeypatch, "eval", "retrieval", "--model", tmp_path, "--data", tmp_path / "none.jsonl")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("infoxlm: ") and error.count("\n") == 1 and "none.jsonl" in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "retrieval"),
+        ("no-such-verb",),
+        ("eval", "retrieval", "--data", "x", "--model", "y", "--pooling", "max"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    assert _run(monkeypatch, *arguments) == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(UserError("no"), 2), (SystemExit(75), 75), (KeyboardInterrupt(), 130)], ids=repr
+)
+def test_how_a_verb_ends_decides_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
+) -> None:
+    def stop() -> None:
+        raise raised
+
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+    cli.app.command("stop")(stop)
+    assert _run(monkeypatch, "stop") == code
+
+
+def test_retrieval_prints_a_table_and_writes_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    parallel_text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "results" / "rows.json"
+    common = ("eval", "retrieval", "--model", model_folder, "--data", parallel_text, "--min-pairs", "2")
+    assert _run(monkeypatch, *common, "--json", out) == 0
+    table = capsys.readouterr().out
+    assert "ru *" in table and "mean of 2" in table and "mean of 1 *" in table
+    german, russian = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["lang"], row["n"], row["layer"], row["cross_script"]) for row in (german, russian)] == [
+        ("de_DE", 2, 2, False),
+        ("ru", 3, 2, True),
+    ]
+    assert list(russian) == [
+        *("data", "lang", "n", "cross_script", "layer", "pooling"),
+        *("forward", "backward", "trigram_forward", "trigram_backward", "chance"),
+    ]
+    assert (
+        russian["data"] == str(parallel_text)
+        and russian["pooling"] == "mean"
+        and russian["chance"] == pytest.approx(1 / 3)
+    )
+
+
+def test_all_layers_of_chosen_languages(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    parallel_text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "rows.json"
+    files = ("--data", parallel_text, "--data", parallel_text, "--json", out)
+    options = ("--layer", "all", "--languages", "de", "--min-pairs", "2", "--pooling", "cls")
+    assert _run(monkeypatch, "eval", "retrieval", "--model", model_folder, *files, *options) == 0
+    assert "mean of 1" in capsys.readouterr().out
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["lang"], row["layer"], row["pooling"]) for row in rows] == [
+        ("de_DE", layer, "cls") for layer in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layer", "first"), "--layer first: expected a number or all"),
+        (("--layer", "9"), "layer 9 is out of range"),
+        (("--pivot", "sw"), "no row has the pivot language 'sw'"),
+        (("--languages", "ko"), "no language asked for has 2 pairs"),
+        (("--languages", "ru,ko"), "--languages ko: no file has 2 pairs of 'ko'"),
+        (("--min-pairs", "4"), "lower --min-pairs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_each_mistake_names_its_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    parallel_text: Path,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    assert (
+        _run(
+            monkeypatch,
+            "eval",
+            "retrieval",
+            "--model",
+            model_folder,
+            "--data",
+            parallel_text,
+            "--min-pairs",
+            "2",
+            *options,
+        )
+        == 2
+    )
+    assert message in capsys.readouterr().err
