@@ -31,7 +31,7 @@ def train(
     """Train on this machine, on every GPU, or on CPU ranks where there is none."""
     from infoxlm_ds.train import launch
 
-    launch(recipe, overrides or [])
+    raise typer.Exit(launch(recipe, overrides or []))
 
 
 @app.command()
@@ -71,6 +71,16 @@ def retrieval(
     print_tables(rows, Console())
     if json:
         write_json(rows, json)
+
+
+@evaluation.command()
+def compare(results: Annotated[list[Path], typer.Argument(help="What `eval retrieval --json` wrote, a file a model.")]) -> None:
+    """Several models in one table, on the same pairs."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.tables import print_comparison, read_json
+
+    print_comparison({str(path.parent.name or path): read_json(path) for path in results}, Console())
 
 
 def main() -> None:

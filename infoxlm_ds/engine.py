@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
@@ -136,6 +137,19 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         self._engine.load_checkpoint(str(folder), tag=tag)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The module's weights in a checkpoint folder that `Engine.save` wrote, in fp32 from the masters, on the CPU.
+
+    DeepSpeed's shards are pickles: only read folders that you trust.
+    """
+    if any(checkpoint.glob("*optim_states.pt")):
+        merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+        return merged
+    (states,) = checkpoint.glob("*model_states.pt")
+    module: dict[str, Tensor] = torch.load(states, map_location="cpu", weights_only=False)["module"]
+    return module
 
 
 def schedule(step: int, recipe: Optimizer) -> float:

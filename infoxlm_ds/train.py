@@ -100,7 +100,8 @@ def build(recipe: Recipe):  # type: ignore[no-untyped-def]  # TrainState; import
         state.step, state.consumed = saved.step, saved.consumed
         loader.restore(saved.consumed, saved.cursors)
     elif dist.rank() == 0:
-        shutil.copytree(tokenizer, recipe.run / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(tokenizer, recipe.run / "model", dirs_exist_ok=True)  # what an export needs beside the weights
+        model.lm.config.save_pretrained(recipe.run / "model")
     torch.manual_seed(recipe.seed + dist.rank())
     return state
 

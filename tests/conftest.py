@@ -30,3 +30,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_tiny_xlmr(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of real text in five languages, prepared by data_prep. Read-only."""
+    from tests.corpus import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))

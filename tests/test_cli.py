@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from infoxlm_ds import cli
 from infoxlm_ds.config import UserError
@@ -69,7 +70,9 @@ def test_wrong_usage_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, arguments: 
 
 
 @pytest.mark.parametrize(
-    ("raised", "code"), [(UserError("no"), 2), (SystemExit(75), 75), (KeyboardInterrupt(), 130)], ids=repr
+    ("raised", "code"),
+    [(UserError("no"), 2), (SystemExit(75), 75), (typer.Exit(1), 1), (KeyboardInterrupt(), 130)],
+    ids=repr,
 )
 def test_how_a_verb_ends_decides_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from infoxlm_ds.config import Recipe
-from infoxlm_ds.data.masking import mask_pieces
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.masking import Masked, mask_pieces
 from infoxlm_ds.data.plan import keyed_generator
 from infoxlm_ds.data.reader import Corpus, Rows, StreamReader
 
 BOS, EOS = 0, 2
 SPECIAL_ONE, SPECIAL_TWO = 2, 4  # special tokens of a sequence with one text, with two
-N_TEXTS = {"off": 2, "paper": 4}  # text ids an item, by mixup
+N_TEXTS = {"off": 3, "paper": 6}  # text ids an item, by mixup: two sides and what all translations of the row share
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class BatchBuilder:
             for task, used in recipe.tasks.items()
             if used
         }
+        self._check_size()
 
     def build(self, lane: int, step: int) -> JointBatch:
         """The micro-batch of `lane` at `step`; masks and mixup are keyed by both."""
@@ -90,7 +91,7 @@ class BatchBuilder:
             if task not in self.readers:
                 continue
             rows = self.readers[task].take(lane, tokens=tokens, overhead=overhead)
-            trunk.append(assemble(rows.ids, *_segments(rows)))
+            trunk.append(assemble(rows.pool, rows.starts, rows.lengths))
             masked.append((task, self._mask(trunk[-1].ids, self._generator(task, lane, step))))
             languages[task] = self._count_languages(rows)
         queries, keys, text_ids, pairs = self._pairs(lane, step)
@@ -110,26 +111,38 @@ class BatchBuilder:
             languages,
         )
 
+    def _check_size(self) -> None:
+        """UserError where one step would read the corpus more than once."""
+        batch, twice = self._recipe.batch, 1 if self._recipe.contrast.mixup == "off" else 2
+        for task, reader in self.readers.items():
+            name, has = ("xlco_pairs", reader.items) if task == "xlco" else (f"{task}_tokens", reader.tokens)
+            needs = getattr(batch, name) * batch.lanes * (twice if task == "xlco" else 1)
+            if needs > has:
+                raise UserError(
+                    f"a step of batch.{name} {getattr(batch, name)} on {batch.lanes} lanes reads {needs}, the corpus "
+                    f"{self._corpus.path} has {has}: set a smaller batch.{name} or bring more text"
+                )
+
     def _pairs(self, lane: int, step: int) -> tuple[Sequences, Sequences | None, np.ndarray, Rows | None]:
         if "xlco" not in self.readers:
-            return _concatenate([]), None, np.zeros((0, 2), np.int64), None
+            return _concatenate([]), None, np.zeros((0, N_TEXTS[self._recipe.contrast.mixup]), np.int64), None
         contrast, pairs = self._recipe.contrast, self._recipe.batch.xlco_pairs
         mixing = contrast.mixup != "off"
         rows = self.readers["xlco"].take(lane, items=pairs * (2 if mixing else 1))
-        starts, lengths = _segments(rows)
+        starts, lengths = rows.starts, rows.lengths
         text_ids = rows.text_ids.T.astype(np.int64)
         if mixing:
             sides = _mixed(starts, lengths, self._generator("mixup", lane, step))
             text_ids = text_ids.reshape(pairs, -1)
         else:
             sides = [(starts[side : side + 1], lengths[side : side + 1]) for side in (0, 1)]
-        first, second = (assemble(rows.ids, *side) for side in sides)
+        first, second = (assemble(rows.pool, *side) for side in sides)
         both = _concatenate([first, second])
         gradient = contrast.keys == "gradient"
         queries = both if gradient or contrast.symmetric else first
         return queries, None if gradient else (both if contrast.symmetric else second), text_ids, rows
 
-    def _mask(self, ids: np.ndarray, generator: np.random.Generator):  # type: ignore[no-untyped-def]
+    def _mask(self, ids: np.ndarray, generator: np.random.Generator) -> Masked:
         tokenizer = self._tokenizer
         how = self._recipe.masking
         return mask_pieces(ids, tokenizer.vocab_size, self._special, tokenizer.special_ids["mask"], how, generator)
@@ -154,12 +167,6 @@ def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Seque
     if two:
         ids[_runs(begin + 3 + lengths[0], lengths[1])] = pool[_runs(starts[1], lengths[1])]
     return Sequences(ids, total.astype(np.int64))
-
-
-def _segments(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Where each side of each row lies in `rows.ids`, which is row by row: starts and lengths, [sides, n]."""
-    flat = rows.lengths.T.ravel()
-    return (np.cumsum(flat) - flat).reshape(-1, len(rows.lengths)).T, rows.lengths
 
 
 def _mixed(starts: np.ndarray, lengths: np.ndarray, generator: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:

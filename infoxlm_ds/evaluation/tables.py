@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation.retrieval import RetrievalRow
 
 _ACCURACIES = ("forward", "backward", "trigram_forward", "trigram_backward", "chance")
@@ -30,6 +31,38 @@ def write_json(rows: Sequence[RetrievalRow], path: Path) -> None:
     text = json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def read_json(path: Path) -> list[RetrievalRow]:
+    """The rows that `write_json` wrote. Raises UserError for another file."""
+    try:
+        return [RetrievalRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no result of `infoxlm eval retrieval --json`: {error}") from error
+
+
+def print_comparison(results: dict[str, Sequence[RetrievalRow]], console: Console) -> None:
+    """One table of several models on the same files: mean accuracy@1 of both directions over languages, a column a model."""
+    table = Table(title="mean accuracy@1, both directions", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("data", "languages"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*results, "trigrams", "chance"):
+        table.add_column(heading, justify="right")
+    first = next(iter(results.values()))
+    for data in dict.fromkeys(row.data for row in first):
+        for only_cross in (False, True):
+            parts = [[r for r in rows if r.data == data and (r.cross_script or not only_cross)] for rows in results.values()]
+            if all(parts):
+                _compare(table, Path(data).name.split(".jsonl")[0], parts, only_cross)
+    console.print(table)
+
+
+def _compare(table: Table, data: str, parts: list[list[RetrievalRow]], only_cross: bool) -> None:
+    models = [fmean(fmean((row.forward, row.backward)) for row in rows) for rows in parts]
+    trigrams = fmean(fmean((row.trigram_forward, row.trigram_backward)) for row in parts[0])
+    chance = fmean(row.chance for row in parts[0])
+    label = f"{len(parts[0])}" + (" of another script" if only_cross else "")
+    table.add_row(data, label, *(f"{value:.3f}" for value in (*models, trigrams, chance)))
 
 
 def _table(data: str, layers: list[list[RetrievalRow]]) -> Table:

@@ -17,12 +17,18 @@ def build_model(model: Model, vocabulary: int, seed: int) -> InfoXLM:
     """The model of a recipe for a vocabulary of this size. Random weights depend on `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lm = _load(model) if model.init else XLMRobertaForMaskedLM(_shape(model, vocabulary))
-        head = SentenceHead(lm.config.hidden_size, model.pooling, model.projection, model.normalize)
-    if lm.config.vocab_size != vocabulary:
-        raise UserError(f"model.init {model.init} has {lm.config.vocab_size} pieces, the corpus {vocabulary}: prepare it again")
-    if model.universal_layer > lm.config.num_hidden_layers:
-        raise UserError(f"model.universal_layer {model.universal_layer} is above the {lm.config.num_hidden_layers} layers")
+        built = assemble(_load(model) if model.init else XLMRobertaForMaskedLM(_shape(model, vocabulary)), model)
+    config = built.lm.config
+    if config.vocab_size != vocabulary:
+        raise UserError(f"model.init {model.init} has {config.vocab_size} pieces, the corpus {vocabulary}: prepare it again")
+    if model.universal_layer > config.num_hidden_layers:
+        raise UserError(f"model.universal_layer {model.universal_layer} is above the {config.num_hidden_layers} layers")
+    return built
+
+
+def assemble(lm: XLMRobertaForMaskedLM, model: Model) -> InfoXLM:
+    """An XLM-R with the sentence head of a recipe."""
+    head = SentenceHead(lm.config.hidden_size, model.pooling, model.projection, model.normalize)
     return InfoXLM(lm, head, model.universal_layer)
 
 

@@ -1,0 +1,96 @@
+"""What a prepared corpus says of itself: `manifest.json`, which holds hashes of everything else and of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infoxlm_ds.config import UserError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(_Part):
+    name: str  # relative to the corpus
+    bytes: int
+    sha256: str
+
+
+class Shard(File):
+    packs: int
+
+
+class Source(_Part):
+    """`languages` are the sides of a row, in the order in which packs hold them."""
+
+    name: str
+    kind: Literal["mono", "para", "nway"]
+    languages: tuple[str, ...]
+    items: int
+    tokens: int
+    packs: int
+    index: File
+    shards: tuple[Shard, ...]
+
+
+class Tokenizer(_Part):
+    """`special_ids`: bos, pad, eos, unk and mask by name."""
+
+    name: str
+    vocab_size: int
+    special_ids: dict[str, int]
+    files: tuple[File, ...]
+
+
+class Manifest(_Part):
+    """`max_tokens`: the longest side in pieces, without special tokens. `counts`: what was split or left out, by reason."""
+
+    format: int = FORMAT
+    name: str
+    max_tokens: int
+    tokenizer: Tokenizer
+    sources: tuple[Source, ...]
+    counts: dict[str, int]
+    prep: dict[str, Any]  # the description the corpus was built from, and hashes of its inputs
+    sha256: str = ""
+
+    def render(self) -> str:
+        """The file's text, with the hash of all but itself."""
+        body = self.model_dump(mode="json") | {"sha256": ""}
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return json.dumps(body | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+
+    def files(self) -> list[File]:
+        """Every file of the corpus but the manifest."""
+        of_sources = [file for source in self.sources for file in (source.index, *source.shards)]
+        return [*self.tokenizer.files, *of_sources]
+
+
+def load_manifest(corpus: Path) -> Manifest:
+    """The manifest of a corpus folder. UserError where there is none, it is of another format, or a byte of it was changed."""
+    path = corpus / NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{corpus} is no prepared corpus: make it with `infoxlm prep build CORPUS.yaml {corpus}`") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: prepare the corpus again") from None
+    try:
+        tree = json.loads(text)
+        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+            raise UserError(f"{path} has format {tree.get('format')}, this version reads {FORMAT}: prepare the corpus again")
+        manifest = Manifest.model_validate(tree)
+    except (ValueError, ValidationError):
+        raise UserError(f"{path} is damaged: prepare the corpus again") from None
+    if manifest.render() != text:
+        raise UserError(f"{path} was changed after it was written: prepare the corpus again")
+    return manifest

@@ -1,0 +1,85 @@
+"""A run's newest checkpoint as a Hugging Face folder, checked before it counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, XLMRobertaConfig, XLMRobertaForMaskedLM
+
+from infoxlm_ds.checkpoint import Checkpoints
+from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.engine import read_weights
+from infoxlm_ds.model.encoder import InfoXLM, embed, packed, run_layers
+from infoxlm_ds.model.attention import PACKED
+from infoxlm_ds.model.pretrained import assemble
+
+TOLERANCE = 1e-4  # of hidden states of order 1, in fp32: padded and packed attention add up in another order
+SAMPLE = ["Hello, world!", "Zwei Sprachen, ein Satz.", "Ещё одно предложение, чуть длиннее первого.", "文の意味は同じです。"]
+
+
+def export(run: Path, out: Path) -> None:
+    """Write model, tokenizer and configuration of the newest checkpoint of `run` to the new folder `out`.
+
+    `out` loads with `AutoModelForMaskedLM` and `AutoTokenizer`; its config says which layer and pooling the contrast trained
+    (`universal_layer`, `sentence_pooling`); a projection lies beside it in `projection.safetensors`. The folder appears only after
+    it was loaded again and gave the hidden states of the trained weights. UserError: no checkpoint, or `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: remove it or export to another folder")
+    latest = Checkpoints(run, keep=1).latest()
+    if latest is None:
+        raise UserError(f"{run} holds no checkpoint: train there first")
+    recipe = check(Recipe, json.loads((latest / "state.json").read_text())["recipe"], str(latest / "state.json"))
+    model = _trained(recipe, run, latest)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _write(model, recipe, run / "model", partial)
+    difference = _difference(model, partial)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{partial}: hidden states differ by {difference:.1e} from the trained ones; kept for inspection")
+    os.replace(partial, out)
+    print(f"{out}: step {latest.name.removeprefix('step-').lstrip('0')}, hidden states equal to {difference:.1e} when loaded again")
+
+
+def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:
+    lm = XLMRobertaForMaskedLM(XLMRobertaConfig.from_pretrained(run / "model", attn_implementation=PACKED))
+    model = assemble(lm, recipe.model)
+    weights = {name.removeprefix("model."): value.float() for name, value in read_weights(latest).items()}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> None:
+    lm = model.lm
+    lm.config.universal_layer, lm.config.sentence_pooling = recipe.model.universal_layer, recipe.model.pooling
+    lm.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    if model.head.projection is not None:
+        save_file({"weight": model.head.projection.weight.detach().contiguous()}, folder / "projection.safetensors")
+
+
+@torch.no_grad()
+def _difference(model: InfoXLM, folder: Path) -> float:
+    """Largest difference of any hidden state between the trained model, packed, and the folder's, loaded and padded."""
+    loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    padded = AutoTokenizer.from_pretrained(folder)(SAMPLE, padding=True, return_tensors="pt")
+    real = padded["attention_mask"].bool()
+    states = loaded(**padded, output_hidden_states=True).hidden_states
+    tokens = packed(padded["input_ids"][real].numpy(), real.sum(1).numpy().astype(np.int64))
+    hidden = embed(model.lm.roberta.embeddings, tokens)
+    worst = _largest(hidden - states[0][real])
+    for layer, expected in zip(model.lm.roberta.encoder.layer, states[1:], strict=True):
+        hidden = run_layers([layer], hidden, tokens.packing)
+        worst = max(worst, _largest(hidden - expected[real]))
+    return worst
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())

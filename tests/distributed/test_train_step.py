@@ -1,0 +1,165 @@
+"""One update, however it is split; the key encoder moves; a run goes on bit by bit where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from infoxlm_ds import dist
+from infoxlm_ds.config import Recipe
+from infoxlm_ds.trainer import TrainState, fit, train_step
+from tests.corpus import small_recipe
+from tests.distributed.ranks import run_ranks
+
+CONTRASTS = {
+    "momentum_both": [],
+    "momentum_queue_one_direction": ["contrast.negatives=queue", "contrast.symmetric=false"],
+    "momentum_mixup": ["contrast.mixup=paper"],
+    "gradient_in_batch": ["contrast.keys=gradient", "contrast.negatives=in_batch"],
+    "gradient_both": ["contrast.keys=gradient"],
+    "reference_reduction": ["reduction=reference"],
+}
+
+
+def _start(recipe: Recipe) -> TrainState:
+    from infoxlm_ds.engine import start_ranks
+    from infoxlm_ds.train import build
+
+    start_ranks()
+    return build(recipe)
+
+
+def _whole_state(state: TrainState) -> dict[str, Tensor]:
+    out = {f"model.{name}": p.detach().clone() for name, p in state.objective.model.named_parameters()}
+    if state.momentum is not None:
+        out |= {f"key.{name}": p.clone() for name, p in state.momentum.encoder.named_parameters()}
+    if state.queue is not None:
+        out |= {f"queue.{name}": value.clone() for name, value in state.queue.state_dict().items()}
+    return out
+
+
+def _three_steps(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
+    state = _start(recipe)
+    losses = []
+    for _ in range(3):
+        assert train_step(state)
+        sums, _, _ = state.meter.collect()
+        losses.append(sums["loss"])
+    return _whole_state(state) | {"losses": torch.tensor(losses)}
+
+
+@pytest.mark.parametrize("overrides", CONTRASTS.values(), ids=CONTRASTS.keys())
+def test_update_is_the_same_for_every_world_size(corpus: Path, tmp_path: Path, overrides: list[str]) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run", *overrides)
+    (alone,) = run_ranks(_three_steps, 1, recipe)
+    assert float(alone["losses"][2]) != float(alone["losses"][0])
+    for world in (2, 4):
+        for rank, result in enumerate(run_ranks(_three_steps, world, recipe)):
+            for name, value in result.items():
+                _close(value, alone[name], f"world {world}, rank {rank}, {name}")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_update_is_the_same_for_stage_0_and_1(corpus: Path, tmp_path: Path, stage: int) -> None:
+    (alone,) = run_ranks(_three_steps, 1, small_recipe(corpus, tmp_path / "run"))
+    engine = Path(__file__).parents[2] / "ds_configs" / f"zero{stage}_fp32.json"
+    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}")
+    for result in run_ranks(_three_steps, 2, recipe):
+        for name, value in result.items():
+            _close(value, alone[name], name)
+
+
+def _close(value: Tensor, expected: Tensor, name: str) -> None:
+    """1e-5 relative of the tensor's largest value; Adam turns rounding of near-zero gradients into steps of its own size."""
+    if not value.is_floating_point():
+        assert torch.equal(value, expected), name
+        return
+    if name.endswith("attention.self.key.bias"):  # its gradient is mathematically zero: Adam steps on noise
+        return
+    largest = float(expected.abs().max()) or 1.0
+    torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+def _follow(rank: int, world: int, recipe: Recipe) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """fp32 masters of the query side and key weights after each step."""
+    state = _start(recipe)
+    assert state.momentum is not None
+    queries, keys = [], []
+    for step in range(4):
+        if step:
+            train_step(state)
+        encoder = state.objective.model.sentence_encoder()
+        names = [name for name, _ in encoder.named_parameters()]
+        queries.append(dict(zip(names, _masters(state, list(encoder.parameters())), strict=True)))
+        keys.append({name: p.float().clone() for name, p in state.momentum.encoder.named_parameters()})
+    return queries, keys
+
+
+def _masters(state: TrainState, parameters: list[Any]) -> list[Tensor]:
+    out = []
+    for i, parameter in enumerate(parameters):
+        flat = torch.zeros(parameter.numel())
+        for fragment in state.engine.masters(parameters):
+            if fragment.parameter == i:
+                flat[fragment.start : fragment.start + len(fragment.values)] = fragment.values
+        out.append((dist.sum_over_ranks(flat) if state.engine.sharded else flat).view_as(parameter))
+    return out
+
+
+@pytest.mark.parametrize(("config", "tolerance"), [("zero1_fp32", 1e-7), ("zero1_bf16", 2**-8)])
+def test_key_encoder_is_the_fp32_average_of_the_masters(corpus: Path, tmp_path: Path, config: str, tolerance: float) -> None:
+    """In bf16 the compute copy is the fp32 average rounded once, however small the moves were."""
+    engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
+    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", "contrast.momentum=0.99")
+    for queries, keys in run_ranks(_follow, 2, recipe):
+        average = queries[0]
+        for query, key in zip(queries[1:], keys[1:], strict=True):
+            average = {name: 0.99 * average[name] + 0.01 * value for name, value in query.items()}
+            for name, value in average.items():
+                torch.testing.assert_close(key[name], value, atol=1e-7, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        assert any(not torch.equal(queries[0][name], queries[-1][name]) for name in queries[0])
+
+
+def _train(rank: int, world: int, recipe: Recipe, stop_after: int | None) -> tuple[dict[str, Tensor], int]:
+    state = _start(recipe)
+    if stop_after is not None:
+        _raise_signal_after(state, stop_after)
+    done = fit(state, None)
+    assert done == (stop_after is None)
+    return _whole_state(state), state.step
+
+
+def _raise_signal_after(state: TrainState, step: int) -> None:
+    """On one rank only: the others must learn of it."""
+    import os
+    import signal
+
+    forward = state.engine.step
+
+    def stepping(done: int) -> bool:
+        if done + 1 == step and dist.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(done)
+
+    state.engine.step = stepping  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero1_bf16"])
+@pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both"])
+def test_a_stopped_run_goes_on_bit_equal(corpus: Path, tmp_path: Path, config: str, contrast: str) -> None:
+    engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
+    overrides = [f"engine={engine}", *CONTRASTS[contrast]]
+    whole = run_ranks(_train, 2, small_recipe(corpus, tmp_path / "whole", *overrides), None)
+    recipe = small_recipe(corpus, tmp_path / "stopped", *overrides)
+    stopped = run_ranks(_train, 2, recipe, 3)
+    assert all(step == 3 for _, step in stopped)
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == "step-00000003"
+    resumed = run_ranks(_train, 2, recipe, None)
+    for (expected, _), (value, step) in zip(whole, resumed, strict=True):
+        assert step == 6
+        for name in expected:
+            assert torch.equal(value[name], expected[name]), name

@@ -1,0 +1,57 @@
+"""An exported run loads with transformers alone and gives the hidden states that were trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.publish.export import SAMPLE, export
+from tests.corpus import small_recipe
+from tests.distributed.ranks import run_ranks
+
+
+def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
+    """Train; return the hidden states of SAMPLE by transformers' own padded forward of the trained weights."""
+    from infoxlm_ds.engine import start_ranks
+    from infoxlm_ds.train import build
+    from infoxlm_ds.trainer import fit
+
+    start_ranks()
+    state = build(recipe)
+    fit(state, None)
+    lm = state.objective.model.lm.float().eval()
+    lm.set_attn_implementation("sdpa")
+    padded = AutoTokenizer.from_pretrained(recipe.corpus / "tokenizer")(SAMPLE, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return list(lm(**padded, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero1_bf16"])
+def test_the_exported_folder_gives_the_trained_hidden_states(corpus: Path, tmp_path: Path, config: str) -> None:
+    engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
+    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", "optimizer.steps=2", "model.projection=true")
+    trained = run_ranks(_train, 2, recipe)[0]
+    export(tmp_path / "run", tmp_path / "out")
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    padded = tokenizer(SAMPLE, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model.eval()(**padded, output_hidden_states=True).hidden_states
+    # In bf16 the run's weights are its fp32 masters, rounded; the export has the masters.
+    tolerance = 3e-2 if config.endswith("bf16") else 0.0
+    for state, expected in zip(states, trained, strict=True):
+        torch.testing.assert_close(state, expected, atol=tolerance, rtol=tolerance)
+    assert model.config.universal_layer == recipe.model.universal_layer
+    assert model.config.sentence_pooling == "mean"
+    assert (tmp_path / "out" / "projection.safetensors").is_file()
+
+
+def test_no_checkpoint_and_an_existing_folder_are_the_users_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        export(tmp_path, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        export(tmp_path, tmp_path / "out")

@@ -1,0 +1,75 @@
+"""A recipe is checked whole: every wrong key is named, every shipped recipe loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.engine import load_engine_config
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "recipes" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    load_engine_config(ROOT / recipe.engine)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+def test_every_shipped_engine_config_loads(path: Path) -> None:
+    load_engine_config(path)
+
+
+def test_overrides_win_over_the_file_and_take_its_types() -> None:
+    recipe = load_recipe(DEMO, ["optimizer.learning_rate=1e-4", "contrast.negatives=both", "sampling.pivot=null"])
+    assert recipe.optimizer.learning_rate == 1e-4
+    assert recipe.contrast.negatives == "both" and recipe.sampling.pivot is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.stepz=3"], ["optimizer.stepz", "not a known key"]),
+        (["sped=3", "batch.lanes=two"], ["sped", "batch.lanes"]),
+        (["contrast.temperature=0"], ["contrast.temperature", "greater than 0"]),
+        (["contrast.negatives=queue"], ["gradient", "in_batch or both"]),
+        (["model.universal_layer=99"], ["universal_layer 99", "model.layers"]),
+        (["weights={mmlm: 0, tlm: 0, xlco: 0}"], ["no task is left"]),
+        (["optimizer.steps"], ["key.path=value"]),
+        (["seed.deep=1"], ["seed is a value"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_that_names_the_key(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(DEMO, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"zero_optimisation": {"stage": 1}}', ["zero_optimisation", "not a known key"]),
+        ('{"gradient_clipping": 1.0}', ["gradient_clipping", "optimizer.clip"]),
+        ('{"zero_optimization": {"stage": 3}}', ["stage 3"]),
+        ('{"bf16": {"enabled": true}}', ["stage to 1"]),
+        ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}}', ["grad_accum_dtype"]),
+        ("{", ["not JSON"]),
+    ],
+)
+def test_a_wrong_engine_config_is_refused_by_name(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "engine.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_engine_config(path)
+    assert all(word in str(caught.value) for word in [str(path), *words])
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
