@@ -1,0 +1,22 @@
+"""Readers, one file a format. Each yields rows `{language: text}`; `text` yields documents, lists of sentences."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+from infoxlm_ds.config import UserError
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, plain or .xz. UserError names file and line where it cannot be read."""
+    number = 0
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.rstrip("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise UserError(f"{path} line {number + 1}: cannot be read: {error}") from None

@@ -1,0 +1,266 @@
+"""From raw text to a corpus folder: read, clean, tokenise (map), then drop duplicates, shuffle and write packs (reduce).
+
+Legend: n rows, s sides of a row, T ids. The same description and inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from data_prep.clean import clean
+from data_prep.description import CorpusDescription, SourceDescription, load_description
+from data_prep.sources import jsonl, moses, text, tsv
+from data_prep.tokenizer import load_fast, make_tokenizer, special_ids
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data import manifest as manifests
+from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest
+from infoxlm_ds.data.packs import ROWS, Pack, text_id, write_source
+
+CHUNK = 20_000  # texts tokenised in one call
+
+
+class Texts(NamedTuple):
+    """All texts of a source: `rows` of s sides each, "" where a row lacks a side."""
+
+    name: str
+    kind: str
+    languages: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass
+class Table:
+    """Tokenised rows: `ids` uint32 [T] row by row, `lengths` [n, s], `text_ids` [n, s]."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    text_ids: np.ndarray
+
+    def packs(self, order: np.ndarray) -> Iterator[Pack]:
+        """The rows in `order`, 512 a pack."""
+        ends = np.cumsum(self.lengths.sum(1))
+        for start in range(0, len(order), ROWS):
+            rows = order[start : start + ROWS]
+            lengths = self.lengths[rows].T
+            ids = np.concatenate([self.ids[ends[r] - self.lengths[r].sum() : ends[r]] for r in rows])
+            yield Pack(ids, np.ascontiguousarray(lengths, np.uint16), np.ascontiguousarray(self.text_ids[rows].T))
+
+
+def build(description_path: Path, out: Path) -> None:
+    """Prepare the corpus of a description as the new folder `out`; nothing to do where it is there already.
+
+    UserError: a wrong description, unreadable input, or an `out` that holds something else. `out` appears when all is written.
+    """
+    description = load_description(description_path)
+    base, console = description_path.parent, Console(stderr=True)
+    prep = {"description": description.model_dump(mode="json"), "inputs": _hash_inputs(description, base)}
+    if out.exists():
+        if load_manifest(out).prep != prep:
+            raise UserError(f"{out} holds the corpus of another description or other inputs: remove it or choose another folder")
+        console.print(f"{out}: prepared already", highlight=False)
+        return
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(description, base, prep, partial, console)
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    console.print(f"{out}: done", highlight=False)
+
+
+def _write(description: CorpusDescription, base: Path, prep: dict[str, object], out: Path, console: Console) -> None:
+    counts: Counter[str] = Counter()
+    console.print("reading", highlight=False)
+    parallel = [_read_parallel(source, description, base) for source in description.sources if source.kind != "mono"]
+    documents = _read_documents(description, base, parallel)
+    console.print("making the tokenizer", highlight=False)
+    every_side = itertools.chain(
+        (side for texts in parallel for row in texts.rows for side in row if side),
+        (sentence for of_language in documents.values() for document in of_language for sentence in document),
+    )
+    make_tokenizer(description.tokenizer, base, every_side, description.seed, out / "tokenizer")
+    tokenizer = load_fast(out / "tokenizer")
+    sources = []
+    for texts in parallel:
+        console.print(f"tokenising {texts.name}: {len(texts.rows):,} rows", highlight=False)
+        sources.append(_write_source(out, texts, _parallel_table(texts, tokenizer, description.max_tokens, counts), description, counts))
+    for language, of_language in sorted(documents.items()):
+        name = f"mono.{language}"
+        console.print(f"tokenising {name}: {len(of_language):,} documents", highlight=False)
+        table = _mono_table(of_language, tokenizer, description.max_tokens, counts)
+        sources.append(_write_source(out, Texts(name, "mono", (language,), []), table, description, counts))
+    manifest = Manifest(
+        name=description.name,
+        max_tokens=description.max_tokens,
+        tokenizer=_describe_tokenizer(out, tokenizer),
+        sources=tuple(source for source in sources if source.items),
+        counts=dict(sorted(counts.items())),
+        prep=prep,
+    )
+    if not manifest.sources:
+        raise UserError("no row is left after cleaning: check the sources and languages of the description")
+    (out / manifests.NAME).write_text(manifest.render(), encoding="utf-8")
+
+
+def _read_parallel(source: SourceDescription, description: CorpusDescription, base: Path) -> Texts:
+    rows: Iterable[dict[str, str]]
+    if source.format == "jsonl":
+        assert source.path is not None
+        rows = jsonl.read(base / source.path)
+    elif source.format == "tsv":
+        assert source.path is not None
+        rows = tsv.read(base / source.path, source.languages)
+    else:
+        rows = moses.read({language: base / path for language, path in source.paths.items()})
+    kept = []
+    for row in rows:
+        named = ((description.language(code), clean(side)) for code, side in row.items())
+        kept.append({language: side for language, side in named if language and side})
+    languages = tuple(sorted({language for row in kept for language in row}))
+    if source.kind == "para" and len(languages) > 2:
+        raise UserError(f"source {source.name}: kind para has two languages, the data {len(languages)}: use kind nway")
+    return Texts(source.name, source.kind, languages, [tuple(row.get(x, "") for x in languages) for row in kept])
+
+
+def _read_documents(
+    description: CorpusDescription, base: Path, parallel: list[Texts]
+) -> dict[str, list[list[str]]]:
+    """Monolingual documents by language: of text files, and each side of the rows that give theirs, different ones only."""
+    documents: dict[str, list[list[str]]] = {}
+    by_name = {texts.name: texts for texts in parallel}
+    for source in description.sources:
+        if source.kind == "mono":
+            assert source.path is not None
+            language = description.language(source.languages[0])
+            if language:
+                cleaned = ([c for c in map(clean, document) if c] for document in text.read(base / source.path))
+                documents.setdefault(language, []).extend(document for document in cleaned if document)
+        elif source.mono:
+            texts = by_name[source.name]
+            for column, language in enumerate(texts.languages):
+                sides = dict.fromkeys(row[column] for row in texts.rows if row[column])
+                documents.setdefault(language, []).extend([side] for side in sides)
+    return documents
+
+
+def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
+    """Rows with at least two sides of at most `longest` pieces, each once."""
+    sides = len(texts.languages)
+    flat = _tokenise([side for row in texts.rows for side in row], tokenizer)
+    lengths = np.array([len(ids) for ids in flat], np.int64).reshape(-1, sides)
+    text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(-1, sides)
+    too_long = lengths > longest
+    counts["sides_too_long"] += int(too_long.sum())
+    lengths[too_long], text_ids[too_long] = 0, 0
+    enough = (lengths > 0).sum(1) >= 2
+    counts["rows_with_less_than_two_sides"] += int((~enough).sum())
+    _, first = np.unique(text_ids, axis=0, return_index=True)
+    different = np.zeros(len(lengths), bool)
+    different[first] = True
+    counts["duplicate_rows"] += int((enough & ~different).sum())
+    kept = np.nonzero(enough & different)[0]
+    ids = [flat[row * sides + side] for row in kept for side in range(sides) if lengths[row, side]]
+    return Table(_flat(ids), lengths[kept], text_ids[kept])
+
+
+def _mono_table(documents: list[list[str]], tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
+    """Blocks of whole consecutive sentences of one document, at most `longest` pieces; a longer sentence is split. Each block once."""
+    tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer))
+    blocks: list[np.ndarray] = []
+    for document in documents:
+        block: list[np.ndarray] = []
+        for ids in itertools.islice(tokenised, len(document)):
+            pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+            counts["sentences_split"] += len(pieces) > 1
+            for piece in pieces:
+                if block and sum(map(len, block)) + len(piece) > longest:
+                    blocks.append(np.concatenate(block))
+                    block = []
+                block.append(piece)
+        if block:
+            blocks.append(np.concatenate(block))
+    different = list({block.tobytes(): block for block in blocks}.values())
+    counts["duplicate_blocks"] += len(blocks) - len(different)
+    names = np.array([_block_id(block) for block in different], np.uint64)
+    lengths = np.array([len(block) for block in different], np.int64)
+    return Table(_flat(different), lengths.reshape(-1, 1), names.reshape(-1, 1))
+
+
+def _block_id(block: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(block.tobytes(), digest_size=8).digest(), "little") or 1
+
+
+def _write_source(
+    out: Path, texts: Texts, table: Table, description: CorpusDescription, counts: Counter[str]
+) -> Source:
+    # Sorted by a keyed hash of what the row says: a shuffle that does not depend on the order of the input.
+    key = hashlib.blake2b(f"{description.seed}/{texts.name}".encode(), digest_size=16).digest()
+    hashes = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in table.text_ids]
+    order = np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
+    shards, index = write_source(out / texts.name, texts.name, table.packs(order))
+    index_path = out / texts.name / f"{texts.name}.index.npy"
+    np.save(index_path, index)
+    return Source(
+        name=texts.name,
+        kind=texts.kind,  # type: ignore[arg-type]
+        languages=texts.languages,
+        items=len(order),
+        tokens=int(table.lengths.sum()),
+        packs=len(index),
+        index=_file(out, index_path),
+        shards=tuple(Shard(packs=shard.packs, **_file(out, shard.path).model_dump()) for shard in shards),
+    )
+
+
+def _tokenise(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    out: list[np.ndarray] = []
+    for start in range(0, len(texts), CHUNK):
+        encoded = tokenizer.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
+        out += [np.array(one.ids, np.uint32) for one in encoded]
+    return out
+
+
+def _flat(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint32), *parts])
+
+
+def _describe_tokenizer(out: Path, tokenizer: Tokenizer) -> manifests.Tokenizer:
+    files = tuple(_file(out, path) for path in sorted((out / "tokenizer").iterdir()))
+    size = tokenizer.get_vocab_size()
+    return manifests.Tokenizer(name="sentencepiece-unigram", vocab_size=size, special_ids=special_ids(out / "tokenizer"), files=files)
+
+
+def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:
+    """Name to sha256 of every input file. UserError for one that is missing."""
+    folder = description.tokenizer.path
+    paths = [path for s in description.sources for path in (s.path, *s.paths.values()) if path is not None]
+    if folder is not None:
+        paths += [folder / path.name for path in sorted((base / folder).glob("*token*"))]
+    try:
+        return {str(path): _sha256(base / path) for path in paths}
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}: correct the path in the corpus description") from None
+
+
+def _file(out: Path, path: Path) -> File:
+    return File(name=str(path.relative_to(out)), bytes=path.stat().st_size, sha256=_sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""The description of a corpus, CORPUS.yaml: which texts, which languages, which tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infoxlm_ds.config import UserError, check
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerDescription(_Section):
+    """Either `path`, a Hugging Face folder whose tokenizer is reused, or a unigram model of `vocab_size` pieces in all, trained here."""
+
+    path: Path | None = None
+    vocab_size: int | None = Field(default=None, gt=5)
+    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    sentences: int = Field(default=1_000_000, gt=0)  # at most so many are trained on, drawn by key
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.path is None) == (self.vocab_size is None):
+            raise ValueError("set either path (reuse a tokenizer) or vocab_size (train one)")
+        return self
+
+
+class SourceDescription(_Section):
+    """One source. What `path` and `languages` mean depends on `format`, see data_prep/sources."""
+
+    name: Name
+    kind: Literal["mono", "para", "nway"]
+    format: Literal["jsonl", "text", "moses", "tsv"]
+    path: Path | None = None
+    paths: dict[str, Path] = {}
+    languages: tuple[str, ...] = ()
+    mono: bool = False  # also emit each side of each row as monolingual text, mono.<language>
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        needs = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}[self.format]
+        for key in needs:
+            if not getattr(self, key):
+                raise ValueError(f"source {self.name}: format {self.format} needs {key}")
+        if (self.kind == "mono") != (self.format == "text"):
+            raise ValueError(f"source {self.name}: format text is for kind mono, the others are for para and nway")
+        if self.format == "text" and len(self.languages) != 1:
+            raise ValueError(f"source {self.name}: monolingual text has one language")
+        if self.kind == "para" and self.format != "jsonl" and len(self.paths or self.languages) != 2:
+            raise ValueError(f"source {self.name}: kind para has two languages")
+        return self
+
+
+class CorpusDescription(_Section):
+    name: Name
+    max_tokens: int = Field(default=128, gt=1, lt=65536)  # of one side, in pieces
+    seed: int = 1
+    languages: tuple[str, ...] = ()  # keep only these; empty: all
+    rename: dict[str, str] = {}  # language codes of the data to codes of the corpus
+    tokenizer: TokenizerDescription
+    sources: tuple[SourceDescription, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError("two sources have the same name")
+        return self
+
+    def language(self, code: str) -> str | None:
+        """The corpus' code of a language of the data; None where it is left out."""
+        code = self.rename.get(code, code)
+        return code if not self.languages or code in self.languages else None
+
+
+def load_description(path: Path) -> CorpusDescription:
+    """The checked description; UserError says all that is wrong in one line. Paths in it are relative to its folder."""
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such corpus description") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a corpus description is a mapping of keys to values")
+    return check(CorpusDescription, tree, str(path))

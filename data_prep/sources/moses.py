@@ -1,0 +1,18 @@
+"""Aligned files, one a language: line i of one translates line i of the others (Moses, OPUS)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from data_prep.sources import lines
+from infoxlm_ds.config import UserError
+
+
+def read(paths: dict[str, Path]) -> Iterator[dict[str, str]]:
+    for row in zip_longest(*(lines(path) for path in paths.values())):
+        if None in row:
+            shortest = [str(path) for path, cell in zip(paths.values(), row, strict=True) if cell is None]
+            raise UserError(f"{', '.join(shortest)}: fewer lines than the other side: aligned files have as many lines each")
+        yield {language: text for language, (_, text) in zip(paths, row, strict=True) if text.strip()}

@@ -1,0 +1,54 @@
+"""Is every byte of a corpus what was written? Hashes of all files, then what the packs hold against what the manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data.manifest import NAME, Manifest, Source, load_manifest
+from infoxlm_ds.data.packs import read_pack
+
+
+def verify(corpus: Path) -> list[str]:
+    """What is wrong with a corpus folder, one line each; empty if nothing is. UserError where it is no corpus at all."""
+    if not (corpus / NAME).is_file():
+        load_manifest(corpus)
+    try:
+        manifest = load_manifest(corpus)
+    except UserError as error:
+        return [str(error)]
+    problems = _files(corpus, manifest)
+    return problems or [line for source in manifest.sources for line in _contents(corpus, source)]
+
+
+def _files(corpus: Path, manifest: Manifest) -> list[str]:
+    expected = {file.name: file for file in manifest.files()}
+    found = {str(path.relative_to(corpus)): path for path in sorted(corpus.rglob("*")) if path.is_file()}
+    problems = [f"{corpus / name}: missing" for name in expected.keys() - found.keys()]
+    problems += [f"{corpus / name}: not part of the corpus" for name in found.keys() - expected.keys() - {NAME}]
+    for name in sorted(expected.keys() & found.keys()):
+        with found[name].open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name].sha256:
+                problems.append(f"{found[name]}: differs from what was written")
+    return sorted(problems)
+
+
+def _contents(corpus: Path, source: Source) -> list[str]:
+    rows = tokens = 0
+    index = np.load(corpus / source.index.name)
+    for shard, offset, size, _, _, crc32 in index.tolist():
+        try:
+            pack = read_pack(corpus / source.shards[shard].name, offset, size, crc32)
+        except UserError as error:
+            return [str(error)]
+        rows += pack.lengths.shape[1]
+        tokens += len(pack.ids)
+        if int(pack.lengths.sum()) != len(pack.ids):
+            return [f"{corpus / source.shards[shard].name}: lengths do not add up to the ids of the pack at byte {offset}"]
+    stated = (source.packs, source.items, source.tokens)
+    if (len(index), rows, tokens) != stated:
+        return [f"{source.name}: packs, items, tokens are {(len(index), rows, tokens)}, the manifest says {stated}"]
+    return []
