@@ -1,4 +1,5 @@
-"""From raw text to a corpus folder: read, clean, tokenise (map), then drop duplicates, shuffle and write packs (reduce).
+"""From raw text to a corpus folder: read, clean, tokenise (map), then drop duplicates, shuffle and write packs
+(reduce).
 
 Legend: n rows, s sides of a row, T ids. The same description and inputs give the same bytes.
 """
@@ -7,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -61,14 +61,17 @@ class Table:
 def build(description_path: Path, out: Path) -> None:
     """Prepare the corpus of a description as the new folder `out`; nothing to do where it is there already.
 
-    UserError: a wrong description, unreadable input, or an `out` that holds something else. `out` appears when all is written.
+    UserError: a wrong description, unreadable input, or an `out` that holds something else. `out` appears when all is
+    written.
     """
     description = load_description(description_path)
     base, console = description_path.parent, Console(stderr=True)
     prep = {"description": description.model_dump(mode="json"), "inputs": _hash_inputs(description, base)}
     if out.exists():
         if load_manifest(out).prep != prep:
-            raise UserError(f"{out} holds the corpus of another description or other inputs: remove it or choose another folder")
+            raise UserError(
+                f"{out} holds the corpus of another description or other inputs: remove it or choose another folder"
+            )
         console.print(f"{out}: prepared already", highlight=False)
         return
     partial = out.with_name(out.name + ".partial")
@@ -76,14 +79,14 @@ def build(description_path: Path, out: Path) -> None:
     partial.mkdir(parents=True)
     try:
         _write(description, base, prep, partial, console)
-        os.replace(partial, out)
+        partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     console.print(f"{out}: done", highlight=False)
 
 
-def _write(description: CorpusDescription, base: Path, prep: dict[str, object], out: Path, console: Console) -> None:
+def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out: Path, console: Console) -> None:
     counts: Counter[str] = Counter()
     console.print("reading", highlight=False)
     parallel = [_read_parallel(source, description, base) for source in description.sources if source.kind != "mono"]
@@ -98,7 +101,11 @@ def _write(description: CorpusDescription, base: Path, prep: dict[str, object], 
     sources = []
     for texts in parallel:
         console.print(f"tokenising {texts.name}: {len(texts.rows):,} rows", highlight=False)
-        sources.append(_write_source(out, texts, _parallel_table(texts, tokenizer, description.max_tokens, counts), description, counts))
+        sources.append(
+            _write_source(
+                out, texts, _parallel_table(texts, tokenizer, description.max_tokens, counts), description, counts
+            )
+        )
     for language, of_language in sorted(documents.items()):
         name = f"mono.{language}"
         console.print(f"tokenising {name}: {len(of_language):,} documents", highlight=False)
@@ -137,10 +144,9 @@ def _read_parallel(source: SourceDescription, description: CorpusDescription, ba
     return Texts(source.name, source.kind, languages, [tuple(row.get(x, "") for x in languages) for row in kept])
 
 
-def _read_documents(
-    description: CorpusDescription, base: Path, parallel: list[Texts]
-) -> dict[str, list[list[str]]]:
-    """Monolingual documents by language: of text files, and each side of the rows that give theirs, different ones only."""
+def _read_documents(description: CorpusDescription, base: Path, parallel: list[Texts]) -> dict[str, list[list[str]]]:
+    """Monolingual documents by language: of text files, and each side of the rows that give theirs, different ones
+    only."""
     documents: dict[str, list[list[str]]] = {}
     by_name = {texts.name: texts for texts in parallel}
     for source in description.sources:
@@ -163,7 +169,9 @@ def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Co
     sides = len(texts.languages)
     flat = _tokenise([side for row in texts.rows for side in row], tokenizer)
     lengths = np.array([len(ids) for ids in flat], np.int64).reshape(-1, sides)
-    text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(-1, sides)
+    text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(
+        -1, sides
+    )
     too_long = lengths > longest
     counts["sides_too_long"] += int(too_long.sum())
     lengths[too_long], text_ids[too_long] = 0, 0
@@ -179,7 +187,8 @@ def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Co
 
 
 def _mono_table(documents: list[list[str]], tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
-    """Blocks of whole consecutive sentences of one document, at most `longest` pieces; a longer sentence is split. Each block once."""
+    """Blocks of whole consecutive sentences of one document, at most `longest` pieces; a longer sentence is split.
+    Each block once."""
     tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer))
     blocks: list[np.ndarray] = []
     for document in documents:
@@ -242,7 +251,9 @@ def _flat(parts: list[np.ndarray]) -> np.ndarray:
 def _describe_tokenizer(out: Path, tokenizer: Tokenizer) -> manifests.Tokenizer:
     files = tuple(_file(out, path) for path in sorted((out / "tokenizer").iterdir()))
     size = tokenizer.get_vocab_size()
-    return manifests.Tokenizer(name="sentencepiece-unigram", vocab_size=size, special_ids=special_ids(out / "tokenizer"), files=files)
+    return manifests.Tokenizer(
+        name="sentencepiece-unigram", vocab_size=size, special_ids=special_ids(out / "tokenizer"), files=files
+    )
 
 
 def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:

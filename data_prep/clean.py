@@ -1,4 +1,5 @@
-"""What is done to every text before it is tokenised, and no more: canonical composition, single spaces, no control characters."""
+"""What is done to every text before it is tokenised, and no more: canonical composition, single spaces, no control
+characters."""
 
 from __future__ import annotations
 

@@ -49,8 +49,16 @@ def stat_command(corpus: CorpusFolder) -> None:
         table.add_column(heading, justify="right")
     for source in manifest.sources:
         size = sum(shard.bytes for shard in source.shards) / 1e6
-        figures = (f"{source.items:,}", f"{source.tokens:,}", f"{source.tokens / source.items:.1f}", str(source.packs), f"{size:.1f}")
+        figures = (
+            f"{source.items:,}",
+            f"{source.tokens:,}",
+            f"{source.tokens / source.items:.1f}",
+            str(source.packs),
+            f"{size:.1f}",
+        )
         table.add_row(source.name, source.kind, " ".join(source.languages), *figures)
     console = Console()
     console.print(table)
-    console.print(f"vocabulary {manifest.tokenizer.vocab_size:,}; " + ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items()))
+    console.print(
+        f"vocabulary {manifest.tokenizer.vocab_size:,}; " + ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
+    )

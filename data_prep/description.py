@@ -18,7 +18,8 @@ class _Section(BaseModel):
 
 
 class TokenizerDescription(_Section):
-    """Either `path`, a Hugging Face folder whose tokenizer is reused, or a unigram model of `vocab_size` pieces in all, trained here."""
+    """Either `path`, a Hugging Face folder whose tokenizer is reused, or a unigram model of `vocab_size` pieces in
+    all, trained here."""
 
     path: Path | None = None
     vocab_size: int | None = Field(default=None, gt=5)
@@ -45,7 +46,9 @@ class SourceDescription(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        needs = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}[self.format]
+        needs = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}[
+            self.format
+        ]
         for key in needs:
             if not getattr(self, key):
                 raise ValueError(f"source {self.name}: format {self.format} needs {key}")

@@ -21,7 +21,8 @@ SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}  # the layout that the batch 
 
 
 def make_tokenizer(description: TokenizerDescription, base: Path, texts: Iterable[str], seed: int, out: Path) -> None:
-    """Write the tokenizer to `out`, as a folder that AutoTokenizer loads: trained on `texts`, or an existing one copied."""
+    """Write the tokenizer to `out`, as a folder that AutoTokenizer loads: trained on `texts`, or an existing one
+    copied."""
     if description.path is None:
         assert description.vocab_size is not None
         sample = _sample(texts, description.sentences, seed)
@@ -72,13 +73,17 @@ def _train(texts: list[str], vocab_size: int, coverage: float, out: Path) -> Non
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"tokenizer.vocab_size {vocab_size} does not suit this text: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"tokenizer.vocab_size {vocab_size} does not suit this text: {' '.join(str(error).split())}"
+        ) from None
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(trained.getvalue())
     special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
     pieces = [(piece.piece, piece.score) for piece in model.pieces[3:]]
     charsmap = model.normalizer_spec.precompiled_charsmap
-    XLMRobertaTokenizer(vocab=[*special, *pieces, ("<mask>", 0.0)], _spm_precompiled_charsmap=charsmap).save_pretrained(out)
+    XLMRobertaTokenizer(vocab=[*special, *pieces, ("<mask>", 0.0)], _spm_precompiled_charsmap=charsmap).save_pretrained(
+        out
+    )
 
 
 def _copy(folder: Path, out: Path) -> None:

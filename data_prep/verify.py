@@ -1,4 +1,5 @@
-"""Is every byte of a corpus what was written? Hashes of all files, then what the packs hold against what the manifest says."""
+"""Is every byte of a corpus what was written? Hashes of all files, then what the packs hold against what the manifest
+says."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from infoxlm_ds.data.packs import read_pack
 
 
 def verify(corpus: Path) -> list[str]:
-    """What is wrong with a corpus folder, one line each; empty if nothing is. UserError where it is no corpus at all."""
+    """What is wrong with a corpus folder, one line each; empty if nothing is. UserError where it is no corpus at
+    all."""
     if not (corpus / NAME).is_file():
         load_manifest(corpus)
     try:
@@ -47,7 +49,9 @@ def _contents(corpus: Path, source: Source) -> list[str]:
         rows += pack.lengths.shape[1]
         tokens += len(pack.ids)
         if int(pack.lengths.sum()) != len(pack.ids):
-            return [f"{corpus / source.shards[shard].name}: lengths do not add up to the ids of the pack at byte {offset}"]
+            return [
+                f"{corpus / source.shards[shard].name}: lengths do not add up to the ids of the pack at byte {offset}"
+            ]
     stated = (source.packs, source.items, source.tokens)
     if (len(index), rows, tokens) != stated:
         return [f"{source.name}: packs, items, tokens are {(len(index), rows, tokens)}, the manifest says {stated}"]

@@ -1,7 +1,9 @@
 """Checkpoints that count only when they are whole.
 
-`checkpoints/step-NNNNNNNN/` holds DeepSpeed's shards, `momentum-RRRRR.safetensors` a rank, `queue.safetensors` and `state.json`.
-Everything is written under a temporary name; when all ranks are done, rank 0 hashes the files into `manifest.json`, renames the
+`checkpoints/step-NNNNNNNN/` holds DeepSpeed's shards, `momentum-RRRRR.safetensors` a rank, `queue.safetensors` and
+`state.json`.
+Everything is written under a temporary name; when all ranks are done, rank 0 hashes the files into `manifest.json`,
+renames the
 folder, and only then points `latest` at it. What `latest` does not name never happened.
 """
 
@@ -30,7 +32,8 @@ FREE = {"log", "checkpoint", "probe", "engine"}
 
 @dataclass
 class Saved:
-    """What state.json says, besides the recipe: applied optimizer steps, consumed steps, skipped ones, and the streams."""
+    """What state.json says, besides the recipe: applied optimizer steps, consumed steps, skipped ones, and the
+    streams."""
 
     step: int
     consumed: int
@@ -94,7 +97,9 @@ class Checkpoints:
             momentum.load_state_dict(load_file(path / f"momentum-{dist.rank():05d}.safetensors"))
         if queue is not None:
             queue.load_state_dict(load_file(path / "queue.safetensors"))
-        cursors = {task: {int(lane): tuple(at) for lane, at in lanes.items()} for task, lanes in state["cursors"].items()}
+        cursors = {
+            task: {int(lane): tuple(at) for lane, at in lanes.items()} for task, lanes in state["cursors"].items()
+        }
         return Saved(state["step"], state["consumed"], cursors)
 
     def _commit(self, partial: Path, final: Path) -> None:
@@ -102,7 +107,7 @@ class Checkpoints:
         manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # never the one `latest` names: a step is saved once
-        os.replace(partial, final)
+        partial.replace(final)
         _write_durably(self.folder / "latest", final.name)
         for old in sorted(self.folder.glob("step-????????"))[: -self._keep]:
             if old != final:
@@ -120,12 +125,14 @@ def check_same_run(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
         )
     if state["world_size"] != dist.world_size():
         raise UserError(
-            f"{path} was written by {state['world_size']} ranks, this run has {dist.world_size()}: start as many ranks as then"
+            f"{path} was written by {state['world_size']} ranks, this run has {dist.world_size()}: "
+            "start as many ranks as then"
         )
 
 
 def _state(path: Path) -> dict[str, Any]:
-    return json.loads((path / "state.json").read_text())  # type: ignore[no-any-return]
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
 
 
 def _merge(everyone: list[object]) -> Cursors:
@@ -143,7 +150,7 @@ def _write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _sha256(path: Path) -> str:

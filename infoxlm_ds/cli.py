@@ -74,7 +74,9 @@ def retrieval(
 
 
 @evaluation.command()
-def compare(results: Annotated[list[Path], typer.Argument(help="What `eval retrieval --json` wrote, a file a model.")]) -> None:
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="What `eval retrieval --json` wrote, a file a model.")],
+) -> None:
     """Several models in one table, on the same pairs."""
     from rich.console import Console
 

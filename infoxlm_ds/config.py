@@ -40,7 +40,8 @@ class Model(Section):
 
 
 class Contrast(Section):
-    """XlCo. `keys: momentum` is InfoXLM's key encoder; `keys: gradient` trains both sides on the negatives of the whole step."""
+    """XlCo. `keys: momentum` is InfoXLM's key encoder; `keys: gradient` trains both sides on the negatives of the
+    whole step."""
 
     keys: Literal["momentum", "gradient"] = "momentum"
     negatives: Literal["queue", "in_batch", "both"] = "queue"
@@ -78,7 +79,8 @@ class Batch(Section):
 
 
 class Masking(Section):
-    """Of the pieces, never the special tokens: `probability` are chosen; of those `mask` become <mask>, `random` any piece."""
+    """Of the pieces, never the special tokens: `probability` are chosen; of those `mask` become <mask>, `random` any
+    piece."""
 
     probability: Share = 0.15
     mask: Share = 0.8
@@ -152,7 +154,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.model.init is None and self.model.universal_layer > self.model.layers:
-            raise ValueError(f"model.universal_layer {self.model.universal_layer} is above model.layers {self.model.layers}")
+            raise ValueError(
+                f"model.universal_layer {self.model.universal_layer} is above model.layers {self.model.layers}"
+            )
         if self.model.init is None and self.model.width % self.model.heads:
             raise ValueError(f"model.width {self.model.width} is not a multiple of model.heads {self.model.heads}")
         if self.optimizer.warmup >= self.optimizer.steps:

@@ -38,7 +38,8 @@ def barrier() -> None:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, rank 0's first: [b, ...] to [W b, ...]. Every rank has the same number of rows. No gradient."""
+    """The rows of all ranks, rank 0's first: [b, ...] to [W b, ...]. Every rank has the same number of rows. No
+    gradient."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -47,7 +48,8 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
-    """Each rank's rows of its lanes, lowest lane first, as the rows of all lanes in lane order: lane l runs on rank l mod W."""
+    """Each rank's rows of its lanes, lowest lane first, as the rows of all lanes in lane order: lane l runs on rank l
+    mod W."""
     return torch.cat([gather_rows(rows) for rows in lanes])
 
 

@@ -22,7 +22,15 @@ from infoxlm_ds.config import Optimizer, UserError
 from infoxlm_ds.model.momentum import Fragment
 
 # What a user may set in a ds_configs file. DeepSpeed itself accepts unknown top-level keys in silence.
-ALLOWED = {"zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "comms_logger", "wall_clock_breakdown"}
+ALLOWED = {
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "comms_logger",
+    "wall_clock_breakdown",
+}
 OURS = {
     "train_batch_size": "batch.lanes",
     "train_micro_batch_size_per_gpu": "batch",
@@ -69,8 +77,11 @@ def load_engine_config(path: Path) -> dict[str, Any]:
     if stage == 0 and sixteen_bits:
         raise UserError(f"{path}: 16-bit training needs fp32 masters to average: set zero_optimization.stage to 1")
     if sixteen_bits and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-        raise UserError(f'{path}: 16-bit training adds up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}')
-    return config  # type: ignore[no-any-return]
+        raise UserError(
+            f'{path}: 16-bit training adds up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
+        )
+    assert isinstance(config, dict)
+    return config
 
 
 class Engine:
@@ -98,7 +109,8 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, share: Tensor) -> None:
-        """Backward of one lane's share of the loss. DeepSpeed averages over ranks and micro-steps; shares are to be added up."""
+        """Backward of one lane's share of the loss. DeepSpeed averages over ranks and micro-steps; shares are to be
+        added up."""
         self._engine.backward(share * self._lanes)
 
     def step(self, done: int) -> bool:
@@ -153,14 +165,16 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def schedule(step: int, recipe: Optimizer) -> float:
-    """Factor of the learning rate at step 1, 2, ...: linear warm-up to 1 at `warmup`, then linear decay to 0 after the last."""
+    """Factor of the learning rate at step 1, 2, ...: linear warm-up to 1 at `warmup`, then linear decay to 0 after the
+    last."""
     if step <= recipe.warmup:
         return step / recipe.warmup
     return max(0.0, (recipe.steps + 1 - step) / (recipe.steps + 1 - recipe.warmup))
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, vectors (biases, LayerNorms) are not. By shape, for names of tied weights depend on who comes first."""
+    """Matrices are decayed, vectors (biases, LayerNorms) are not. By shape, for names of tied weights depend on who
+    comes first."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     vectors = [p for p in module.parameters() if p.ndim <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -2,7 +2,8 @@
 
 Legend: b pairs of this lane, N pairs of the step, D width.
 
-Each lane's loss is its *share* of the step's: sums over its own rows divided by the step's counts, so that shares and gradients add
+Each lane's loss is its *share* of the step's: sums over its own rows divided by the step's counts, so that shares and
+gradients add
 up over lanes and ranks to the per-task means. `StepContext` is what a lane must know of the others, made once a step.
 """
 
@@ -28,7 +29,8 @@ TASKS = ("mmlm", "tlm", "xlco")
 
 @dataclass(frozen=True)
 class Cached:
-    """Contrast of the whole step, finished ahead of the lanes' passes: this rank's share and each lane's d share / d reps."""
+    """Contrast of the whole step, finished ahead of the lanes' passes: this rank's share and each lane's d share / d
+    reps."""
 
     share: Tensor
     gradients: tuple[Tensor, ...]
@@ -37,7 +39,8 @@ class Cached:
 
 @dataclass(frozen=True)
 class StepContext:
-    """`denominators`: what each task's sum is divided by, over all lanes and ranks. `sides`: keys of the whole step in lane order,
+    """`denominators`: what each task's sum is divided by, over all lanes and ranks. `sides`: keys of the whole step in
+    lane order,
     [N, D] each, without gradient: second sides, and first sides where symmetric. `ids` [N, I]."""
 
     denominators: dict[str, int]
@@ -48,7 +51,9 @@ class StepContext:
     cached: Cached | None = None
 
 
-Report = dict[str, Tensor | int]  # sums over masked rows and pairs, `task/name`; left on the device, for the log to add up
+Report = dict[
+    str, Tensor | int
+]  # sums over masked rows and pairs, `task/name`; left on the device, for the log to add up
 
 
 class Objective(nn.Module):
@@ -60,7 +65,9 @@ class Objective(nn.Module):
         self._contrast, self._weights, self._reduction = recipe.contrast, recipe.weights, recipe.reduction
         self._lanes, self._tasks = recipe.batch.lanes, recipe.tasks
 
-    def prepare(self, micros: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None) -> StepContext:
+    def prepare(
+        self, micros: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None
+    ) -> StepContext:
         """What this rank's lanes (lowest first) need of the others. Collective: every rank calls it at every step."""
         counts = torch.tensor([sum(m.counts[task] for m in micros) for task in TASKS], device=self._device)
         totals = dict(zip(TASKS, dist.sum_over_ranks(counts).tolist(), strict=True))
@@ -82,7 +89,8 @@ class Objective(nn.Module):
         return StepContext(denominators, pairs, queue, gathered, all_ids)
 
     def forward(self, batch: JointBatch, context: StepContext, slot: int) -> tuple[Tensor, Report, Tensor]:
-        """The loss share of this rank's lane number `slot`, a report, and the lane's representations without gradient."""
+        """The loss share of this rank's lane number `slot`, a report, and the lane's representations without
+        gradient."""
         tokens, trunk = self._to_device(batch.tokens), pack(batch.tokens.lengths[: batch.trunk]).to(self._device)
         hidden, reps = self.model(tokens, trunk, batch.trunk)
         report: Report = {}
@@ -110,7 +118,9 @@ class Objective(nn.Module):
         how, ids = self._contrast, self._ids(batch)
         if context.cached is not None:
             share = context.cached.share if slot == 0 else torch.zeros_like(context.cached.share)
-            return with_gradients(share, (reps, context.cached.gradients[slot])), context.cached.reports if slot == 0 else ()
+            return with_gradients(
+                share, (reps, context.cached.gradients[slot])
+            ), context.cached.reports if slot == 0 else ()
         if how.keys == "gradient":
             first, second = reps.chunk(2)
             share, d_first, d_second, reports = contrast_gradients(
@@ -124,7 +134,8 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, list[ContrastReport]]:
         how = self._contrast
         own = torch.arange(len(ids), device=reps.device) + len(ids) * (slot * dist.world_size() + dist.rank())
-        share, reports = reps.new_zeros((), dtype=torch.float32), []
+        share = reps.new_zeros((), dtype=torch.float32)
+        reports: list[ContrastReport] = []
         if context.queue is None and not how.in_batch:
             return share + 0.0 * reps.sum(), reports  # the queue still fills
         assert context.ids is not None
@@ -146,7 +157,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _ahead(self, micros: Sequence[JointBatch], queue: Keys | None) -> Cached:
-        """Cached representations: encode all lanes without a graph, then one contrast over the whole step. The lanes' own passes
+        """Cached representations: encode all lanes without a graph, then one contrast over the whole step. The lanes'
+        own passes
         then only carry the gradient back, so the contrast is as large as the step however few pairs fit into memory."""
         encoder, how = self.model.sentence_encoder(), self._contrast
         reps = [encoder(self._to_device(_queries(m))) for m in micros]
@@ -160,7 +172,8 @@ class Objective(nn.Module):
         return Cached(share, gradients, tuple(reports))
 
     def new_keys(self, context: StepContext, micros: Sequence[JointBatch], reps: Sequence[Tensor]) -> Keys:
-        """What the queue gets of this step: the second sides of all lanes and their text ids, in lane order. Collective.
+        """What the queue gets of this step: the second sides of all lanes and their text ids, in lane order.
+        Collective.
 
         `micros` and `reps`: this rank's lanes and what `forward` returned for them.
         """

@@ -59,7 +59,8 @@ def _run(recipe: Recipe) -> int:
 
 
 def build(recipe: Recipe):  # type: ignore[no-untyped-def]  # TrainState; imported late, so that a wrong recipe fails at once
-    """Everything `fit` needs, from scratch or from the run's newest checkpoint. All checks come before anything is written."""
+    """Everything `fit` needs, from scratch or from the run's newest checkpoint. All checks come before anything is
+    written."""
     import torch
 
     from infoxlm_ds import dist
@@ -107,7 +108,8 @@ def build(recipe: Recipe):  # type: ignore[no-untyped-def]  # TrainState; import
 
 
 def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) -> int:
-    """Run `main` under DeepSpeed's launcher on this machine: every GPU, or `ranks` CPU processes (two, if the lanes allow it)."""
+    """Run `main` under DeepSpeed's launcher on this machine: every GPU, or `ranks` CPU processes (two, if the lanes
+    allow it)."""
     recipe = load_recipe(recipe_path, overrides)
     ranks = ranks or _default_ranks(recipe.batch.lanes)
     environment = dict(os.environ)
@@ -115,7 +117,13 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     environment.setdefault("PYTHONUNBUFFERED", "1")
     if not _gpus():
         environment["DS_ACCELERATOR"] = "cpu"
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--log_level", "warning"]
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        str(ranks),
+        "--log_level",
+        "warning",
+    ]
     command += ["--master_port", str(_free_port()), "--no_local_rank", __file__, str(recipe_path), *overrides]
     process = subprocess.Popen(command, env=environment)
 
@@ -135,9 +143,15 @@ def _summary(state) -> str:  # type: ignore[no-untyped-def]
 
     recipe, parameters = state.recipe, sum(p.numel() for p in state.objective.parameters())
     tasks = "+".join(task for task, used in recipe.tasks.items() if used)
-    where = f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}"
-    filling = f"; the queue of {len(state.queue)} fills before XlCo reads it" if state.queue and state.queue.filled < 1 else ""
-    return f"{recipe.run}: {tasks}, {parameters / 1e6:.1f}M parameters, {where}, step {state.step} of {recipe.optimizer.steps}{filling}"
+    where = (
+        f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}"
+    )
+    filling = state.queue is not None and state.queue.filled < 1
+    return (
+        f"{recipe.run}: {tasks}, {parameters / 1e6:.1f}M parameters, {where}, "
+        f"step {state.step} of {recipe.optimizer.steps}"
+        + (f"; the queue of {len(state.queue)} fills before XlCo reads it" if filling else "")
+    )
 
 
 def _default_ranks(lanes: int) -> int:

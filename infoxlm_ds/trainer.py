@@ -25,7 +25,8 @@ from infoxlm_ds.objective import Objective
 
 @dataclass
 class TrainState:
-    """All that a run is made of. `step` counts applied optimizer steps, `consumed` the steps' batches taken from the streams."""
+    """All that a run is made of. `step` counts applied optimizer steps, `consumed` the steps' batches taken from the
+    streams."""
 
     recipe: Recipe
     loader: Loader
@@ -42,7 +43,8 @@ class TrainState:
 
 
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
-    """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is saved.
+    """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is
+    saved.
 
     `sinks`: rank 0's, None elsewhere.
     """
@@ -63,7 +65,8 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
 
 
 def train_step(state: TrainState) -> bool:
-    """One global batch: keys and counts of the whole step, one pass a lane, one update. True if the update was applied."""
+    """One global batch: keys and counts of the whole step, one pass a lane, one update. True if the update was
+    applied."""
     waited = time.monotonic()
     micros = next(state.loader)
     state.meter.add({"data_wait": torch.tensor(time.monotonic() - waited)})
@@ -117,9 +120,8 @@ def _probe(state: TrainState, sinks: Sinks | None) -> None:
     values = state.probe.run(state.objective.model.sentence_encoder())
     if sinks is not None:
         sinks.write(state.step, values)
-        sinks.say(
-            f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} (trigrams {values['probe/trigram_mean']:.3f})"
-        )
+        baseline = f"trigrams {values['probe/trigram_mean']:.3f}"
+        sinks.say(f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} ({baseline})")
 
 
 def _save(state: TrainState) -> None:

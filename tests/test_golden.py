@@ -1,6 +1,7 @@
 """It is InfoXLM: consecutive training steps of the reference implementation, replayed to its stated tolerances.
 
-`tests/golden/README.md` says what the files hold. GOLDEN_DIR may name a folder with more steps; every step file in it is replayed.
+`tests/golden/README.md` says what the files hold. GOLDEN_DIR may name a folder with more steps; every step file in it
+is replayed.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Replay:
         self.objective = Objective(RECIPE, self.model)
         self.queue = KeyQueue(24, 64, 2, torch.device("cpu"))
         self.key = MomentumEncoder(self.model.sentence_encoder(), _masters, RECIPE.contrast.momentum, sharded=False)
-        self.key.load_state_dict({f"{f.parameter}:0": f.values for f in _masters(list(slow.sentence_encoder().parameters()))})
+        self.key.load_state_dict(
+            {f"{f.parameter}:0": f.values for f in _masters(list(slow.sentence_encoder().parameters()))}
+        )
         self.adam = FairseqAdam([p for p in self.model.parameters() if p is not self.untrained])
 
     @property
@@ -98,7 +101,10 @@ class Replay:
             torch.testing.assert_close(keys, fill[f"fill{n}.keys"], atol=5e-6, rtol=0)
             self.queue.push(Keys(keys, torch.zeros(len(keys), 2, dtype=torch.int64)), 0)
             torch.testing.assert_close(
-                self.queue.vectors[: self.queue.pushed], fill[f"fill{n}.queue_after"][: self.queue.pushed], atol=5e-6, rtol=0
+                self.queue.vectors[: self.queue.pushed],
+                fill[f"fill{n}.queue_after"][: self.queue.pushed],
+                atol=5e-6,
+                rtol=0,
             )
             assert self.queue.pushed % 24 == int(fill[f"fill{n}.ptr_after"])
 
@@ -124,9 +130,9 @@ def test_a_step_of_the_reference_is_reproduced(number: int, replayed: list) -> N
             expected = golden[name.replace("grad.", "grad_sum.", 1)]
             atol = 5e-5 * float(expected.abs().max())
             if not name.endswith("k_proj.bias"):  # mathematically zero: noise
-                torch.testing.assert_close(value, expected, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(value, expected, atol=atol, rtol=0, msg=name)
         elif name.startswith("after."):
-            torch.testing.assert_close(value, golden[name], atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(value, golden[name], atol=2e-6, rtol=0, msg=name)
         elif name.endswith("xlco_loss_sum"):
             torch.testing.assert_close(value, golden[name], rtol=5e-6, atol=0)
     assert int(ours["pointer"]) == stated["queue_ptr_after"]
@@ -166,7 +172,9 @@ def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # ty
         torch.testing.assert_close(reps, golden[f"micro{j}.q"], atol=1e-5, rtol=0)
         share.backward()
         ours[f"micro{j}.xlco_loss_sum"] = torch.as_tensor(report["xlco/loss"])
-        replay.queue.push(replay.objective.new_keys(context, [micro], [reps]), stated["step"])  # the reference pushes here
+        replay.queue.push(
+            replay.objective.new_keys(context, [micro], [reps]), stated["step"]
+        )  # the reference pushes here
     ours |= _reference_names(replay, "grad.", lambda p: p.grad * total)
     trained = [p for p in replay.model.parameters() if p is not replay.untrained]
     norm = torch.nn.utils.clip_grad_norm_(trained, stated["clip_norm"])
@@ -175,7 +183,11 @@ def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # ty
     ours |= _reference_names(replay, "after.", lambda p: p.detach().clone())
     ours |= {f"after.{k}": v for k, v in _key_names(replay).items()}
     ours["after.queue"] = replay.queue.vectors.clone()
-    ours |= {"norm": norm, "pushed": torch.tensor(replay.queue.pushed), "pointer": torch.tensor(replay.queue.pushed % 24)}
+    ours |= {
+        "norm": norm,
+        "pushed": torch.tensor(replay.queue.pushed),
+        "pointer": torch.tensor(replay.queue.pushed % 24),
+    }
     return golden, stated, ours
 
 

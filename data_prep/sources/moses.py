@@ -14,5 +14,7 @@ def read(paths: dict[str, Path]) -> Iterator[dict[str, str]]:
     for row in zip_longest(*(lines(path) for path in paths.values())):
         if None in row:
             shortest = [str(path) for path, cell in zip(paths.values(), row, strict=True) if cell is None]
-            raise UserError(f"{', '.join(shortest)}: fewer lines than the other side: aligned files have as many lines each")
+            raise UserError(
+                f"{', '.join(shortest)}: fewer lines than the other side: aligned files have as many lines each"
+            )
         yield {language: text for language, (_, text) in zip(paths, row, strict=True) if text.strip()}

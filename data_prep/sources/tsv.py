@@ -13,5 +13,7 @@ def read(path: Path, languages: tuple[str, ...]) -> Iterator[dict[str, str]]:
     for number, line in lines(path):
         cells = line.split("\t")
         if len(cells) != len(languages):
-            raise UserError(f"{path} line {number}: {len(cells)} columns, expected {len(languages)} ({', '.join(languages)})")
+            raise UserError(
+                f"{path} line {number}: {len(cells)} columns, expected {len(languages)} ({', '.join(languages)})"
+            )
         yield {language: cell for language, cell in zip(languages, cells, strict=True) if cell.strip()}

@@ -2,7 +2,8 @@
 
 Legend: T tokens, S sequences, M masked rows, B pairs, I text ids an item.
 
-Layout of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer. XLM-R's
+Layout of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer.
+XLM-R's
 formats: `<s> a </s>` and `<s> a </s></s> b </s>`.
 """
 
@@ -37,9 +38,12 @@ class Sequences:
 class JointBatch:
     """One lane's micro-batch.
 
-    `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first sides
-    first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder reads, [B] second
-    sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `languages`: items a stream and language (or
+    `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first
+    sides
+    first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder reads,
+    [B] second
+    sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `languages`: items a stream and
+    language (or
     pair), for the report.
     """
 
@@ -86,7 +90,10 @@ class BatchBuilder:
     def build(self, lane: int, step: int) -> JointBatch:
         """The micro-batch of `lane` at `step`; masks and mixup are keyed by both."""
         trunk, masked, languages = [], [], {}
-        sizes = {"mmlm": (self._recipe.batch.mmlm_tokens, SPECIAL_ONE), "tlm": (self._recipe.batch.tlm_tokens, SPECIAL_TWO)}
+        sizes = {
+            "mmlm": (self._recipe.batch.mmlm_tokens, SPECIAL_ONE),
+            "tlm": (self._recipe.batch.tlm_tokens, SPECIAL_TWO),
+        }
         for task, (tokens, overhead) in sizes.items():
             if task not in self.readers:
                 continue
@@ -99,7 +106,9 @@ class BatchBuilder:
             languages["xlco"] = self._count_languages(pairs)
         shift = np.cumsum([0] + [len(one.ids) for one in trunk])
         rows_at = [m.rows + shift[i] for i, (_, m) in enumerate(masked)]
-        tokens_in = _concatenate([Sequences(m.ids, s.lengths) for (_, m), s in zip(masked, trunk, strict=True)] + [queries])
+        tokens_in = _concatenate(
+            [Sequences(m.ids, s.lengths) for (_, m), s in zip(masked, trunk, strict=True)] + [queries]
+        )
         return JointBatch(
             tokens_in,
             sum(len(one) for one in trunk),
@@ -169,9 +178,13 @@ def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Seque
     return Sequences(ids, total.astype(np.int64))
 
 
-def _mixed(starts: np.ndarray, lengths: np.ndarray, generator: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, code-switched, <c1 d2, c2 d1>,
-    the order within each side by chance. Neighbours in the shuffled stream are random partners, new ones every epoch."""
+def _mixed(
+    starts: np.ndarray, lengths: np.ndarray, generator: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, code-switched, <c1
+    d2, c2 d1>,
+    the order within each side by chance. Neighbours in the shuffled stream are random partners, new ones every
+    epoch."""
     n = starts.shape[1] // 2
     c, d = np.arange(n) * 2, np.arange(n) * 2 + 1
     crossed = generator.integers(2, size=n)
@@ -195,7 +208,9 @@ def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _concatenate(parts: list[Sequences]) -> Sequences:
     empty = np.zeros(0, np.int64)
-    return Sequences(np.concatenate([empty, *(p.ids for p in parts)]), np.concatenate([empty, *(p.lengths for p in parts)]))
+    return Sequences(
+        np.concatenate([empty, *(p.ids for p in parts)]), np.concatenate([empty, *(p.lengths for p in parts)])
+    )
 
 
 def longest_sequence(recipe: Recipe, corpus: Corpus) -> int:

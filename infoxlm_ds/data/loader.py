@@ -28,7 +28,9 @@ class Loader:
     def __init__(self, recipe: Recipe, corpus: Corpus, rank: int, world: int) -> None:
         lanes = recipe.batch.lanes
         if lanes % world:
-            raise UserError(f"batch.lanes is {lanes}, which {world} ranks do not divide: start 1 to {lanes} ranks that do")
+            raise UserError(
+                f"batch.lanes is {lanes}, which {world} ranks do not divide: start 1 to {lanes} ranks that do"
+            )
         self.lanes = list(range(rank, lanes, world))
         self._builder = BatchBuilder(recipe, corpus, self.lanes)
         self.cursors: Cursors = self._position()

@@ -52,7 +52,8 @@ class Tokenizer(_Part):
 
 
 class Manifest(_Part):
-    """`max_tokens`: the longest side in pieces, without special tokens. `counts`: what was split or left out, by reason."""
+    """`max_tokens`: the longest side in pieces, without special tokens. `counts`: what was split or left out, by
+    reason."""
 
     format: int = FORMAT
     name: str
@@ -76,18 +77,23 @@ class Manifest(_Part):
 
 
 def load_manifest(corpus: Path) -> Manifest:
-    """The manifest of a corpus folder. UserError where there is none, it is of another format, or a byte of it was changed."""
+    """The manifest of a corpus folder. UserError where there is none, it is of another format, or a byte of it was
+    changed."""
     path = corpus / NAME
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{corpus} is no prepared corpus: make it with `infoxlm prep build CORPUS.yaml {corpus}`") from None
+        raise UserError(
+            f"{corpus} is no prepared corpus: make it with `infoxlm prep build CORPUS.yaml {corpus}`"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: prepare the corpus again") from None
     try:
         tree = json.loads(text)
         if isinstance(tree, dict) and tree.get("format") != FORMAT:
-            raise UserError(f"{path} has format {tree.get('format')}, this version reads {FORMAT}: prepare the corpus again")
+            raise UserError(
+                f"{path} has format {tree.get('format')}, this version reads {FORMAT}: prepare the corpus again"
+            )
         manifest = Manifest.model_validate(tree)
     except (ValueError, ValidationError):
         raise UserError(f"{path} is damaged: prepare the corpus again") from None

@@ -1,4 +1,5 @@
-"""Which pieces a masked LM has to guess: 15 % of them, 80/10/10 (BERT; XLM-R). A pure function of ids and a keyed generator."""
+"""Which pieces a masked LM has to guess: 15 % of them, 80/10/10 (BERT; XLM-R). A pure function of ids and a keyed
+generator."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from infoxlm_ds.config import Masking
 
 @dataclass(frozen=True)
 class Masked:
-    """`ids` [T] after masking, the chosen `rows` [M] in ascending order and the pieces that stood there, `labels` [M]."""
+    """`ids` [T] after masking, the chosen `rows` [M] in ascending order and the pieces that stood there, `labels`
+    [M]."""
 
     ids: np.ndarray
     rows: np.ndarray

@@ -28,7 +28,8 @@ INDEX_COLUMNS = ("shard", "offset", "size", "rows", "tokens", "crc32")
 
 @dataclass(frozen=True)
 class Pack:
-    """`ids` uint32 [T], row by row, a row's sides in the source's order; `lengths` [s, n] uint16 (0: this row lacks that side);
+    """`ids` uint32 [T], row by row, a row's sides in the source's order; `lengths` [s, n] uint16 (0: this row lacks
+    that side);
     `text_ids` [s, n] uint64."""
 
     ids: np.ndarray
@@ -49,7 +50,8 @@ def text_id(text: str) -> int:
 
 
 def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list[WrittenShard], np.ndarray]:
-    """Write packs into `folder`/<source>-NNNNN.tar. Returns the shards and the index, int64 [packs, 6] (INDEX_COLUMNS)."""
+    """Write packs into `folder`/<source>-NNNNN.tar. Returns the shards and the index, int64 [packs, 6]
+    (INDEX_COLUMNS)."""
     folder.mkdir(parents=True)
     shards: list[WrittenShard] = []
     index: list[tuple[int, ...]] = []
@@ -74,13 +76,16 @@ def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list
 
 
 def read_pack(shard: Path, offset: int, size: int, crc32: int) -> Pack:
-    """One pack by its place in a shard: a slice of a tar is a tar. UserError where a byte of it is not what was written."""
+    """One pack by its place in a shard: a slice of a tar is a tar. UserError where a byte of it is not what was
+    written."""
     try:
         with shard.open("rb") as file:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
-        raise UserError(f"{shard}: cannot be read: {error.strerror}; restore the file or prepare the corpus again") from None
+        raise UserError(
+            f"{shard}: cannot be read: {error.strerror}; restore the file or prepare the corpus again"
+        ) from None
     if len(data) != size or zlib.crc32(data) != crc32:
         raise UserError(f"{shard}: the pack at byte {offset} is damaged: restore the file or prepare the corpus again")
     members: dict[str, Any] = {m["fname"].split(".", 1)[1]: m["data"] for m in tar_file_iterator(io.BytesIO(data))}

@@ -1,6 +1,7 @@
 """The order of a stream as a pure function of integers: which pack of which source is draw number t.
 
-Nothing here holds a list of items. All randomness is keyed by (seed, stream, ...), so that any draw of any lane can be had at once.
+Nothing here holds a list of items. All randomness is keyed by (seed, stream, ...), so that any draw of any lane can be
+had at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class SourceSize:
 
 
 class Plan:
-    """The draws of one stream over its sources, each taken with a share of p^alpha of its items (XLM-R, section 3.1)."""
+    """The draws of one stream over its sources, each taken with a share of p^alpha of its items (XLM-R, section
+    3.1)."""
 
     def __init__(self, sources: list[SourceSize], alpha: float, seed: int, stream: str) -> None:
         self._sources, self._key = sources, (seed, stream)
@@ -65,7 +67,8 @@ class Plan:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where a keyed permutation of range(size) sends `index`: a Feistel network on the next even number of bits, walked along its
+    """Where a keyed permutation of range(size) sends `index`: a Feistel network on the next even number of bits,
+    walked along its
     cycle until it falls into the range."""
     half = max(1, (size - 1).bit_length() + 1 >> 1)
     mask = (1 << half) - 1
@@ -92,7 +95,8 @@ def _number(*key: object) -> int:
 
 
 def _slots(sources: list[SourceSize], alpha: float) -> np.ndarray:
-    """How many of the SLOTS each source gets, by largest remainder, at least one each. A draw is a pack, and packs of small sources
+    """How many of the SLOTS each source gets, by largest remainder, at least one each. A draw is a pack, and packs of
+    small sources
     are not full, so a share of items is divided by the items of a pack."""
     items, packs = (np.array([getattr(s, name) for s in sources], dtype=np.float64) for name in ("items", "packs"))
     shares = items**alpha * packs / items

@@ -25,8 +25,10 @@ PACKS_KEPT = 64  # decoded; a small corpus then is read from disk once
 class Rows:
     """n items whose ids lie in `pool` [T]: side j of item i at `starts[j, i]`, `lengths[j, i]` long.
 
-    `text_ids` [s + 1, n] (pairs) or [1, n]: hashes of the sides' texts, and for pairs one that all translations of the row share.
-    `languages` [s, n]: indices into `Corpus.languages`. `where` [3, n]: source, source epoch and row, which name an item.
+    `text_ids` [s + 1, n] (pairs) or [1, n]: hashes of the sides' texts, and for pairs one that all translations of the
+    row share.
+    `languages` [s, n]: indices into `Corpus.languages`. `where` [3, n]: source, source epoch and row, which name an
+    item.
     """
 
     pool: np.ndarray
@@ -50,8 +52,15 @@ class Rows:
             return parts[0]
         shifts = np.cumsum([0] + [len(p.pool) for p in parts])
         starts = np.concatenate([p.starts + shift for p, shift in zip(parts, shifts, strict=False)], axis=1)
-        rest = [[p.lengths for p in parts], [p.text_ids for p in parts], [p.languages for p in parts], [p.where for p in parts]]
-        return Rows(np.concatenate([p.pool for p in parts]), starts, *(np.concatenate(column, axis=1) for column in rest))
+        rest = [
+            [p.lengths for p in parts],
+            [p.text_ids for p in parts],
+            [p.languages for p in parts],
+            [p.where for p in parts],
+        ]
+        return Rows(
+            np.concatenate([p.pool for p in parts]), starts, *(np.concatenate(column, axis=1) for column in rest)
+        )
 
 
 class Corpus:
@@ -65,7 +74,10 @@ class Corpus:
             if not found.is_file():
                 raise UserError(f"{found} is missing: restore the file or prepare the corpus again")
             if found.stat().st_size != file.bytes:
-                raise UserError(f"{found} has {found.stat().st_size} bytes, not {file.bytes}: restore it or prepare the corpus again")
+                raise UserError(
+                    f"{found} has {found.stat().st_size} bytes, not {file.bytes}: "
+                    "restore the file or prepare the corpus again"
+                )
         self.sources = self.manifest.sources
         self.languages = sorted({language for source in self.sources for language in source.languages})
         self._indices = [np.load(path / source.index.name) for source in self.sources]
@@ -100,17 +112,20 @@ class StreamReader:
         self._numbers = [i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream] and source.items]
         sources = [corpus.sources[i] for i in self._numbers]
         if not sources:
-            raise UserError(f"{corpus.path} has no source for {stream}, which reads {' or '.join(KINDS[stream])} sources")
+            raise UserError(
+                f"{corpus.path} has no source for {stream}, which reads {' or '.join(KINDS[stream])} sources"
+            )
         if pivot is not None and pivot not in corpus.languages:
             raise UserError(f"sampling.pivot: {corpus.path} has no language {pivot!r}")
         self.items, self.tokens = sum(s.items for s in sources), sum(s.tokens for s in sources)
         self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], alpha, seed, stream)
         self._pivot, self._pivot_share = pivot, pivot_share
-        self._at = {lane: (0, 0) for lane in own_lanes}
+        self._at = dict.fromkeys(own_lanes, (0, 0))
         self._windows: dict[int, tuple[int, Rows]] = {}
 
     def take(self, lane: int, *, items: int | None = None, tokens: int | None = None, overhead: int = 0) -> Rows:
-        """The lane's next `items`, or as many as fit into `tokens` at their length plus `overhead` each (at least one)."""
+        """The lane's next `items`, or as many as fit into `tokens` at their length plus `overhead` each (at least
+        one)."""
         assert (items is None) != (tokens is None)
         parts: list[Rows] = []
         left = items if items is not None else tokens
@@ -169,10 +184,14 @@ class StreamReader:
         return Rows(pack.ids, picked[0], picked[1], np.concatenate([picked[2], shared]), codes[sides], where)
 
     def _pairs(self, source: Source, lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Two different sides that each row has, [2, n], in random order; the pivot is one of them in the share asked for."""
+        """Two different sides that each row has, [2, n], in random order; the pivot is one of them in the share asked
+        for."""
         chance = np.where(lengths > 0, generator.random(lengths.shape), -1.0)
         first, second = np.argsort(-chance, axis=0, kind="stable")[:2]
-        wanted, swapped = generator.random(lengths.shape[1]) < self._pivot_share, generator.random(lengths.shape[1]) < 0.5
+        wanted, swapped = (
+            generator.random(lengths.shape[1]) < self._pivot_share,
+            generator.random(lengths.shape[1]) < 0.5,
+        )
         if self._pivot in source.languages:
             pivot = source.languages.index(self._pivot)
             wanted &= (lengths[pivot] > 0) & (first != pivot)

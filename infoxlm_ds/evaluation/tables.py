@@ -42,7 +42,8 @@ def read_json(path: Path) -> list[RetrievalRow]:
 
 
 def print_comparison(results: dict[str, Sequence[RetrievalRow]], console: Console) -> None:
-    """One table of several models on the same files: mean accuracy@1 of both directions over languages, a column a model."""
+    """One table of several models on the same files: mean accuracy@1 of both directions over languages, a column a
+    model."""
     table = Table(title="mean accuracy@1, both directions", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("data", "languages"):
         table.add_column(heading, no_wrap=True)
@@ -51,7 +52,9 @@ def print_comparison(results: dict[str, Sequence[RetrievalRow]], console: Consol
     first = next(iter(results.values()))
     for data in dict.fromkeys(row.data for row in first):
         for only_cross in (False, True):
-            parts = [[r for r in rows if r.data == data and (r.cross_script or not only_cross)] for rows in results.values()]
+            parts = [
+                [r for r in rows if r.data == data and (r.cross_script or not only_cross)] for rows in results.values()
+            ]
             if all(parts):
                 _compare(table, Path(data).name.split(".jsonl")[0], parts, only_cross)
     console.print(table)

@@ -2,12 +2,15 @@
 
 Legend: b pairs at hand, N pairs of all lanes and ranks, n keys of a block, D width, I text ids an item.
 
-With S_ij = q_i.k_j / temperature, p_i the logit of the positive and L_i the log-sum-exp over the negatives of row i, the loss is
-softplus(L_i - p_i). The positive never enters a sum of ten thousand terms, so the gradient keeps its precision when the loss is
+With S_ij = q_i.k_j / temperature, p_i the logit of the positive and L_i the log-sum-exp over the negatives of row i,
+the loss is
+softplus(L_i - p_i). The positive never enters a sum of ten thousand terms, so the gradient keeps its precision when
+the loss is
 tiny. Negatives are read in tiles; nothing of size N x negatives exists. Gradients are finished in forward, as are all
 collectives, and backward only scales them. Inside, everything is float32 (float64 for float64 input).
 
-Every function returns this caller's *share*: the sum over its own rows divided by N. Shares and their gradients add up, over lanes
+Every function returns this caller's *share*: the sum over its own rows divided by N. Shares and their gradients add
+up, over lanes
 and ranks, to the mean over all pairs.
 """
 
@@ -27,7 +30,8 @@ TILE_ROWS, TILE_KEYS = 256, 1024  # 1 MiB of float32: a tile stays in the second
 
 
 class Keys(NamedTuple):
-    """A block of keys [n, D] and the text ids of their items [n, I]. Items that share an id are never negatives of each other."""
+    """A block of keys [n, D] and the text ids of their items [n, I]. Items that share an id are never negatives of
+    each other."""
 
     vectors: Tensor
     ids: Tensor
@@ -35,7 +39,8 @@ class Keys(NamedTuple):
 
 @dataclass(frozen=True)
 class ContrastReport:
-    """A row each [b], without gradient: the `loss`, the logit of the `positive` and of the `hardest` negative, and how many keys
+    """A row each [b], without gradient: the `loss`, the logit of the `positive` and of the `hardest` negative, and how
+    many keys
     were `negatives` and how many were `masked` because they share a text with the pair."""
 
     loss: Tensor
@@ -53,11 +58,20 @@ class _Direction(NamedTuple):
 
 
 def contrast(
-    query: Tensor, keys: Keys, own: Tensor, *, ids: Tensor, temperature: float, total: int, in_batch: bool, queue: Keys | None
+    query: Tensor,
+    keys: Keys,
+    own: Tensor,
+    *,
+    ids: Tensor,
+    temperature: float,
+    total: int,
+    in_batch: bool,
+    queue: Keys | None,
 ) -> tuple[Tensor, ContrastReport]:
     """Contrast of query [b, D] with keys without gradient (MoCo's form): row i belongs to `keys[own[i]]`.
 
-    `ids` [b, I] are the items' text ids; `in_batch` makes the other keys negatives; `queue` adds older ones. `total` is N.
+    `ids` [b, I] are the items' text ids; `in_batch` makes the other keys negatives; `queue` adds older ones. `total`
+    is N.
     """
     one = _direction(query.detach(), keys, own, ids, 1 / temperature, in_batch, queue)
     share = with_gradients(one.report.loss.sum() / total, (query, one.gradient / total))
@@ -67,10 +81,12 @@ def contrast(
 def contrast_gradients(
     query: Tensor, key: Tensor, *, ids: Tensor, temperature: float, symmetric: bool, queue: Keys | None
 ) -> tuple[Tensor, Tensor, Tensor, list[ContrastReport]]:
-    """The share and its gradients with respect to query and key, both [b, D], each rank with its own rows: row i of one belongs to
+    """The share and its gradients with respect to query and key, both [b, D], each rank with its own rows: row i of
+    one belongs to
     row i of the other, and the other pairs of all ranks are negatives. `symmetric`: the mean of both directions.
 
-    Collectives: the vectors and ids are gathered, then one number a row and direction, which is all that a key's gradient needs.
+    Collectives: the vectors and ids are gathered, then one number a row and direction, which is all that a key's
+    gradient needs.
     """
     scale = 1 / temperature
     all_query, all_key, all_ids = (dist.gather_rows(x.detach()) for x in (query, key, ids))
@@ -92,9 +108,10 @@ def contrast_gradients(
 
 
 def with_gradients(share: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """`share` as a loss: of each pair (tensor, gradient), backward hands the gradient times the incoming one to the tensor."""
+    """`share` as a loss: of each pair (tensor, gradient), backward hands the gradient times the incoming one to the
+    tensor."""
     tensors, gradients = zip(*pairs, strict=True)
-    result: Tensor = _Finished.apply(share, len(pairs), *tensors, *gradients)
+    result: Tensor = _Finished.apply(share, len(pairs), *tensors, *gradients)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -154,7 +171,8 @@ def _columns(own: Tensor, start: int, count: int) -> Tensor:
 
 
 def _pushed(keys: Keys, own: Tensor, queries: Keys, log_total: Tensor, scale: float) -> Tensor:
-    """Sum over all queries i that have key j as a negative of softmax_ij q_i, [b, D]: how the anchors push the keys away."""
+    """Sum over all queries i that have key j as a negative of softmax_ij q_i, [b, D]: how the anchors push the keys
+    away."""
     wide = torch.promote_types(keys.vectors.dtype, torch.float32)
     vectors, sums = keys.vectors.to(wide), []
     for first in range(0, len(vectors), TILE_ROWS):
@@ -188,6 +206,6 @@ class _Finished(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         return None, None, *(g * d_value.to(g.dtype) for g in gradients), *(None for _ in gradients)

@@ -2,7 +2,8 @@
 
 Legend: M masked rows, D width, V vocabulary, C rows of a chunk.
 
-The gradient is finished in forward: a chunk's logits [C, V] become its softmax and then its gradient in place, so that the peak
+The gradient is finished in forward: a chunk's logits [C, V] become its softmax and then its gradient in place, so that
+the peak
 is one chunk, and the vocabulary matrix gets one gradient buffer for all losses of a micro-batch.
 """
 
@@ -16,13 +17,17 @@ from torch import Tensor
 CHUNK_ROWS = 1024  # a chunk of 16 rows reads V x D for almost nothing; 1,024 rows of 250k logits are 0.95 GiB in fp32
 
 
-def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+def masked_lm(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """The weighted sum of cross-entropies and each row's own cross-entropy in nats.
 
-    hidden [M, D]; weight [V, D]; bias [V]; labels [M] int64; row_weights [M] (a task's weight over its global count, which makes
-    the sum over lanes and ranks the weighted mean of the task). Returns a scalar with gradient and [M] without. M may be 0.
+    hidden [M, D]; weight [V, D]; bias [V]; labels [M] int64; row_weights [M] (a task's weight over its global count,
+    which makes
+    the sum over lanes and ranks the weighted mean of the task). Returns a scalar with gradient and [M] without. M may
+    be 0.
     """
-    total, rows = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weights)
+    total, rows = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weights)  # type: ignore[no-untyped-call]
     return total, rows
 
 
@@ -33,7 +38,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = torch.zeros(len(labels), dtype=wide, device=hidden.device)
-        d_hidden, d_weight, d_bias = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias, dtype=wide)
+        d_hidden, d_weight, d_bias = (
+            torch.empty_like(hidden),
+            torch.zeros_like(weight),
+            torch.zeros_like(bias, dtype=wide),
+        )
         for start in range(0, len(labels), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = torch.addmm(bias, hidden[part], weight.t()).to(wide)  # [C, V]
@@ -52,6 +61,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (rows * row_weights).sum(), rows
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return d_hidden * d_total, d_weight.mul_(d_total), d_bias * d_total, None, None

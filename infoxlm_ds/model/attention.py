@@ -2,8 +2,10 @@
 
 Legend: T tokens, S sequences, H heads, D width of a head, P tokens of all groups after padding.
 
-A flat batch holds S sequences one behind the other; a token may attend to its own sequence only. On CUDA in 16 bits that is one
-varlen call. Elsewhere sequences of nearly equal length are put into groups and each group is one dense call, which measured
+A flat batch holds S sequences one behind the other; a token may attend to its own sequence only. On CUDA in 16 bits
+that is one
+varlen call. Elsewhere sequences of nearly equal length are put into groups and each group is one dense call, which
+measured
 faster than a block-diagonal mask or jagged tensors.
 """
 
@@ -35,7 +37,8 @@ class Group:
 class Packing:
     """How the T tokens of a flat batch fall into sequences.
 
-    `cu_seqlens` [S + 1] int32 serves the varlen kernel; `gather` [P] takes tokens into the padded layout of the groups and
+    `cu_seqlens` [S + 1] int32 serves the varlen kernel; `gather` [P] takes tokens into the padded layout of the groups
+    and
     `scatter` [T] brings them back.
     """
 
@@ -46,7 +49,9 @@ class Packing:
     groups: tuple[Group, ...]
 
     def to(self, device: torch.device) -> Packing:
-        groups = tuple(Group(g.start, g.stop, g.length, g.mask if g.mask is None else g.mask.to(device)) for g in self.groups)
+        groups = tuple(
+            Group(g.start, g.stop, g.length, g.mask if g.mask is None else g.mask.to(device)) for g in self.groups
+        )
         return Packing(
             self.cu_seqlens.to(device), self.longest, self.gather.to(device), self.scatter.to(device), groups
         )
@@ -84,10 +89,10 @@ def packed_attention(
     """transformers' attention interface on one flat row: query, key, value [1, H, T, D] to [1, T, H, D]."""
     packing = kwargs["packing"]
     assert isinstance(packing, Packing) and attention_mask is None and not kwargs.get("dropout")
-    flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, H, D]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(*flat, packing)[None], None
-    padded = [x.index_select(0, packing.gather) for x in flat]  # [P, H, D]
+        return _varlen(q, k, v, packing)[None], None
+    padded = [x.index_select(0, packing.gather) for x in (q, k, v)]  # [P, H, D]
     parts = [_dense(group, *(x[group.start : group.stop] for x in padded)) for group in packing.groups]
     return torch.cat(parts).index_select(0, packing.scatter)[None], None
 
@@ -104,8 +109,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tens
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA to import fully
 
     cu, longest = packing.cu_seqlens, packing.longest
-    result: Tensor = varlen_attn(query, key, value, cu, cu, longest, longest)
-    return result
+    out = varlen_attn(query, key, value, cu, cu, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
 
 
 AttentionInterface.register(PACKED, packed_attention)

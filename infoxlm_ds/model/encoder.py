@@ -30,8 +30,10 @@ class Packed:
     packing: Packing
 
     def to(self, device: torch.device) -> Packed:
-        tensors = (x.to(device) for x in (self.ids, self.positions, self.sequence, self.lengths))
-        return Packed(*tensors, self.packing.to(device))
+        ids, positions, sequence, lengths = (
+            x.to(device) for x in (self.ids, self.positions, self.sequence, self.lengths)
+        )
+        return Packed(ids, positions, sequence, lengths, self.packing.to(device))
 
 
 def packed(ids: np.ndarray, lengths: np.ndarray) -> Packed:
@@ -39,8 +41,11 @@ def packed(ids: np.ndarray, lengths: np.ndarray) -> Packed:
     starts = np.cumsum(lengths) - lengths
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.arange(len(ids)) - starts[sequence] + PADDING_ID + 1
-    tensors = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in (ids, positions, sequence, lengths))
-    return Packed(*tensors, pack(np.asarray(lengths)))
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
+
+    return Packed(tensor(ids), tensor(positions), tensor(sequence), tensor(lengths), pack(lengths))
 
 
 def embed(embeddings: nn.Module, batch: Packed) -> Tensor:
@@ -79,7 +84,8 @@ class InfoXLM(nn.Module):
         self.lm, self.head, self.universal_layer = lm, head, universal_layer
 
     def forward(self, batch: Packed, trunk: Packing, n_trunk: int) -> tuple[Tensor, Tensor]:
-        """One pass for all losses: the last `S - n_trunk` sequences are the contrast's and leave after the universal layer.
+        """One pass for all losses: the last `S - n_trunk` sequences are the contrast's and leave after the universal
+        layer.
 
         `trunk` packs the first `n_trunk` sequences alone. Returns the last layer's states of the trunk's tokens and the
         representations [S - n_trunk, D].

@@ -18,7 +18,8 @@ Pooling = Literal["cls", "mean"]
 
 
 class SentenceHead(nn.Module):
-    """Representations [S, D] from the universal layer: pool, project (InfoXLM, section 3.2), normalise, each by choice."""
+    """Representations [S, D] from the universal layer: pool, project (InfoXLM, section 3.2), normalise, each by
+    choice."""
 
     def __init__(self, width: int, pooling: Pooling, projection: bool, normalized: bool) -> None:
         super().__init__()
@@ -44,7 +45,8 @@ def pool(hidden: Tensor, sequence: Tensor, lengths: Tensor, how: Pooling) -> Ten
 
 
 def masked_lm_loss(lm: XLMRobertaForMaskedLM, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """XLM-R's head on the masked rows [M, D] only: the weighted sum of cross-entropies, and each row's own [M] in nats."""
+    """XLM-R's head on the masked rows [M, D] only: the weighted sum of cross-entropies, and each row's own [M] in
+    nats."""
     head = lm.lm_head
     features = head.layer_norm(gelu(head.dense(rows)))
     return masked_lm(features, head.decoder.weight, head.bias, labels, weights)

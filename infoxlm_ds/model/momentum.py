@@ -1,7 +1,10 @@
-"""The key encoder: an exponential average of the query encoder's fp32 master weights, held in fp32 (InfoXLM, section 3.2; MoCo).
+"""The key encoder: an exponential average of the query encoder's fp32 master weights, held in fp32 (InfoXLM, section
+3.2; MoCo).
 
-Held in 16 bits the average stands still: with m = 0.9999 a move of one step is below half a unit in the last place. So each rank
-averages, in fp32, the fragment of the masters that the optimizer gave it, and one sum over ranks rebuilds the weights to compute with.
+Held in 16 bits the average stands still: with m = 0.9999 a move of one step is below half a unit in the last place. So
+each rank
+averages, in fp32, the fragment of the masters that the optimizer gave it, and one sum over ranks rebuilds the weights
+to compute with.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from infoxlm_ds.model.encoder import Packed, SentenceEncoder
 
 @dataclass(frozen=True)
 class Fragment:
-    """A rank's part of a parameter's fp32 master: `values` [n] stand at `start` of the flattened parameter number `parameter`."""
+    """A rank's part of a parameter's fp32 master: `values` [n] stand at `start` of the flattened parameter number
+    `parameter`."""
 
     parameter: int
     start: int
@@ -30,10 +34,12 @@ Masters = Callable[[Sequence[nn.Parameter]], list[Fragment]]
 
 
 class MomentumEncoder:
-    """Embeddings, first K layers and projection, as a copy that follows `source`. It is no part of the engine's module."""
+    """Embeddings, first K layers and projection, as a copy that follows `source`. It is no part of the engine's
+    module."""
 
     def __init__(self, source: SentenceEncoder, masters: Masters, momentum: float, sharded: bool) -> None:
-        """`masters` gives this rank's fragments of the fp32 masters of parameters; `sharded`: they differ between ranks."""
+        """`masters` gives this rank's fragments of the fp32 masters of parameters; `sharded`: they differ between
+        ranks."""
         self._source = list(source.parameters())
         self._masters, self.momentum, self._sharded = masters, momentum, sharded
         self.encoder = copy.deepcopy(source).eval().requires_grad_(False)

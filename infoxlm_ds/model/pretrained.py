@@ -20,7 +20,9 @@ def build_model(model: Model, vocabulary: int, seed: int) -> InfoXLM:
         built = assemble(_load(model) if model.init else XLMRobertaForMaskedLM(_shape(model, vocabulary)), model)
     config = built.lm.config
     if config.vocab_size != vocabulary:
-        raise UserError(f"model.init {model.init} has {config.vocab_size} pieces, the corpus {vocabulary}: prepare it again")
+        raise UserError(
+            f"model.init {model.init} has {config.vocab_size} pieces, the corpus {vocabulary}: prepare it again"
+        )
     if model.universal_layer > config.num_hidden_layers:
         raise UserError(f"model.universal_layer {model.universal_layer} is above the {config.num_hidden_layers} layers")
     return built
@@ -45,8 +47,8 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
         ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (tokenizer_folder, model.init))
         if ours != theirs:
             raise UserError(
-                f"the corpus was prepared with another tokenizer than {model.init} has: set tokenizer.path to that folder "
-                "in the corpus description and run `infoxlm prep build` again"
+                f"the corpus was prepared with another tokenizer than {model.init} has: set tokenizer.path to that "
+                "folder in the corpus description and run `infoxlm prep build` again"
             )
     if longest > positions:
         raise UserError(
@@ -77,4 +79,6 @@ def _shape(model: Model, vocabulary: int) -> XLMRobertaConfig:
 def _load(model: Model) -> XLMRobertaForMaskedLM:
     # InfoXLM trains without dropout, and the packed kernels have none.
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return XLMRobertaForMaskedLM.from_pretrained(model.init, attn_implementation=PACKED, dtype=torch.float32, **no_dropout)
+    return XLMRobertaForMaskedLM.from_pretrained(
+        model.init, attn_implementation=PACKED, dtype=torch.float32, **no_dropout
+    )

@@ -1,4 +1,5 @@
-"""Adds up what the lanes report between two log lines, over micro-steps, steps and ranks, and turns sums into scalars."""
+"""Adds up what the lanes report between two log lines, over micro-steps, steps and ranks, and turns sums into
+scalars."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Meter:
 def scalars(sums: Scalars, vocabulary: int) -> Scalars:
     """Means and bounds, in nats, from an interval's sums.
 
-    A loss L of guessing one of C equally likely answers bounds the mutual information from below by log C - L: log V for a masked LM,
+    A loss L of guessing one of C equally likely answers bounds the mutual information from below by log C - L: log V
+    for a masked LM,
     log(1 + negatives) for the contrast (InfoXLM, section 3; van den Oord et al., 2018).
     """
     out: Scalars = {}

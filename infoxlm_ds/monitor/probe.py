@@ -30,7 +30,8 @@ class RetrievalProbe:
 
     @torch.no_grad()
     def run(self, encoder: SentenceEncoder) -> Scalars:
-        """Accuracy@1, mean of both directions: `probe/<language>`, `probe/mean` and `probe/trigram_mean`. Collective."""
+        """Accuracy@1, mean of both directions: `probe/<language>`, `probe/mean` and `probe/trigram_mean`.
+        Collective."""
         mine = {}
         for pairs in self._pairs:
             pivot, other = (self._embed(encoder, texts) for texts in (pairs.pivot_text, pairs.text))

@@ -12,7 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from infoxlm_ds.monitor.meters import Scalars
 
-SHOWN = {"loss": "loss", "mmlm/loss": "mmlm", "tlm/loss": "tlm", "xlco/loss": "xlco", "xlco/accuracy": "acc", "speed/tokens": "tok/s"}
+SHOWN = {
+    "loss": "loss",
+    "mmlm/loss": "mmlm",
+    "tlm/loss": "tlm",
+    "xlco/loss": "xlco",
+    "xlco/accuracy": "acc",
+    "speed/tokens": "tok/s",
+}
 
 
 class Sinks:
@@ -36,7 +43,9 @@ class Sinks:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
         self._metrics.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,19 +15,26 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, X
 from infoxlm_ds.checkpoint import Checkpoints
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.engine import read_weights
-from infoxlm_ds.model.encoder import InfoXLM, embed, packed, run_layers
 from infoxlm_ds.model.attention import PACKED
+from infoxlm_ds.model.encoder import InfoXLM, embed, packed, run_layers
 from infoxlm_ds.model.pretrained import assemble
 
 TOLERANCE = 1e-4  # of hidden states of order 1, in fp32: padded and packed attention add up in another order
-SAMPLE = ["Hello, world!", "Zwei Sprachen, ein Satz.", "Ещё одно предложение, чуть длиннее первого.", "文の意味は同じです。"]
+SAMPLE = [
+    "Hello, world!",
+    "Zwei Sprachen, ein Satz.",
+    "Ещё одно предложение, чуть длиннее первого.",
+    "文の意味は同じです。",
+]
 
 
 def export(run: Path, out: Path) -> None:
     """Write model, tokenizer and configuration of the newest checkpoint of `run` to the new folder `out`.
 
-    `out` loads with `AutoModelForMaskedLM` and `AutoTokenizer`; its config says which layer and pooling the contrast trained
-    (`universal_layer`, `sentence_pooling`); a projection lies beside it in `projection.safetensors`. The folder appears only after
+    `out` loads with `AutoModelForMaskedLM` and `AutoTokenizer`; its config says which layer and pooling the contrast
+    trained
+    (`universal_layer`, `sentence_pooling`); a projection lies beside it in `projection.safetensors`. The folder
+    appears only after
     it was loaded again and gave the hidden states of the trained weights. UserError: no checkpoint, or `out` exists.
     """
     if out.exists():
@@ -43,9 +49,11 @@ def export(run: Path, out: Path) -> None:
     _write(model, recipe, run / "model", partial)
     difference = _difference(model, partial)
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"{partial}: hidden states differ by {difference:.1e} from the trained ones; kept for inspection")
-    os.replace(partial, out)
-    print(f"{out}: step {latest.name.removeprefix('step-').lstrip('0')}, hidden states equal to {difference:.1e} when loaded again")
+        raise RuntimeError(
+            f"{partial}: hidden states differ by {difference:.1e} from the trained ones; kept for inspection"
+        )
+    partial.replace(out)
+    print(f"{out}: {latest.name}, hidden states equal to {difference:.1e} when loaded again")
 
 
 def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:

@@ -27,7 +27,12 @@ def _run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedPr
 def _recipe(corpus: Path, run: Path, **changes: object) -> Path:
     """The small recipe as a file, with a probe."""
     tree = small_recipe(corpus, run).model_dump(mode="json", exclude_none=True)
-    tree["probe"] = {"data": str(EMBEDDED / "home_assistant.dev.jsonl.xz"), "languages": ["de", "ru"], "pairs": 50, "every": 3}
+    tree["probe"] = {
+        "data": str(EMBEDDED / "home_assistant.dev.jsonl.xz"),
+        "languages": ["de", "ru"],
+        "pairs": 50,
+        "every": 3,
+    }
     path = run.parent / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
     return path
@@ -42,7 +47,9 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
     recipe = _recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 40, "warmup": 2})
     assert _run("train", recipe, f"run={whole}").returncode == 0
 
-    process = subprocess.Popen([INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 120
     while not ((run / "metrics.jsonl").is_file() and len(_metrics(run)) >= 4):
         assert process.poll() is None and time.monotonic() < deadline
@@ -66,7 +73,18 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
     assert _run("export", run, tmp_path / "model").returncode == 0
     data = EMBEDDED / "home_assistant.dev.jsonl.xz"
     result = _run(
-        *("eval", "retrieval", "--model", tmp_path / "model", "--data", data, "--languages", "de,ru", "--json", tmp_path / "r.json")
+        *(
+            "eval",
+            "retrieval",
+            "--model",
+            tmp_path / "model",
+            "--data",
+            data,
+            "--languages",
+            "de,ru",
+            "--json",
+            tmp_path / "r.json",
+        )
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())
@@ -78,7 +96,7 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
 def test_the_plain_launcher_command_trains(corpus: Path, tmp_path: Path) -> None:
     recipe = _recipe(corpus, tmp_path / "run", optimizer={"learning_rate": 1e-2, "steps": 2, "warmup": 1})
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [deepspeed, "--num_accelerators", "2", "infoxlm_ds/train.py", recipe]
+    command: list[str | Path] = [deepspeed, "--num_accelerators", "2", "infoxlm_ds/train.py", recipe]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -112,10 +130,22 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(
 ) -> None:
     recipe = _recipe(corpus, tmp_path / "run")
     places = {"other": model_folder, "damaged": _damaged(corpus, tmp_path) if "{damaged}" in overrides[0] else ""}
-    command = [sys.executable, "-m", "infoxlm_ds.train", recipe, *(o.format(**places) for o in overrides)]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "infoxlm_ds.train",
+        recipe,
+        *(o.format(**places) for o in overrides),
+    ]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     if overrides == ["batch.lanes=3"]:
-        command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "infoxlm_ds/train.py", *command[3:]]
+        command = [
+            Path(sys.executable).with_name("deepspeed"),
+            "--num_accelerators",
+            "2",
+            "infoxlm_ds/train.py",
+            *command[3:],
+        ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("infoxlm: ")]
     assert done.returncode == 2, done.stderr

@@ -1,4 +1,5 @@
-"""Contrast equals a plain float64 implementation in one process: loss, gradients and counts, on one rank and on several."""
+"""Contrast equals a plain float64 implementation in one process: loss, gradients and counts, on one rank and on
+several."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from tests.distributed.ranks import run_ranks
 WIDTH = 6
 
 
-def _oracle(query: Tensor, key: Tensor, ids: Tensor, temperature: float, symmetric: bool, queue: Keys | None, in_batch: bool = True) -> Tensor:
+def _oracle(
+    query: Tensor,
+    key: Tensor,
+    ids: Tensor,
+    temperature: float,
+    symmetric: bool,
+    queue: Keys | None,
+    in_batch: bool = True,
+) -> Tensor:
     """Mean over pairs of the cross-entropy of full logits, one direction or both."""
     n, losses = len(query), []
     for anchor, target in [(query, key), (key, query)] if symmetric else [(query, key)]:
@@ -56,7 +65,9 @@ def test_gradients_of_both_sides_equal_the_oracle(seed: int, n: int, k: int, n_i
     query, key, ids, queue = _draw(seed, n, k, n_ids)
     expected = _oracle(query, key, ids, 0.2, symmetric, queue)
     gradients = torch.autograd.grad(expected, (query, key))
-    share, d_query, d_key, _ = contrast_gradients(query, key, ids=ids, temperature=0.2, symmetric=symmetric, queue=queue)
+    share, d_query, d_key, _ = contrast_gradients(
+        query, key, ids=ids, temperature=0.2, symmetric=symmetric, queue=queue
+    )
     torch.testing.assert_close(share, expected.detach(), atol=1e-12, rtol=1e-12)
     loss = with_gradients(share, (query, d_query), (key, d_key))
     for ours, theirs in zip(torch.autograd.grad(loss, (query, key)), gradients, strict=True):
@@ -72,7 +83,14 @@ def test_momentum_keys_equal_the_oracle_lane_by_lane(seed: int, n: int, k: int, 
     total = query.new_zeros(())
     for lane in torch.arange(n).split(4):  # the lanes' shares add up
         share, report = contrast(
-            query[lane], Keys(key.detach(), ids), lane, ids=ids[lane], temperature=0.2, total=n, in_batch=in_batch, queue=queue
+            query[lane],
+            Keys(key.detach(), ids),
+            lane,
+            ids=ids[lane],
+            temperature=0.2,
+            total=n,
+            in_batch=in_batch,
+            queue=queue,
         )
         total = total + share
         assert queue is not None
@@ -120,6 +138,8 @@ def test_the_gradient_survives_a_tiny_loss() -> None:
     assert 1e-6 < float(exact.detach()) < 1e-3
     (gradient,) = torch.autograd.grad(exact, exact_query)
     narrow = query.float().requires_grad_()
-    share, _ = contrast(narrow, Keys(key.float(), ids), torch.arange(64), ids=ids, temperature=0.05, total=64, in_batch=True, queue=None)
+    share, _ = contrast(
+        narrow, Keys(key.float(), ids), torch.arange(64), ids=ids, temperature=0.05, total=64, in_batch=True, queue=None
+    )
     (ours,) = torch.autograd.grad(share, narrow)
     assert float((ours - gradient).norm() / gradient.norm()) < 1e-4

@@ -31,7 +31,9 @@ def _noisy_model(seed: int) -> InfoXLM:
 
 
 def _padded_twin(model: InfoXLM) -> XLMRobertaForMaskedLM:
-    twin = XLMRobertaForMaskedLM(model.lm.config.__class__(**model.lm.config.to_dict() | {"attn_implementation": "sdpa"}))
+    twin = XLMRobertaForMaskedLM(
+        model.lm.config.__class__(**model.lm.config.to_dict() | {"attn_implementation": "sdpa"})
+    )
     twin.load_state_dict(model.lm.state_dict())
     twin.set_attn_implementation("sdpa")
     return twin.train(False)
@@ -73,7 +75,7 @@ def test_packed_masked_lm_equals_transformers_on_padded_batches(seed: int) -> No
             continue
         assert parameter.grad is not None and ours[name].grad is not None
         largest = float(parameter.grad.abs().max())
-        torch.testing.assert_close(ours[name].grad, parameter.grad, atol=1e-5 * largest, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name].grad, parameter.grad, atol=1e-5 * largest, rtol=1e-5, msg=name)
 
 
 def test_hidden_states_of_every_layer_equal_transformers() -> None:

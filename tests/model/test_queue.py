@@ -12,7 +12,8 @@ from infoxlm_ds.model.queue import KeyQueue
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 20), min_size=1, max_size=8))
 def test_the_queue_holds_the_newest_keys_with_their_ids_and_steps(size: int, batches: list[int]) -> None:
-    queue, everything = KeyQueue(size, 2, 1, torch.device("cpu")), []
+    queue = KeyQueue(size, 2, 1, torch.device("cpu"))
+    everything: list[tuple[int, int]] = []
     for step, n in enumerate(batches):
         numbers = torch.arange(len(everything), len(everything) + n)
         queue.push(Keys(numbers[:, None].float().expand(n, 2), numbers[:, None]), step)

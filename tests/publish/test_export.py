@@ -9,17 +9,16 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.publish.export import SAMPLE, export
+from infoxlm_ds.train import build
+from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
 
 
 def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
     """Train; return the hidden states of SAMPLE by transformers' own padded forward of the trained weights."""
-    from infoxlm_ds.engine import start_ranks
-    from infoxlm_ds.train import build
-    from infoxlm_ds.trainer import fit
-
     start_ranks()
     state = build(recipe)
     fit(state, None)
@@ -36,7 +35,10 @@ def test_the_exported_folder_gives_the_trained_hidden_states(corpus: Path, tmp_p
     recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", "optimizer.steps=2", "model.projection=true")
     trained = run_ranks(_train, 2, recipe)[0]
     export(tmp_path / "run", tmp_path / "out")
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    model, tokenizer = (
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
     padded = tokenizer(SAMPLE, padding=True, return_tensors="pt")
     with torch.no_grad():
         states = model.eval()(**padded, output_hidden_states=True).hidden_states
