@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from data_prep.clean import clean
 from data_prep.description import CorpusDescription, SourceDescription, load_description
 from data_prep.sources import jsonl, moses, text, tsv
-from data_prep.tokenizer import load_fast, make_tokenizer, special_ids
+from data_prep.tokenizer import SPECIAL, load_fast, make_tokenizer, special_ids
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest
@@ -65,9 +65,11 @@ def build(description_path: Path, out: Path) -> None:
     written.
     """
     description = load_description(description_path)
-    base, console = description_path.parent, Console(stderr=True)
+    base, console = description_path.parent, Console(stderr=True, soft_wrap=True)
     prep = {"description": description.model_dump(mode="json"), "inputs": _hash_inputs(description, base)}
     if out.exists():
+        if not (out / manifests.NAME).is_file():
+            raise UserError(f"{out} exists and holds no corpus: remove it or choose another folder")
         if load_manifest(out).prep != prep:
             raise UserError(
                 f"{out} holds the corpus of another description or other inputs: remove it or choose another folder"
@@ -167,7 +169,7 @@ def _read_documents(description: CorpusDescription, base: Path, parallel: list[T
 def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
     """Rows with at least two sides of at most `longest` pieces, each once."""
     sides = len(texts.languages)
-    flat = _tokenise([side for row in texts.rows for side in row], tokenizer)
+    flat = _tokenise([side for row in texts.rows for side in row], tokenizer, counts)
     lengths = np.array([len(ids) for ids in flat], np.int64).reshape(-1, sides)
     text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(
         -1, sides
@@ -189,7 +191,7 @@ def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Co
 def _mono_table(documents: list[list[str]], tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
     """Blocks of whole consecutive sentences of one document, at most `longest` pieces; a longer sentence is split.
     Each block once."""
-    tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer))
+    tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer, counts))
     blocks: list[np.ndarray] = []
     for document in documents:
         block: list[np.ndarray] = []
@@ -236,11 +238,18 @@ def _write_source(
     )
 
 
-def _tokenise(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+def _tokenise(texts: list[str], tokenizer: Tokenizer, counts: Counter[str]) -> list[np.ndarray]:
+    """Each text's ids. A special token that a text spells out, like <mask>, is text and not a command: it becomes <unk>."""
+    added = tokenizer.get_added_tokens_decoder()
+    special = [number for number, token in added.items() if token.special and number != SPECIAL["unk"]]
     out: list[np.ndarray] = []
     for start in range(0, len(texts), CHUNK):
         encoded = tokenizer.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
-        out += [np.array(one.ids, np.uint32) for one in encoded]
+        ids = np.array([number for one in encoded for number in one.ids], np.uint32)
+        spelled = np.isin(ids, special)
+        ids[spelled] = SPECIAL["unk"]
+        counts["special_tokens_in_text"] += int(spelled.sum())
+        out += np.split(ids, np.cumsum([len(one) for one in encoded])[:-1])
     return out
 
 

@@ -49,6 +49,8 @@ class SourceDescription(_Section):
         needs = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}[
             self.format
         ]
+        if not self.name.startswith(f"{self.kind}."):
+            raise ValueError(f"source {self.name}: the name of a {self.kind} source starts with {self.kind}.")
         for key in needs:
             if not getattr(self, key):
                 raise ValueError(f"source {self.name}: format {self.format} needs {key}")

@@ -5,6 +5,7 @@ DeepSpeed traps that this file answers are told in docs/design.md ("The engine")
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,8 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+
+# Before DeepSpeed is imported: it guesses the device at import, with a warning where there is no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
@@ -157,7 +162,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     DeepSpeed's shards are pickles: only read folders that you trust.
     """
     if any(checkpoint.glob("*optim_states.pt")):
-        merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+        with contextlib.redirect_stdout(None):  # it tells of every shard
+            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
         return merged
     (states,) = checkpoint.glob("*model_states.pt")
     module: dict[str, Tensor] = torch.load(states, map_location="cpu", weights_only=False)["module"]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -122,7 +123,7 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
         "--num_accelerators",
         str(ranks),
         "--log_level",
-        "warning",
+        "error",
     ]
     command += ["--master_port", str(_free_port()), "--no_local_rank", __file__, str(recipe_path), *overrides]
     process = subprocess.Popen(command, env=environment)
@@ -175,8 +176,8 @@ def _free_port() -> int:
 
 def _quiet() -> None:
     """DeepSpeed's start-up chatter is not the user's; warnings stay."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _gpus() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
-from webdataset.tariterators import tar_file_iterator
 
 from infoxlm_ds.config import UserError
 
@@ -52,6 +50,8 @@ def text_id(text: str) -> int:
 def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list[WrittenShard], np.ndarray]:
     """Write packs into `folder`/<source>-NNNNN.tar. Returns the shards and the index, int64 [packs, 6]
     (INDEX_COLUMNS)."""
+    import webdataset as wds  # imports torch, which whoever only looks at a corpus need not wait for
+
     folder.mkdir(parents=True)
     shards: list[WrittenShard] = []
     index: list[tuple[int, ...]] = []
@@ -78,6 +78,8 @@ def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list
 def read_pack(shard: Path, offset: int, size: int, crc32: int) -> Pack:
     """One pack by its place in a shard: a slice of a tar is a tar. UserError where a byte of it is not what was
     written."""
+    from webdataset.tariterators import tar_file_iterator
+
     try:
         with shard.open("rb") as file:
             file.seek(offset)

@@ -115,8 +115,12 @@ class StreamReader:
             raise UserError(
                 f"{corpus.path} has no source for {stream}, which reads {' or '.join(KINDS[stream])} sources"
             )
-        if pivot is not None and pivot not in corpus.languages:
-            raise UserError(f"sampling.pivot: {corpus.path} has no language {pivot!r}")
+        # Monolingual text has no pairs to choose from: there the pivot only has to be a language of the corpus.
+        choice = corpus.languages if stream == "mmlm" else {language for s in sources for language in s.languages}
+        if pivot is not None and pivot not in choice:
+            raise UserError(
+                f"sampling.pivot: no source that {stream} reads in {corpus.path} has the language {pivot!r}"
+            )
         self.items, self.tokens = sum(s.items for s in sources), sum(s.tokens for s in sources)
         self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], alpha, seed, stream)
         self._pivot, self._pivot_share = pivot, pivot_share

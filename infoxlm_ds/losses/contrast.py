@@ -94,7 +94,9 @@ def contrast_gradients(
     sides = [(query.detach(), all_query, key.detach(), all_key)]
     if symmetric:
         sides.append((key.detach(), all_key, query.detach(), all_query))
-    d_sides, reports, share = [torch.zeros_like(query), torch.zeros_like(key)], [], query.new_zeros(())
+    wide = torch.promote_types(query.dtype, torch.float32)
+    d_sides = [torch.zeros_like(side, dtype=wide) for side in (query, key)]
+    reports, share = [], query.new_zeros((), dtype=wide)
     weight = 1 / (len(all_query) * len(sides))
     for turn, (anchor, all_anchor, target, all_target) in enumerate(sides):
         one = _direction(anchor, Keys(all_target, all_ids), own, ids, scale, True, queue)

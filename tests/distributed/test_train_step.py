@@ -109,7 +109,7 @@ def _masters(state: TrainState, parameters: list[Any]) -> list[Tensor]:
     return out
 
 
-@pytest.mark.parametrize(("config", "tolerance"), [("zero1_fp32", 1e-7), ("zero1_bf16", 2**-8)])
+@pytest.mark.parametrize(("config", "tolerance"), [("zero1_fp32", 1e-6), ("zero1_bf16", 2**-8)])
 def test_key_encoder_is_the_fp32_average_of_the_masters(
     corpus: Path, tmp_path: Path, config: str, tolerance: float
 ) -> None:

@@ -1,0 +1,13 @@
+"""`python -m data_prep build | verify | stat`, with the exit codes of `infoxlm prep`."""
+
+import sys
+
+from data_prep.cli import app
+from infoxlm_ds.config import UserError
+
+if __name__ == "__main__":
+    try:
+        app(prog_name="python -m data_prep")
+    except UserError as error:
+        print(f"infoxlm: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,102 @@
+"""Each mistake in a corpus description or in its files is one line that names it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_prep.description import load_description
+from data_prep.sources import jsonl, moses, text, tsv
+from infoxlm_ds.config import UserError
+
+SOURCE: dict[str, Any] = {"name": "nway.a", "kind": "nway", "format": "jsonl", "path": "a.jsonl"}
+GOOD: dict[str, Any] = {"name": "tiny", "tokenizer": {"vocab_size": 800}, "sources": [SOURCE]}
+
+
+def load(folder: Path, tree: dict[str, Any]) -> None:
+    (folder / "c.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    load_description(folder / "c.yaml")
+
+
+def test_the_embedded_description_is_right() -> None:
+    from tests.corpus import EMBEDDED
+
+    description = load_description(EMBEDDED / "corpus.yaml")
+    assert all(source.path and (EMBEDDED / source.path).is_file() for source in description.sources)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_token": 9}, "max_token is not a known key"),
+        ({"max_tokens": 70_000}, "max_tokens: "),
+        ({"tokenizer": {}}, "set either path"),
+        ({"tokenizer": {"vocab_size": 9, "path": "x"}}, "set either path"),
+        ({"sources": []}, "sources: "),
+        ({"sources": [SOURCE, SOURCE]}, "two sources have the same name"),
+        ({"sources": [SOURCE | {"colour": 1}]}, "sources.0.colour is not a known key"),
+        ({"sources": [SOURCE | {"path": None}]}, "format jsonl needs path"),
+        ({"sources": [SOURCE | {"format": "text"}]}, "format text needs languages"),
+        ({"sources": [SOURCE | {"name": "../etc"}]}, "name: "),
+        ({"sources": [SOURCE | {"name": "tokenizer"}]}, "the name of a nway source starts with nway."),
+        ({"sources": [SOURCE | {"kind": "mono", "name": "mono.a"}]}, "format text is for kind mono"),
+        (
+            {
+                "sources": [
+                    {"name": "para.a", "kind": "para", "format": "tsv", "path": "a", "languages": ["a", "b", "c"]}
+                ]
+            },
+            "kind para has two languages",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_description_names_what_is_wrong(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    load(tmp_path, GOOD)
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, GOOD | change)
+    assert message in str(raised.value) and "\n" not in str(raised.value) and "c.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["- a", "a: [", ""])
+def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_description(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="no such corpus description"):
+        load_description(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("line", ["[]", "{", '{"text": {"en": 3}}', '{"key": "x"}'])
+def test_a_bad_json_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": {"en": "x"}}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl line 2"):
+        list(jsonl.read(tmp_path / "a.jsonl"))
+
+
+def test_a_row_with_too_few_columns_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("one\teins\ntwo\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.tsv line 2: 1 columns, expected 2 \(en, de\)"):
+        list(tsv.read(tmp_path / "a.tsv", ("en", "de")))
+
+
+def test_aligned_files_of_different_length_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "a.de").write_text("eins\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.de: fewer lines"):
+        list(moses.read({"en": tmp_path / "a.en", "de": tmp_path / "a.de"}))
+
+
+def test_blank_lines_end_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\na\nb\n \n\nc", encoding="utf-8")
+    assert list(text.read(tmp_path / "a.txt")) == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.txt", b"good\n\xff\n"), ("a.txt.xz", b"not xz")])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name} line \d"):
+        list(text.read(tmp_path / name))
+    with pytest.raises(UserError, match="no such file"):
+        list(text.read(tmp_path / "none"))
