@@ -239,7 +239,7 @@ def _write_source(
 
 
 def _tokenise(texts: list[str], tokenizer: Tokenizer, counts: Counter[str]) -> list[np.ndarray]:
-    """Each text's ids. A special token that a text spells out, like <mask>, is text and not a command: it becomes <unk>."""
+    """Each text's ids. A special token that a text spells out, like <mask> becomes <unk>: it is text, no command."""
     added = tokenizer.get_added_tokens_decoder()
     special = [number for number, token in added.items() if token.special and number != SPECIAL["unk"]]
     out: list[np.ndarray] = []

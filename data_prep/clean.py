@@ -1,5 +1,4 @@
-"""What is done to every text before it is tokenised, and no more: canonical composition, single spaces, no control
-characters."""
+"""What is done to every text before it is tokenised, and no more: composition, single spaces, no control characters."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import unicodedata
 
 
 def clean(text: str) -> str:
-    """NFC, runs of white space folded to a space, other control characters dropped."""
-    folded = " ".join(unicodedata.normalize("NFC", text).split())
-    return "".join(c for c in folded if unicodedata.category(c) != "Cc")
+    """Control characters dropped but for white space, NFC, runs of white space folded to a space."""
+    # First what is dropped: its neighbours may then compose, or be one run of white space.
+    kept = "".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc")
+    return " ".join(unicodedata.normalize("NFC", kept).split())

@@ -256,6 +256,7 @@ def test_a_failed_build_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
 
 
 @given(st.text())
+@settings(max_examples=500)
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     assert clean(clean(text)) == clean(text)
     assert clean(text).split() == clean(text).split(" ") or not clean(text)
