@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def special_ids(folder: Path) -> dict[str, int]:
 
 def load_fast(folder: Path) -> Tokenizer:
     """The tokenizer alone, which gives the ids that AutoTokenizer gives."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 

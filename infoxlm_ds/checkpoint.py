@@ -26,18 +26,19 @@ from infoxlm_ds.engine import Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
 
-# What may differ between the start of a run and its continuation.
-FREE = {"log", "checkpoint", "probe", "engine"}
+# What may differ between the start of a run and its continuation; the corpus is known by its hash, wherever it lies.
+FREE = {"run", "corpus", "log", "checkpoint", "probe"}
 
 
 @dataclass
 class Saved:
-    """What state.json says, besides the recipe: applied optimizer steps, consumed steps, skipped ones, and the
-    streams."""
+    """What state.json says, besides the recipe: optimizer steps applied, steps' batches consumed, where the streams
+    stand, and the hash of the corpus' manifest."""
 
     step: int
     consumed: int
     cursors: Cursors
+    corpus: str
 
 
 class Checkpoints:
@@ -51,11 +52,11 @@ class Checkpoints:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
-    def latest_for(self, recipe: Recipe) -> Path | None:
-        """The same, for going on with `recipe`: UserError where it was written by another recipe or number of ranks."""
+    def latest_for(self, recipe: Recipe, corpus: str, world: int) -> Path | None:
+        """The same, for going on: UserError where it was written with another recipe, corpus or number of ranks."""
         latest = self.latest()
         if latest is not None:
-            check_same_run(latest, _state(latest), recipe)
+            _check_same_run(latest, _state(latest), recipe, corpus, world)
         return latest
 
     def save(
@@ -78,6 +79,7 @@ class Checkpoints:
             state = {
                 "step": saved.step,
                 "consumed": saved.consumed,
+                "corpus": saved.corpus,
                 "cursors": _merge(everyone),
                 "world_size": dist.world_size(),
                 "recipe": recipe.model_dump(mode="json"),
@@ -100,7 +102,7 @@ class Checkpoints:
         cursors = {
             task: {int(lane): tuple(at) for lane, at in lanes.items()} for task, lanes in state["cursors"].items()
         }
-        return Saved(state["step"], state["consumed"], cursors)
+        return Saved(state["step"], state["consumed"], cursors, state["corpus"])
 
     def _commit(self, partial: Path, final: Path) -> None:
         files = sorted(p for p in partial.rglob("*") if p.is_file())
@@ -114,20 +116,18 @@ class Checkpoints:
                 shutil.rmtree(old)
 
 
-def check_same_run(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
-    """UserError where a checkpoint was written by another recipe or on another number of ranks."""
+def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, corpus: str, world: int) -> None:
     then, now = state["recipe"], recipe.model_dump(mode="json")
     differing = [key for key in now if key not in FREE and now[key] != then.get(key)]
+    if state["corpus"] != corpus:
+        differing.append("corpus")
     if differing:
         raise UserError(
             f"{path.parent.parent} holds a run with another {', '.join(differing)}: "
             "go on with its own recipe, or give this one another run folder"
         )
-    if state["world_size"] != dist.world_size():
-        raise UserError(
-            f"{path} was written by {state['world_size']} ranks, this run has {dist.world_size()}: "
-            "start as many ranks as then"
-        )
+    if state["world_size"] != world:
+        raise UserError(f"{path} was written by {state['world_size']} ranks, not {world}: start as many ranks as then")
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -95,6 +95,12 @@ class Sampling(Section):
     pivot: str | None = None  # of an n-way row, this language is one side ...
     pivot_share: Share = 0.0  # ... in at least this share of draws
 
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.pivot is None) != (self.pivot_share == 0):
+            raise ValueError("pivot and pivot_share go together: set both, or neither")
+        return self
+
 
 class Weights(Section):
     mmlm: float = Field(default=1.0, ge=0)

@@ -163,7 +163,9 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """
     if any(checkpoint.glob("*optim_states.pt")):
         with contextlib.redirect_stdout(None):  # it tells of every shard
-            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+                str(checkpoint.parent), checkpoint.name
+            )
         return merged
     (states,) = checkpoint.glob("*model_states.pt")
     module: dict[str, Tensor] = torch.load(states, map_location="cpu", weights_only=False)["module"]

@@ -7,16 +7,33 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
+import torch
 
+from infoxlm_ds import dist, trainer
+from infoxlm_ds.checkpoint import Checkpoints
 from infoxlm_ds.config import Recipe, UserError, load_recipe
+from infoxlm_ds.data.batch import N_TEXTS, SPECIAL_ONE, longest_sequence
+from infoxlm_ds.data.loader import Loader
+from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.engine import Engine, load_engine_config, start_ranks
+from infoxlm_ds.model.momentum import MomentumEncoder
+from infoxlm_ds.model.pretrained import build_model, check_fit
+from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.monitor.probe import RetrievalProbe
+from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.objective import Objective
+from infoxlm_ds.trainer import TrainState
 
 STOPPED_ON_REQUEST = 75  # EX_TEMPFAIL: run the same command again to go on
 
@@ -37,11 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(recipe: Recipe) -> int:
-    _quiet()
-    from infoxlm_ds import dist, trainer
-    from infoxlm_ds.engine import start_ranks
-    from infoxlm_ds.monitor.sinks import Sinks
-
+    # DeepSpeed's start-up chatter and announcements of renames are not the user's.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     start_ranks()
     state = build(recipe)
     first = dist.rank() == 0
@@ -49,7 +64,11 @@ def _run(recipe: Recipe) -> int:
         if first:
             print(f"{recipe.run}: finished at step {state.step}, nothing to do")
         return 0
-    with Sinks(recipe.run, recipe.optimizer.steps, recipe.log.tensorboard) if first else nullcontext() as sinks:
+    with (
+        Sinks(recipe.run, state.step, recipe.optimizer.steps, recipe.log.tensorboard)
+        if first
+        else nullcontext() as sinks
+    ):
         if sinks is not None:
             sinks.say(_summary(state))
         done = trainer.fit(state, sinks)
@@ -59,36 +78,41 @@ def _run(recipe: Recipe) -> int:
     return 0 if done else STOPPED_ON_REQUEST
 
 
-def build(recipe: Recipe):  # type: ignore[no-untyped-def]  # TrainState; imported late, so that a wrong recipe fails at once
-    """Everything `fit` needs, from scratch or from the run's newest checkpoint. All checks come before anything is
-    written."""
-    import torch
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, read and found to fit together."""
 
-    from infoxlm_ds import dist
-    from infoxlm_ds.checkpoint import Checkpoints
-    from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
-    from infoxlm_ds.data.loader import Loader
-    from infoxlm_ds.data.reader import Corpus
-    from infoxlm_ds.engine import Engine, load_engine_config
-    from infoxlm_ds.model.momentum import MomentumEncoder
-    from infoxlm_ds.model.pretrained import build_model, check_fit
-    from infoxlm_ds.model.queue import KeyQueue
-    from infoxlm_ds.monitor.probe import RetrievalProbe
-    from infoxlm_ds.objective import Objective
-    from infoxlm_ds.trainer import TrainState
+    engine_config: dict[str, Any]
+    corpus: Corpus
+    loader: Loader
+    checkpoints: Checkpoints
+    latest: Path | None
+    probe: RetrievalProbe | None
 
+
+def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
+    """Read all that the recipe names, for one of `world` ranks. UserError for the first thing that is missing or does
+    not fit; nothing is written."""
     engine_config = load_engine_config(recipe.engine)
     corpus = Corpus(recipe.corpus)
-    vocabulary = corpus.manifest.tokenizer.vocab_size
     tokenizer = recipe.corpus / "tokenizer"
     check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
-    loader = Loader(recipe, corpus, dist.rank(), dist.world_size())
+    loader = Loader(recipe, corpus, rank, world)
     checkpoints = Checkpoints(recipe.run, recipe.checkpoint.keep)
-    latest = checkpoints.latest_for(recipe)
-    probe = RetrievalProbe(recipe.probe, tokenizer, corpus.manifest.max_tokens + 2) if recipe.probe else None
+    latest = checkpoints.latest_for(recipe, corpus.manifest.sha256, world)
+    longest = corpus.manifest.max_tokens + SPECIAL_ONE
+    probe = RetrievalProbe(recipe.probe, tokenizer, longest, rank, world) if recipe.probe else None
+    return Inputs(engine_config, corpus, loader, checkpoints, latest, probe)
+
+
+def build(recipe: Recipe) -> TrainState:
+    """Everything `fit` needs, from scratch or from the run's newest checkpoint. All checks come before anything is
+    written."""
+    inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+    vocabulary = inputs.corpus.manifest.tokenizer.vocab_size
     model = build_model(recipe.model, vocabulary, recipe.seed)
     objective = Objective(recipe, model)
-    engine = Engine(objective, engine_config, recipe.optimizer, recipe.batch.lanes)
+    engine = Engine(objective, inputs.engine_config, recipe.optimizer, recipe.batch.lanes)
     momentum = queue = None
     contrast = recipe.contrast
     if recipe.tasks["xlco"] and contrast.keys == "momentum":
@@ -96,15 +120,17 @@ def build(recipe: Recipe):  # type: ignore[no-untyped-def]  # TrainState; import
     if recipe.tasks["xlco"] and contrast.uses_queue:
         width = model.lm.config.hidden_size
         queue = KeyQueue(contrast.queue_size, width, N_TEXTS[contrast.mixup], dist.device())
-    state = TrainState(recipe, loader, objective, engine, momentum, queue, checkpoints, probe, vocabulary)
-    if latest is not None:
-        saved = checkpoints.load(latest, engine, momentum, queue)
+    state = TrainState(
+        recipe, inputs.corpus, inputs.loader, objective, engine, momentum, queue, inputs.checkpoints, inputs.probe
+    )
+    if inputs.latest is not None:
+        saved = inputs.checkpoints.load(inputs.latest, engine, momentum, queue)
         state.step, state.consumed = saved.step, saved.consumed
-        loader.restore(saved.consumed, saved.cursors)
+        inputs.loader.restore(saved.consumed, saved.cursors)
     elif dist.rank() == 0:
-        shutil.copytree(tokenizer, recipe.run / "model", dirs_exist_ok=True)  # what an export needs beside the weights
+        # What an export needs beside the weights.
+        shutil.copytree(recipe.corpus / "tokenizer", recipe.run / "model", dirs_exist_ok=True)
         model.lm.config.save_pretrained(recipe.run / "model")
-    torch.manual_seed(recipe.seed + dist.rank())
     return state
 
 
@@ -113,6 +139,7 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     allow it)."""
     recipe = load_recipe(recipe_path, overrides)
     ranks = ranks or _default_ranks(recipe.batch.lanes)
+    check_inputs(recipe, 0, ranks)  # so that a mistake is one line, and not one of the launcher's as well
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     environment.setdefault("PYTHONUNBUFFERED", "1")
@@ -139,19 +166,17 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     return process.wait()
 
 
-def _summary(state) -> str:  # type: ignore[no-untyped-def]
-    from infoxlm_ds import dist
-
+def _summary(state: TrainState) -> str:
     recipe, parameters = state.recipe, sum(p.numel() for p in state.objective.parameters())
     tasks = "+".join(task for task, used in recipe.tasks.items() if used)
     where = (
         f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}"
     )
-    filling = state.queue is not None and state.queue.filled < 1
+    queue = state.queue
+    filling = f"; the queue of {len(queue)} fills before XlCo reads it" if queue and queue.filled < 1 else ""
     return (
         f"{recipe.run}: {tasks}, {parameters / 1e6:.1f}M parameters, {where}, "
-        f"step {state.step} of {recipe.optimizer.steps}"
-        + (f"; the queue of {len(state.queue)} fills before XlCo reads it" if filling else "")
+        f"step {state.step} of {recipe.optimizer.steps}{filling}"
     )
 
 
@@ -161,23 +186,13 @@ def _default_ranks(lanes: int) -> int:
 
 
 def _gpus() -> int:
-    import torch
-
     return torch.cuda.device_count()
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _quiet() -> None:
-    """DeepSpeed's start-up chatter is not the user's; warnings stay."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 if __name__ == "__main__":

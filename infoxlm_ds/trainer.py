@@ -14,6 +14,7 @@ from infoxlm_ds import dist
 from infoxlm_ds.checkpoint import Checkpoints, Saved
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.loader import Loader
+from infoxlm_ds.data.reader import Corpus
 from infoxlm_ds.engine import Engine, schedule
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
@@ -29,6 +30,7 @@ class TrainState:
     streams."""
 
     recipe: Recipe
+    corpus: Corpus
     loader: Loader
     objective: Objective
     engine: Engine
@@ -36,7 +38,6 @@ class TrainState:
     queue: KeyQueue | None
     checkpoints: Checkpoints
     probe: RetrievalProbe | None
-    vocabulary: int
     step: int = 0
     consumed: int = 0
     meter: Meter = field(default_factory=Meter)
@@ -97,7 +98,7 @@ def _due(state: TrainState, every: int) -> bool:
 def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     sums, languages, seconds = state.meter.collect()
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
-    values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
+    values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.corpus.manifest.tokenizer.vocab_size)
     values |= {
         "optimizer/learning_rate": state.recipe.optimizer.learning_rate * schedule(state.step, state.recipe.optimizer),
         "optimizer/skipped_steps": sums["skipped"] / world,
@@ -125,7 +126,7 @@ def _probe(state: TrainState, sinks: Sinks | None) -> None:
 
 
 def _save(state: TrainState) -> None:
-    saved = Saved(state.step, state.consumed, state.loader.cursors)
+    saved = Saved(state.step, state.consumed, state.loader.cursors, state.corpus.manifest.sha256)
     state.checkpoints.save(saved, state.recipe, state.engine, state.momentum, state.queue)
 
 

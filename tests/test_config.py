@@ -25,7 +25,7 @@ def test_every_shipped_engine_config_loads(path: Path) -> None:
 
 
 def test_overrides_win_over_the_file_and_take_its_types() -> None:
-    recipe = load_recipe(DEMO, ["optimizer.learning_rate=1e-4", "contrast.negatives=both", "sampling.pivot=null"])
+    recipe = load_recipe(DEMO, ["optimizer.learning_rate=1e-4", "contrast.negatives=both", "sampling={}"])
     assert recipe.optimizer.learning_rate == 1e-4
     assert recipe.contrast.negatives == "both" and recipe.sampling.pivot is None
 
@@ -37,6 +37,7 @@ def test_overrides_win_over_the_file_and_take_its_types() -> None:
         (["sped=3", "batch.lanes=two"], ["sped", "batch.lanes"]),
         (["contrast.temperature=0"], ["contrast.temperature", "greater than 0"]),
         (["contrast.negatives=queue"], ["gradient", "in_batch or both"]),
+        (["sampling.pivot=null"], ["sampling", "pivot and pivot_share"]),
         (["model.universal_layer=99"], ["universal_layer 99", "model.layers"]),
         (["weights={mmlm: 0, tlm: 0, xlco: 0}"], ["no task is left"]),
         (["optimizer.steps"], ["key.path=value"]),

@@ -21,10 +21,10 @@ BATCH = 256
 class RetrievalProbe:
     """Each rank takes its share of the languages; the result is the same on all."""
 
-    def __init__(self, probe: Probe, tokenizer: Path, longest: int) -> None:
+    def __init__(self, probe: Probe, tokenizer: Path, longest: int, rank: int, world: int) -> None:
         """`longest`: tokens a sentence is cut to. Reads the data: UserError where it is missing or malformed."""
         all_pairs = pairs_with_pivot(read_rows(probe.data), probe.pivot, probe.languages, 2, str(probe.data))
-        self._pairs = [_first(p, probe.pairs) for p in all_pairs[dist.rank() :: dist.world_size()]]
+        self._pairs = [_first(p, probe.pairs) for p in all_pairs[rank::world]]
         self._tokenizer, self._longest = AutoTokenizer.from_pretrained(tokenizer), longest
         self._baseline = {p.language: float(np.mean(trigram_accuracy(p.pivot_text, p.text))) for p in self._pairs}
 

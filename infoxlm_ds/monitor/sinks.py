@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,14 +25,15 @@ SHOWN = {
 class Sinks:
     """Rank 0's outputs of a run. A context manager, so that nothing stays unflushed."""
 
-    def __init__(self, run: Path, steps: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path, first: int, steps: int, tensorboard: bool) -> None:
+        """Of a run at step `first` of `steps`. What was written beyond that step, before a crash, is taken out."""
         run.mkdir(parents=True, exist_ok=True)
-        self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = _reopened(run / "metrics.jsonl", first)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"))
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
         self._console = Console()
         self._bar = _progress(self._console) if self._console.is_terminal else None
         self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
@@ -69,6 +70,16 @@ class Sinks:
     def say(self, text: str) -> None:
         """A line of text that the progress bar does not swallow."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _reopened(path: Path, first: int) -> TextIO:
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def _progress(console: Console) -> Progress:
