@@ -5,7 +5,6 @@ DeepSpeed traps that this file answers are told in docs/design.md ("The engine")
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
@@ -159,17 +157,32 @@ class Engine:
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The module's weights in a checkpoint folder that `Engine.save` wrote, in fp32 from the masters, on the CPU.
 
-    DeepSpeed's shards are pickles: only read folders that you trust.
+    DeepSpeed's own reader does not know the shards of ZeRO 1 with fp32 gradient sums, so we put the fragments together.
+    Its shards are pickles: only read folders that you trust.
     """
-    if any(checkpoint.glob("*optim_states.pt")):
-        with contextlib.redirect_stdout(None):  # it tells of every shard
-            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-                str(checkpoint.parent), checkpoint.name
-            )
-        return merged
-    (states,) = checkpoint.glob("*model_states.pt")
-    module: dict[str, Tensor] = torch.load(states, map_location="cpu", weights_only=False)["module"]
-    return module
+    (states,) = (_unpickle(path) for path in checkpoint.glob("*model_states.pt"))
+    weights: dict[str, Tensor] = states["module"]
+    shards = sorted(checkpoint.glob("*optim_states.pt"), key=_rank)
+    fragments: dict[str, list[Tensor]] = {}
+    for shard in map(_unpickle, shards):
+        optimizer = shard["optimizer_state_dict"]
+        groups = zip(optimizer["param_slice_mappings"], optimizer["single_partition_of_fp32_groups"], strict=True)
+        for addresses, values in groups:
+            for name, address in addresses.items():
+                fragments.setdefault(name, []).append(values[address.start : address.start + address.numel])
+    weights |= {name: torch.cat(parts).view_as(weights[name]) for name, parts in fragments.items()}
+    for alias, name in (states["shared_params"] or {}).items():  # of tied weights one name has a master; stage 0: none
+        weights[alias] = weights[name]
+    return weights
+
+
+def _rank(shard: Path) -> int:
+    return int(shard.name.split("pp_rank_")[1].split("_")[0])
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return state
 
 
 def schedule(step: int, recipe: Optimizer) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.train import build
 from infoxlm_ds.trainer import TrainState, fit, train_step
 from tests.corpus import small_recipe
+from tests.distributed.masters import whole_masters
 from tests.distributed.ranks import run_ranks
 
 CONTRASTS = {
@@ -93,20 +93,9 @@ def _follow(rank: int, world: int, recipe: Recipe) -> tuple[list[dict[str, Tenso
             train_step(state)
         encoder = state.objective.model.sentence_encoder()
         names = [name for name, _ in encoder.named_parameters()]
-        queries.append(dict(zip(names, _masters(state, list(encoder.parameters())), strict=True)))
+        queries.append(dict(zip(names, whole_masters(state.engine, list(encoder.parameters())), strict=True)))
         keys.append({name: p.float().clone() for name, p in state.momentum.encoder.named_parameters()})
     return queries, keys
-
-
-def _masters(state: TrainState, parameters: list[Any]) -> list[Tensor]:
-    out = []
-    for i, parameter in enumerate(parameters):
-        flat = torch.zeros(parameter.numel())
-        for fragment in state.engine.masters(parameters):
-            if fragment.parameter == i:
-                flat[fragment.start : fragment.start + len(fragment.values)] = fragment.values
-        out.append((dist.sum_over_ranks(flat) if state.engine.sharded else flat).view_as(parameter))
-    return out
 
 
 @pytest.mark.parametrize(("config", "tolerance"), [("zero1_fp32", 1e-6), ("zero1_bf16", 2**-8)])

@@ -14,15 +14,21 @@ from infoxlm_ds.publish.export import SAMPLE, export
 from infoxlm_ds.train import build
 from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe
+from tests.distributed.masters import whole_masters
 from tests.distributed.ranks import run_ranks
 
 
 def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
-    """Train; return the hidden states of SAMPLE by transformers' own padded forward of the trained weights."""
+    """Train; return the hidden states of SAMPLE by transformers' own padded forward of the fp32 master weights."""
     start_ranks()
     state = build(recipe)
     fit(state, None)
-    lm = state.objective.model.lm.float().eval()
+    lm = state.objective.model.lm
+    parameters = list(lm.parameters())
+    masters = whole_masters(state.engine, parameters)
+    lm.float().eval()
+    for parameter, master in zip(parameters, masters, strict=True):
+        parameter.data.copy_(master)
     lm.set_attn_implementation("sdpa")
     padded = AutoTokenizer.from_pretrained(recipe.corpus / "tokenizer")(SAMPLE, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -42,10 +48,8 @@ def test_the_exported_folder_gives_the_trained_hidden_states(corpus: Path, tmp_p
     padded = tokenizer(SAMPLE, padding=True, return_tensors="pt")
     with torch.no_grad():
         states = model.eval()(**padded, output_hidden_states=True).hidden_states
-    # In bf16 the run's weights are its fp32 masters, rounded; the export has the masters.
-    tolerance = 3e-2 if config.endswith("bf16") else 0.0
     for state, expected in zip(states, trained, strict=True):
-        torch.testing.assert_close(state, expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(state, expected, atol=0, rtol=0)
     assert model.config.universal_layer == recipe.model.universal_layer
     assert model.config.sentence_pooling == "mean"
     assert (tmp_path / "out" / "projection.safetensors").is_file()
