@@ -21,7 +21,8 @@ from transformers import XLMRobertaForMaskedLM
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch, Sequences
 from infoxlm_ds.losses.contrast import Keys
-from infoxlm_ds.model.encoder import InfoXLM
+from infoxlm_ds.model.encoder import InfoXLM, Packed, embed, packed, run_layers
+from infoxlm_ds.model.heads import masked_lm_loss
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model
 from infoxlm_ds.model.queue import KeyQueue
@@ -97,7 +98,7 @@ class Replay:
     def fill(self) -> None:
         fill = load_file(GOLDEN / "tiny_fill.safetensors")
         for n in range(3):
-            keys = self.key.encode(self.objective._to_device(_sequences(fill[f"fill{n}.xlco.key_tokens"])))
+            keys = self.key.encode(_packed(fill[f"fill{n}.xlco.key_tokens"]))
             torch.testing.assert_close(keys, fill[f"fill{n}.keys"], atol=5e-6, rtol=0)
             self.queue.push(Keys(keys, torch.zeros(len(keys), 2, dtype=torch.int64)), 0)
             torch.testing.assert_close(
@@ -146,11 +147,10 @@ def test_the_packed_encoder_gives_the_hidden_states_of_the_reference() -> None:
         pytest.skip("tiny_perloss.safetensors is not in the folder: too large to come with the project")
     golden, replay = load_file(path), Replay()
     body = replay.model.lm.roberta
-    from infoxlm_ds.model.encoder import embed, run_layers
 
     for name in ("mlm", "tlm"):
         tokens = golden[f"in.{name}.input"]
-        batch = replay.objective._to_device(_sequences(tokens))
+        batch = _packed(tokens)
         hidden = embed(body.embeddings, batch)
         for depth in range(5):
             expected = golden[f"hidden.fast.{name}"][depth][tokens != PAD]
@@ -232,6 +232,11 @@ def _sequences(padded: Tensor) -> Sequences:
     return Sequences(padded[real].numpy(), real.sum(1).numpy())
 
 
+def _packed(padded: Tensor) -> Packed:
+    sequences = _sequences(padded)
+    return packed(sequences.ids, sequences.lengths)
+
+
 def _joint(golden: dict[str, Tensor], prefix: str) -> JointBatch:
     """One micro-batch of the reference as a joint batch."""
     parts, rows, labels, shift = [], [], [], 0
@@ -254,3 +259,32 @@ def _joint(golden: dict[str, Tensor], prefix: str) -> JointBatch:
         np.zeros((len(query), 2), np.int64),
         {},
     )
+
+
+def test_the_packed_model_equals_transformers_on_the_reference_weights() -> None:
+    """Loss, hidden states and gradients of the reference's first MMLM batch, padded in transformers and packed here."""
+    replay, golden = Replay(), load_file(STEPS[0])
+    padded, target = golden["micro0.mlm.input"], golden["micro0.mlm.target"]
+    twin = _model(
+        Names().ours(load_file(GOLDEN / "tiny_init_fairseq.safetensors"), "model_fast."), torch.zeros(64, 64)
+    ).lm
+    twin.set_attn_implementation("sdpa")
+    labels = target.masked_fill(target == NOT_MASKED, -100)
+    expected = twin(input_ids=padded, attention_mask=padded != PAD, labels=labels, output_hidden_states=True)
+    expected.loss.backward()
+
+    real = padded != PAD
+    tokens = _packed(padded)
+    (rows,) = torch.nonzero(target[real] != NOT_MASKED, as_tuple=True)
+    hidden, _ = replay.model(tokens, tokens.packing, len(padded))
+    weights = torch.full((len(rows),), 1 / len(rows))
+    loss, _ = masked_lm_loss(replay.model.lm, hidden[rows], target[real][rows], weights)
+    loss.backward()
+
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden, expected.hidden_states[-1][real], atol=1e-5, rtol=0)
+    ours = dict(replay.model.lm.named_parameters())
+    for name, parameter in twin.named_parameters():
+        if not name.endswith("attention.self.key.bias"):  # mathematically zero: noise
+            largest = float(parameter.grad.abs().max())
+            torch.testing.assert_close(ours[name].grad, parameter.grad, atol=1e-5 * largest, rtol=1e-5, msg=name)
