@@ -51,9 +51,8 @@ class StepContext:
     cached: Cached | None = None
 
 
-Report = dict[
-    str, Tensor | int
-]  # sums over masked rows and pairs, `task/name`; left on the device, for the log to add up
+# Sums over masked rows and pairs by `task/name`, left on the device for the log to add up.
+Report = dict[str, Tensor | int]
 
 
 class Objective(nn.Module):
@@ -63,7 +62,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self._contrast, self._weights, self._reduction = recipe.contrast, recipe.weights, recipe.reduction
-        self._lanes, self._tasks = recipe.batch.lanes, recipe.tasks
+        self._tasks = recipe.tasks
 
     def prepare(
         self, micros: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None
@@ -117,10 +116,9 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Sequence[ContrastReport]]:
         how, ids = self._contrast, self._ids(batch)
         if context.cached is not None:
-            share = context.cached.share if slot == 0 else torch.zeros_like(context.cached.share)
-            return with_gradients(
-                share, (reps, context.cached.gradients[slot])
-            ), context.cached.reports if slot == 0 else ()
+            cached = context.cached  # its share and reports are the whole rank's: they count once
+            share = cached.share if slot == 0 else torch.zeros_like(cached.share)
+            return with_gradients(share, (reps, cached.gradients[slot])), cached.reports if slot == 0 else ()
         if how.keys == "gradient":
             first, second = reps.chunk(2)
             share, d_first, d_second, reports = contrast_gradients(

@@ -153,17 +153,20 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
         "error",
     ]
     command += ["--master_port", str(_free_port()), "--no_local_rank", __file__, str(recipe_path), *overrides]
-    process = subprocess.Popen(command, env=environment)
+    # A session of its own: ^C in a terminal comes here alone, and is passed on to the ranks alone.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        # To the ranks alone: the launcher would leave them 30 seconds to save.
-        for child in psutil.Process(process.pid).children(recursive=True):
-            if not child.children():
-                child.send_signal(signal.SIGTERM)
+        """The launcher itself would leave the ranks 30 seconds to save."""
+        launcher = psutil.Process(process.pid)
+        ranks = [child for child in launcher.children(recursive=True) if not child.children()]
+        for leaf in ranks or [launcher]:
+            leaf.send_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGINT, forward)
     signal.signal(signal.SIGTERM, forward)
-    return process.wait()
+    code = process.wait()
+    return code if code >= 0 else 1
 
 
 def _summary(state: TrainState) -> str:
