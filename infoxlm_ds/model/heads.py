@@ -37,11 +37,15 @@ class SentenceHead(nn.Module):
 
 
 def pool(hidden: Tensor, sequence: Tensor, lengths: Tensor, how: Pooling) -> Tensor:
-    """[T, D] to [S, D]: each sequence's first token (`cls`) or the mean over its tokens, special ones included."""
+    """[T, D] to [S, D]: each sequence's first token (`cls`) or the mean over its tokens, special ones included.
+
+    The mean is taken in fp32, or wider if `hidden` is.
+    """
     if how == "cls":
         return hidden[torch.cumsum(lengths, 0) - lengths]
-    sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, sequence, hidden)
-    return sums / lengths[:, None].to(hidden.dtype)
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    sums = wide.new_zeros(len(lengths), wide.shape[1]).index_add(0, sequence, wide)
+    return (sums / lengths[:, None]).to(hidden.dtype)
 
 
 def masked_lm_loss(lm: XLMRobertaForMaskedLM, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

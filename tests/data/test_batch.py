@@ -1,0 +1,148 @@
+"""The joint batch: XLM-R's layout, labels that are what stood there, mixup of two pairs; a function of lane and step."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.batch import BOS, EOS, N_TEXTS, BatchBuilder, JointBatch, Sequences, assemble
+from infoxlm_ds.data.loader import Loader
+from infoxlm_ds.data.reader import Corpus
+from tests.corpus import small_recipe
+
+LANES = [0, 1, 2, 3]
+
+
+def _split(sequences: Sequences) -> list[list[int]]:
+    ends = np.cumsum(sequences.lengths)
+    return [sequences.ids[end - n : end].tolist() for end, n in zip(ends, sequences.lengths, strict=True)]
+
+
+def _build(recipe: Recipe, lane: int = 1, step: int = 3) -> JointBatch:
+    return BatchBuilder(recipe, Corpus(recipe.corpus), LANES).build(lane, step)
+
+
+def test_layout_is_xlm_rs_for_one_text_and_for_two() -> None:
+    pool = np.arange(10, 20, dtype=np.uint32)
+    one = assemble(pool, np.array([[0, 4]]), np.array([[3, 1]]))
+    assert _split(one) == [[BOS, 10, 11, 12, EOS], [BOS, 14, EOS]]
+    two = assemble(pool, np.array([[0, 4], [7, 5]]), np.array([[3, 1], [2, 4]]))
+    assert _split(two) == [[BOS, 10, 11, 12, EOS, EOS, 17, 18, EOS], [BOS, 14, EOS, EOS, 15, 16, 17, 18, EOS]]
+
+
+def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run")
+    batch = _build(recipe)
+    special = set(Corpus(corpus).manifest.tokenizer.special_ids.values())
+    # Nothing masked: the same rows, by the same keys, as they stood.
+    plain = _build(small_recipe(corpus, tmp_path / "plain", "masking.probability=0"))
+    restored = batch.tokens.ids.copy()
+    restored[batch.rows] = batch.labels
+    assert (restored == plain.tokens.ids).all() and len(plain.rows) == 0
+    assert not special & set(batch.labels.tolist())
+    sequences = _split(plain.tokens)
+    doubles = [sum(a == b == EOS for a, b in itertools.pairwise(s)) for s in sequences]
+    n_mmlm = doubles.index(1)
+    assert doubles == [0] * n_mmlm + [1] * (batch.trunk - n_mmlm) + [0] * (len(sequences) - batch.trunk)
+    assert all(s[0] == BOS and s[-1] == EOS for s in sequences)
+    mmlm_tokens = sum(map(len, sequences[:n_mmlm]))
+    assert mmlm_tokens <= recipe.batch.mmlm_tokens
+    assert batch.counts == {
+        "mmlm": int((batch.rows < mmlm_tokens).sum()),
+        "tlm": int((batch.rows >= mmlm_tokens).sum()),
+        "xlco": recipe.batch.xlco_pairs,
+    }
+    assert batch.text_ids.shape == (recipe.batch.xlco_pairs, N_TEXTS["off"])
+    assert sum(batch.languages["xlco"].values()) == recipe.batch.xlco_pairs
+
+
+def test_queries_and_keys_are_the_sides_of_the_same_pairs(corpus: Path, tmp_path: Path) -> None:
+    symmetric = _build(small_recipe(corpus, tmp_path / "both"))
+    single = _build(small_recipe(corpus, tmp_path / "one", "contrast.symmetric=false"))
+    gradient = _build(small_recipe(corpus, tmp_path / "gradient", "contrast.keys=gradient"))
+    assert symmetric.keys is not None and single.keys is not None and gradient.keys is None
+    pairs = len(single.text_ids)
+    both = _split(symmetric.tokens)[symmetric.trunk :]
+    assert both == _split(symmetric.keys) == _split(gradient.tokens)[gradient.trunk :]
+    assert both[:pairs] == _split(single.tokens)[single.trunk :]
+    assert both[pairs:] == _split(single.keys)
+    assert all(a != b for a, b in zip(both[:pairs], both[pairs:], strict=True))
+
+
+def test_a_micro_batch_is_a_function_of_lane_and_step(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run", "contrast.mixup=paper")
+    first, again = _build(recipe), _build(recipe)
+    assert (first.tokens.ids == again.tokens.ids).all() and (first.text_ids == again.text_ids).all()
+    other = _build(recipe, step=4)  # the same rows, other masks and partners
+    assert first.rows.tolist() != other.rows.tolist()
+    assert (first.text_ids == other.text_ids).all()
+
+
+def test_mixup_joins_two_pairs_crossed_and_flipped_by_chance(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        corpus, tmp_path / "mixed", "contrast.mixup=paper", "batch.xlco_pairs=40", "contrast.queue_size=400"
+    )
+    apart = small_recipe(corpus, tmp_path / "apart", "batch.xlco_pairs=80", "contrast.queue_size=400")
+    mixed, pairs = _build(recipe), _build(apart)
+    assert (mixed.text_ids.reshape(80, 3) == pairs.text_ids).all()
+    sides = _split(pairs.tokens)[pairs.trunk :]
+    content = [side[1:-1] for side in sides]
+    made = _split(mixed.tokens)[mixed.trunk :]
+    kinds = set()
+    for item in range(40):
+        c, d = 2 * item, 2 * item + 1
+        for crossed in (False, True):
+            for flips in ((False, False), (False, True), (True, False), (True, True)):
+                texts = [[content[c], content[d + 80 * crossed]], [content[c + 80], content[d + 80 * (not crossed)]]]
+                expected = []
+                for two, flip in zip(texts, flips, strict=True):
+                    one, other = reversed(two) if flip else two
+                    expected.append([BOS, *one, EOS, EOS, *other, EOS])
+                if expected == [made[item], made[item + 40]]:
+                    kinds.add((crossed, flips))
+                    break
+    assert len(kinds) == 8  # every way occurs
+
+
+def test_a_step_larger_than_the_corpus_is_refused_by_name(corpus: Path, tmp_path: Path) -> None:
+    for key, value in (("xlco_pairs", 101), ("tlm_tokens", 10**7), ("mmlm_tokens", 10**7)):
+        with pytest.raises(UserError, match=f"batch.{key}"):
+            _build(small_recipe(corpus, tmp_path / key, f"batch.{key}={value}"))
+
+
+def test_a_world_that_does_not_divide_the_lanes_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"batch\.lanes is 4, which 3 ranks do not divide"):
+        Loader(small_recipe(corpus, tmp_path / "run"), Corpus(corpus), 0, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_loader_gives_the_same_lanes_to_any_world_and_goes_on_where_it_stopped(
+    corpus: Path, tmp_path: Path, world: int
+) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run")
+    alone = Loader(recipe, Corpus(corpus), 0, 1)
+    expected = [next(alone) for _ in range(6)]
+    alone.close()
+    for rank in range(world):
+        loader = Loader(recipe, Corpus(corpus), rank, world)
+        for step in range(3):
+            _same(next(loader), [expected[step][lane] for lane in range(rank, 4, world)])
+        cursors = loader.cursors
+        loader.close()
+        resumed = Loader(recipe, Corpus(corpus), rank, world)
+        resumed.restore(3, cursors)
+        for step in range(3, 6):
+            _same(next(resumed), [expected[step][lane] for lane in range(rank, 4, world)])
+        resumed.close()
+
+
+def _same(micros: list[JointBatch], expected: list[JointBatch]) -> None:
+    assert len(micros) == len(expected)
+    for micro, other in zip(micros, expected, strict=True):
+        for name in ("rows", "labels", "text_ids"):
+            assert getattr(micro, name).tobytes() == getattr(other, name).tobytes()
+        assert micro.tokens.ids.tobytes() == other.tokens.ids.tobytes()
