@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from infoxlm_ds.config import UserError, check
+from infoxlm_ds.config import check, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -87,12 +86,4 @@ class CorpusDescription(_Section):
 
 def load_description(path: Path) -> CorpusDescription:
     """The checked description; UserError says all that is wrong in one line. Paths in it are relative to its folder."""
-    try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such corpus description") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a corpus description is a mapping of keys to values")
-    return check(CorpusDescription, tree, str(path))
+    return check(CorpusDescription, read_yaml(path, "corpus description"), str(path))

@@ -180,17 +180,23 @@ class Recipe(Section):
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe of a YAML file with `key.path=value` overrides on top. UserError names every wrong key or value."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    tree = read_yaml(path, "recipe")
     for override in overrides or []:
         _set(tree, override)
     return check(Recipe, tree, str(path))
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError, which calls the file a `what`, where there is none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such {what}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a {what} is a mapping of keys to values")
+    return tree
 
 
 def check(kind: type[T], tree: dict[str, Any], where: str) -> T:

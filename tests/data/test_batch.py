@@ -1,4 +1,4 @@
-"""The joint batch: XLM-R's layout, labels that are what stood there, mixup of two pairs; a function of lane and step."""
+"""The joint batch: XLM-R's layout, labels that are what stood there, mixup of two pairs, keyed by lane and step."""
 
 from __future__ import annotations
 
