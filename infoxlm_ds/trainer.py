@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import signal
 import time
@@ -95,8 +96,15 @@ def _due(state: TrainState, every: int) -> bool:
     return state.step % every == 0 or state.step == state.recipe.optimizer.steps
 
 
+def _return_freed_memory() -> None:
+    """Batches differ in length, and glibc keeps what they leave: a CPU rank grew from 0.7 to 4.4 GB in 700 steps."""
+    if dist.device().type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     sums, languages, seconds = state.meter.collect()
+    _return_freed_memory()
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
     values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.corpus.manifest.tokenizer.vocab_size)
     values |= {
