@@ -64,7 +64,7 @@ def _compare(table: Table, data: str, parts: list[list[RetrievalRow]], only_cros
     models = [fmean(fmean((row.forward, row.backward)) for row in rows) for rows in parts]
     trigrams = fmean(fmean((row.trigram_forward, row.trigram_backward)) for row in parts[0])
     chance = fmean(row.chance for row in parts[0])
-    label = f"{len(parts[0])}" + (" of another script" if only_cross else "")
+    label = f"{len(parts[0])}" + (" cross-script" if only_cross else "")
     table.add_row(data, label, *(f"{value:.3f}" for value in (*models, trigrams, chance)))
 
 

@@ -8,18 +8,11 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from infoxlm_ds.monitor.meters import Scalars
 
-SHOWN = {
-    "loss": "loss",
-    "mmlm/loss": "mmlm",
-    "tlm/loss": "tlm",
-    "xlco/loss": "xlco",
-    "xlco/accuracy": "acc",
-    "speed/tokens": "tok/s",
-}
+SHOWN = {"mmlm/loss": "mmlm", "tlm/loss": "tlm", "xlco/loss": "xlco", "xlco/accuracy": "acc", "speed/tokens": "tok/s"}
 
 
 class Sinks:
@@ -83,8 +76,9 @@ def _reopened(path: Path, first: int) -> TextIO:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[figures]}"), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+    # Narrow enough for 80 columns: a bar would push out the figures.
+    columns = (MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, console=console)
 
 
 def _short(value: float) -> str:

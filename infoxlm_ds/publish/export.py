@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, XLMRobertaConfig, XLMRobertaForMaskedLM
+from transformers.utils.logging import disable_progress_bar
 
 from infoxlm_ds.checkpoint import Checkpoints
 from infoxlm_ds.config import Recipe, UserError, check
@@ -44,6 +45,7 @@ def export(run: Path, out: Path) -> None:
         raise UserError(f"{run} holds no checkpoint: train there first")
     recipe = check(Recipe, json.loads((latest / "state.json").read_text())["recipe"], str(latest / "state.json"))
     model = _trained(recipe, run, latest)
+    disable_progress_bar()  # transformers' bars for files that are written in no time
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _write(model, recipe, run / "model", partial)
