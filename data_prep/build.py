@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from data_prep.clean import clean
-from data_prep.description import CorpusDescription, SourceDescription, load_description
+from data_prep.description import NAME, CorpusDescription, SourceDescription, load_description
 from data_prep.sources import jsonl, moses, text, tsv
 from data_prep.tokenizer import SPECIAL, load_fast, make_tokenizer, special_ids
 from infoxlm_ds.config import UserError
@@ -91,7 +92,7 @@ def build(description_path: Path, out: Path) -> None:
 def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out: Path, console: Console) -> None:
     counts: Counter[str] = Counter()
     console.print("reading", highlight=False)
-    parallel = [_read_parallel(source, description, base) for source in description.sources if source.kind != "mono"]
+    parallel = [_read_parallel(one, description, base, counts) for one in description.sources if one.kind != "mono"]
     documents = _read_documents(description, base, parallel)
     console.print("making the tokenizer", highlight=False)
     every_side = itertools.chain(
@@ -103,21 +104,20 @@ def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out
     sources = []
     for texts in parallel:
         console.print(f"tokenising {texts.name}: {len(texts.rows):,} rows", highlight=False)
-        sources.append(
-            _write_source(
-                out, texts, _parallel_table(texts, tokenizer, description.max_tokens, counts), description, counts
-            )
-        )
+        table = _parallel_table(texts, tokenizer, description.max_tokens, counts)
+        if len(table.lengths):
+            sources.append(_write_source(out, texts, table, description))
     for language, of_language in sorted(documents.items()):
         name = f"mono.{language}"
         console.print(f"tokenising {name}: {len(of_language):,} documents", highlight=False)
         table = _mono_table(of_language, tokenizer, description.max_tokens, counts)
-        sources.append(_write_source(out, Texts(name, "mono", (language,), []), table, description, counts))
+        if len(table.lengths):
+            sources.append(_write_source(out, Texts(name, "mono", (language,), []), table, description))
     manifest = Manifest(
         name=description.name,
         max_tokens=description.max_tokens,
         tokenizer=_describe_tokenizer(out, tokenizer),
-        sources=tuple(source for source in sources if source.items),
+        sources=tuple(sources),
         counts=dict(sorted(counts.items())),
         prep=prep,
     )
@@ -126,7 +126,9 @@ def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out
     (out / manifests.NAME).write_text(manifest.render(), encoding="utf-8")
 
 
-def _read_parallel(source: SourceDescription, description: CorpusDescription, base: Path) -> Texts:
+def _read_parallel(
+    source: SourceDescription, description: CorpusDescription, base: Path, counts: Counter[str]
+) -> Texts:
     rows: Iterable[dict[str, str]]
     if source.format == "jsonl":
         assert source.path is not None
@@ -136,14 +138,27 @@ def _read_parallel(source: SourceDescription, description: CorpusDescription, ba
         rows = tsv.read(base / source.path, source.languages)
     else:
         rows = moses.read({language: base / path for language, path in source.paths.items()})
-    kept = []
+    kept: list[dict[str, str]] = []
     for row in rows:
-        named = ((description.language(code), clean(side)) for code, side in row.items())
-        kept.append({language: side for language, side in named if language and side})
+        kept.append({})
+        for code, side in row.items():
+            language, cleaned = description.language(code), clean(side)
+            if language is None or not cleaned:
+                continue
+            if language in kept[-1]:
+                counts["sides_of_a_language_the_row_has"] += 1  # two codes renamed to one
+            kept[-1].setdefault(language, cleaned)
     languages = tuple(sorted({language for row in kept for language in row}))
+    for language in languages:
+        _check_code(source, language)
     if source.kind == "para" and len(languages) > 2:
         raise UserError(f"source {source.name}: kind para has two languages, the data {len(languages)}: use kind nway")
     return Texts(source.name, source.kind, languages, [tuple(row.get(x, "") for x in languages) for row in kept])
+
+
+def _check_code(source: SourceDescription, language: str) -> None:
+    if not re.fullmatch(NAME, language):
+        raise UserError(f"source {source.name}: {language!r} cannot be a language code: give it another in rename")
 
 
 def _read_documents(description: CorpusDescription, base: Path, parallel: list[Texts]) -> dict[str, list[list[str]]]:
@@ -155,7 +170,8 @@ def _read_documents(description: CorpusDescription, base: Path, parallel: list[T
         if source.kind == "mono":
             assert source.path is not None
             language = description.language(source.languages[0])
-            if language:
+            if language is not None:
+                _check_code(source, language)
                 cleaned = ([c for c in map(clean, document) if c] for document in text.read(base / source.path))
                 documents.setdefault(language, []).extend(document for document in cleaned if document)
         elif source.mono:
@@ -170,20 +186,17 @@ def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Co
     """Rows with at least two sides of at most `longest` pieces, each once."""
     sides = len(texts.languages)
     flat = _tokenise([side for row in texts.rows for side in row], tokenizer, counts)
-    lengths = np.array([len(ids) for ids in flat], np.int64).reshape(-1, sides)
-    text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(
-        -1, sides
-    )
+    shape = len(texts.rows), sides
+    lengths = np.array([len(ids) for ids in flat], np.int64).reshape(shape)
+    text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(shape)
     too_long = lengths > longest
     counts["sides_too_long"] += int(too_long.sum())
     lengths[too_long], text_ids[too_long] = 0, 0
-    enough = (lengths > 0).sum(1) >= 2
-    counts["rows_with_less_than_two_sides"] += int((~enough).sum())
-    _, first = np.unique(text_ids, axis=0, return_index=True)
-    different = np.zeros(len(lengths), bool)
-    different[first] = True
-    counts["duplicate_rows"] += int((enough & ~different).sum())
-    kept = np.nonzero(enough & different)[0]
+    (enough,) = np.nonzero((lengths > 0).sum(1) >= 2)
+    counts["rows_with_less_than_two_sides"] += len(lengths) - len(enough)
+    different = np.unique(text_ids[enough], axis=0, return_index=True)[1] if len(enough) else enough
+    counts["duplicate_rows"] += len(enough) - len(different)
+    kept = enough[np.sort(different)]
     ids = [flat[row * sides + side] for row in kept for side in range(sides) if lengths[row, side]]
     return Table(_flat(ids), lengths[kept], text_ids[kept])
 
@@ -216,9 +229,7 @@ def _block_id(block: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(block.tobytes(), digest_size=8).digest(), "little") or 1
 
 
-def _write_source(
-    out: Path, texts: Texts, table: Table, description: CorpusDescription, counts: Counter[str]
-) -> Source:
+def _write_source(out: Path, texts: Texts, table: Table, description: CorpusDescription) -> Source:
     # Sorted by a keyed hash of what the row says: a shuffle that does not depend on the order of the input.
     key = hashlib.blake2b(f"{description.seed}/{texts.name}".encode(), digest_size=16).digest()
     hashes = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in table.text_ids]

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from infoxlm_ds.config import check, read_yaml
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a corpus, a source, a language: they become names of folders
+Name = Annotated[str, Field(pattern=NAME)]
+KEYS = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}
 
 
 class _Section(BaseModel):
@@ -45,16 +47,16 @@ class SourceDescription(_Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        needs = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}[
-            self.format
-        ]
         if not self.name.startswith(f"{self.kind}."):
             raise ValueError(f"source {self.name}: the name of a {self.kind} source starts with {self.kind}.")
-        for key in needs:
-            if not getattr(self, key):
-                raise ValueError(f"source {self.name}: format {self.format} needs {key}")
+        for key in ("path", "paths", "languages"):
+            if bool(getattr(self, key)) != (key in KEYS[self.format]):
+                verb = "has no use for" if getattr(self, key) else "needs"
+                raise ValueError(f"source {self.name}: format {self.format} {verb} {key}")
         if (self.kind == "mono") != (self.format == "text"):
             raise ValueError(f"source {self.name}: format text is for kind mono, the others are for para and nway")
+        if self.mono and self.kind == "mono":
+            raise ValueError(f"source {self.name}: kind mono has no use for mono")
         if self.format == "text" and len(self.languages) != 1:
             raise ValueError(f"source {self.name}: monolingual text has one language")
         if self.kind == "para" and self.format != "jsonl" and len(self.paths or self.languages) != 2:

@@ -40,8 +40,11 @@ def special_ids(folder: Path) -> dict[str, int]:
 
 
 def load_fast(folder: Path) -> Tokenizer:
-    """The tokenizer alone, which gives the ids that AutoTokenizer gives."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    """The tokenizer alone, which gives the ids that AutoTokenizer gives: all of a text and nothing else."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()  # published tokenizers store the settings of their last use
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _sample(texts: Iterable[str], count: int, seed: int) -> list[str]:
@@ -87,6 +90,7 @@ def _train(texts: list[str], vocab_size: int, coverage: float, out: Path) -> Non
 def _copy(folder: Path, out: Path) -> None:
     if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError(f"tokenizer.path: {folder} holds no tokenizer: give a Hugging Face folder")
+    special_ids(folder)  # refuses another layout before any text is tokenised
     _load(folder).save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
         raise UserError(f"tokenizer.path: {folder} has no fast tokenizer")
@@ -95,4 +99,8 @@ def _copy(folder: Path, out: Path) -> None:
 def _load(folder: Path):  # type: ignore[no-untyped-def]
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each kind of tokenizer file has its own
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise UserError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None

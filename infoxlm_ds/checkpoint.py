@@ -26,19 +26,33 @@ from infoxlm_ds.engine import Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
 
-# What may differ between the start of a run and its continuation; the corpus is known by its hash, wherever it lies.
-FREE = {"run", "corpus", "log", "checkpoint", "probe"}
+# What may differ between the start of a run and its continuation. Corpus and engine are known by what is in them,
+# wherever they lie.
+FREE = {"run", "corpus", "engine", "log", "checkpoint", "probe"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run this run: its recipe, what is in its engine configuration, the hash of its corpus' manifest."""
+
+    recipe: Recipe
+    engine: dict[str, Any]
+    corpus: str
+
+    def differences(self, state: dict[str, Any]) -> list[str]:
+        """Keys in which the run that wrote `state` was another."""
+        then, now = state["recipe"], self.recipe.model_dump(mode="json")
+        differing = [key for key in now if key not in FREE and now[key] != then.get(key)]
+        return differing + [key for key in ("engine", "corpus") if state[key] != getattr(self, key)]
 
 
 @dataclass
 class Saved:
-    """What state.json says, besides the recipe: optimizer steps applied, steps' batches consumed, where the streams
-    stand, and the hash of the corpus' manifest."""
+    """Optimizer steps applied, steps' batches consumed, and where the streams stand."""
 
     step: int
     consumed: int
     cursors: Cursors
-    corpus: str
 
 
 class Checkpoints:
@@ -52,15 +66,35 @@ class Checkpoints:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
-    def latest_for(self, recipe: Recipe, corpus: str, world: int) -> Path | None:
-        """The same, for going on: UserError where it was written with another recipe, corpus or number of ranks."""
+    def latest_for(self, identity: Identity, world: int) -> Path | None:
+        """The same, for going on: UserError where it was written by another run or, unless that is finished, by another
+        number of ranks."""
         latest = self.latest()
-        if latest is not None:
-            _check_same_run(latest, _state(latest), recipe, corpus, world)
+        if latest is None:
+            return None
+        if not (latest / "state.json").is_file():
+            raise UserError(
+                f"{self.folder / 'latest'} names {latest.name}, which is gone: restore it or remove {self.folder}"
+            )
+        state = _state(latest)
+        if differing := identity.differences(state):
+            raise UserError(
+                f"{self.folder.parent} holds a run with another {', '.join(differing)}: "
+                "go on with its own recipe, or give this one another run folder"
+            )
+        if state["world_size"] != world and state["step"] < identity.recipe.optimizer.steps:
+            raise UserError(
+                f"{latest} was written by {state['world_size']} ranks, not {world}: start as many ranks as then"
+            )
         return latest
 
+    def finished(self, steps: int) -> bool:
+        """Whether the newest committed checkpoint is of step `steps` or later."""
+        latest = self.latest()
+        return latest is not None and (latest / "state.json").is_file() and _state(latest)["step"] >= steps
+
     def save(
-        self, saved: Saved, recipe: Recipe, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
+        self, saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
     ) -> Path:
         """Write and commit. Collective."""
         name = f"step-{saved.step:08d}"
@@ -79,10 +113,11 @@ class Checkpoints:
             state = {
                 "step": saved.step,
                 "consumed": saved.consumed,
-                "corpus": saved.corpus,
+                "corpus": identity.corpus,
+                "engine": identity.engine,
                 "cursors": _merge(everyone),
                 "world_size": dist.world_size(),
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": identity.recipe.model_dump(mode="json"),
             }
             (partial / "state.json").write_text(json.dumps(state, indent=1))
         dist.barrier()
@@ -92,7 +127,13 @@ class Checkpoints:
         return final
 
     def load(self, path: Path, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
-        """Take everything from a committed checkpoint. Collective."""
+        """Take everything from a committed checkpoint. Collective. UserError where a file of it is damaged."""
+        damage = dist.from_first_rank(_damage(path) if dist.rank() == 0 else None)
+        if damage:
+            raise UserError(
+                f"{path}: {damage}: restore the file, or write the name of an older checkpoint into "
+                f"{self.folder / 'latest'}"
+            )
         state = _state(path)
         engine.load(self.folder, path.name)
         if momentum is not None:
@@ -102,10 +143,12 @@ class Checkpoints:
         cursors = {
             task: {int(lane): tuple(at) for lane, at in lanes.items()} for task, lanes in state["cursors"].items()
         }
-        return Saved(state["step"], state["consumed"], cursors, state["corpus"])
+        return Saved(state["step"], state["consumed"], cursors)
 
     def _commit(self, partial: Path, final: Path) -> None:
         files = sorted(p for p in partial.rglob("*") if p.is_file())
+        for path in files:
+            _sync(path)
         manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # never the one `latest` names: a step is saved once
@@ -116,18 +159,14 @@ class Checkpoints:
                 shutil.rmtree(old)
 
 
-def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, corpus: str, world: int) -> None:
-    then, now = state["recipe"], recipe.model_dump(mode="json")
-    differing = [key for key in now if key not in FREE and now[key] != then.get(key)]
-    if state["corpus"] != corpus:
-        differing.append("corpus")
-    if differing:
-        raise UserError(
-            f"{path.parent.parent} holds a run with another {', '.join(differing)}: "
-            "go on with its own recipe, or give this one another run folder"
-        )
-    if state["world_size"] != world:
-        raise UserError(f"{path} was written by {state['world_size']} ranks, not {world}: start as many ranks as then")
+def _damage(path: Path) -> str:
+    """What is wrong with the files of a committed checkpoint; empty where nothing is."""
+    for name, stated in json.loads((path / "manifest.json").read_text()).items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != stated["bytes"] or _sha256(path / name) != stated["sha256"]:
+            return f"{name} differs from what was written"
+    return ""
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -146,11 +185,19 @@ def _merge(everyone: list[object]) -> Cursors:
 
 def _write_durably(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(text)
+    _sync(temporary)
     temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """What was written to a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -82,7 +82,10 @@ def compare(
 
     from infoxlm_ds.evaluation.tables import print_comparison, read_json
 
-    print_comparison({str(path.parent.name or path): read_json(path) for path in results}, Console())
+    names = [path.parent.name for path in results]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in results]
+    print_comparison({name: read_json(path) for name, path in zip(names, results, strict=True)}, Console())
 
 
 def main() -> None:

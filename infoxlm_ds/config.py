@@ -167,6 +167,11 @@ class Recipe(Section):
             raise ValueError(f"model.width {self.model.width} is not a multiple of model.heads {self.model.heads}")
         if self.optimizer.warmup >= self.optimizer.steps:
             raise ValueError("optimizer.warmup must be below optimizer.steps")
+        pairs = self.batch.lanes * self.batch.xlco_pairs * self.optimizer.steps
+        if self.tasks["xlco"] and self.contrast.uses_queue and pairs <= self.contrast.queue_size:
+            raise ValueError(
+                f"contrast.queue_size {self.contrast.queue_size} would never fill: all steps have {pairs} pairs"
+            )
         if not any(self.tasks.values()):
             raise ValueError("no task is left: give one of mmlm, tlm, xlco both a weight and a batch size above 0")
         return self

@@ -28,7 +28,6 @@ from infoxlm_ds.model.momentum import Fragment
 ALLOWED = {
     "zero_optimization",
     "bf16",
-    "fp16",
     "data_types",
     "communication_data_type",
     "comms_logger",
@@ -74,7 +73,7 @@ def load_engine_config(path: Path) -> dict[str, Any]:
         if key not in ALLOWED:
             raise UserError(f"{path}: {key} is not a known key: one of {', '.join(sorted(ALLOWED))}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    sixteen_bits = any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
+    sixteen_bits = config.get("bf16", {}).get("enabled", False)
     if stage not in (0, 1):
         raise UserError(f"{path}: zero_optimization.stage {stage} is not supported: use 0 or 1")
     if stage == 0 and sixteen_bits:

@@ -15,13 +15,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 import torch
 
 from infoxlm_ds import dist, trainer
-from infoxlm_ds.checkpoint import Checkpoints
+from infoxlm_ds.checkpoint import Checkpoints, Identity
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.data.batch import N_TEXTS, SPECIAL_ONE, longest_sequence
 from infoxlm_ds.data.loader import Loader
@@ -45,25 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options = parser.parse_args(arguments)
-    try:
-        return _run(load_recipe(options.recipe, options.overrides))
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"infoxlm: {error}", file=sys.stderr)
-        return 2
-
-
-def _run(recipe: Recipe) -> int:
     # DeepSpeed's start-up chatter and announcements of renames are not the user's.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    start_ranks()
-    state = build(recipe)
-    first = dist.rank() == 0
-    if state.step >= recipe.optimizer.steps:
-        if first:
-            print(f"{recipe.run}: finished at step {state.step}, nothing to do")
-        return 0
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        start_ranks()
+        inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+        if inputs.finished:
+            return 0
+        state = build(recipe, inputs)
+    except UserError as error:  # the same on every rank
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"infoxlm: {error}", file=sys.stderr)
+        return 2
+    return _fit(state)
+
+
+def _fit(state: TrainState) -> int:
+    recipe, first = state.recipe, dist.rank() == 0
     with (
         Sinks(recipe.run, state.step, recipe.optimizer.steps, recipe.log.tensorboard)
         if first
@@ -71,7 +70,11 @@ def _run(recipe: Recipe) -> int:
     ):
         if sinks is not None:
             sinks.say(_summary(state))
-        done = trainer.fit(state, sinks)
+        try:
+            done = trainer.fit(state, sinks)
+        except UserError as error:  # a damaged pack, which only the rank that reads it knows of
+            print(f"infoxlm: {error}", file=sys.stderr, flush=True)
+            return 2
         if sinks is not None and not done:
             sinks.say(f"stopped on request at step {state.step}, saved: run the same command again to go on")
     state.loader.close()
@@ -82,11 +85,12 @@ def _run(recipe: Recipe) -> int:
 class Inputs:
     """What a recipe names, read and found to fit together."""
 
-    engine_config: dict[str, Any]
+    identity: Identity
     corpus: Corpus
     loader: Loader
     checkpoints: Checkpoints
     latest: Path | None
+    finished: bool  # `latest` is of the recipe's last step
     probe: RetrievalProbe | None
 
 
@@ -99,20 +103,22 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
     loader = Loader(recipe, corpus, rank, world)
     checkpoints = Checkpoints(recipe.run, recipe.checkpoint.keep)
-    latest = checkpoints.latest_for(recipe, corpus.manifest.sha256, world)
+    identity = Identity(recipe, engine_config, corpus.manifest.sha256)
+    latest = checkpoints.latest_for(identity, world)
     longest = corpus.manifest.max_tokens + SPECIAL_ONE
     probe = RetrievalProbe(recipe.probe, tokenizer, longest, rank, world) if recipe.probe else None
-    return Inputs(engine_config, corpus, loader, checkpoints, latest, probe)
+    finished = checkpoints.finished(recipe.optimizer.steps)
+    if finished and rank == 0:
+        print(f"{recipe.run}: finished at step {recipe.optimizer.steps}, nothing to do")
+    return Inputs(identity, corpus, loader, checkpoints, latest, finished, probe)
 
 
-def build(recipe: Recipe) -> TrainState:
-    """Everything `fit` needs, from scratch or from the run's newest checkpoint. All checks come before anything is
-    written."""
-    inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+def build(recipe: Recipe, inputs: Inputs) -> TrainState:
+    """Everything `fit` needs, from scratch or from the run's newest checkpoint."""
     vocabulary = inputs.corpus.manifest.tokenizer.vocab_size
     model = build_model(recipe.model, vocabulary, recipe.seed)
     objective = Objective(recipe, model)
-    engine = Engine(objective, inputs.engine_config, recipe.optimizer, recipe.batch.lanes)
+    engine = Engine(objective, inputs.identity.engine, recipe.optimizer, recipe.batch.lanes)
     momentum = queue = None
     contrast = recipe.contrast
     if recipe.tasks["xlco"] and contrast.keys == "momentum":
@@ -121,7 +127,16 @@ def build(recipe: Recipe) -> TrainState:
         width = model.lm.config.hidden_size
         queue = KeyQueue(contrast.queue_size, width, N_TEXTS[contrast.mixup], dist.device())
     state = TrainState(
-        recipe, inputs.corpus, inputs.loader, objective, engine, momentum, queue, inputs.checkpoints, inputs.probe
+        recipe,
+        inputs.identity,
+        vocabulary,
+        inputs.loader,
+        objective,
+        engine,
+        momentum,
+        queue,
+        inputs.checkpoints,
+        inputs.probe,
     )
     if inputs.latest is not None:
         saved = inputs.checkpoints.load(inputs.latest, engine, momentum, queue)
@@ -139,20 +154,19 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     allow it)."""
     recipe = load_recipe(recipe_path, overrides)
     ranks = ranks or _default_ranks(recipe.batch.lanes)
-    check_inputs(recipe, 0, ranks)  # so that a mistake is one line, and not one of the launcher's as well
+    if check_inputs(recipe, 0, ranks).finished:  # and a mistake is one line, not one of the launcher's as well
+        return 0
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     environment.setdefault("PYTHONUNBUFFERED", "1")
-    if not _gpus():
+    if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_accelerators",
-        str(ranks),
-        "--log_level",
-        "error",
-    ]
-    command += ["--master_port", str(_free_port()), "--no_local_rank", __file__, str(recipe_path), *overrides]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # The launcher drops CUDA_VISIBLE_DEVICES where a number of devices is given.
+    chosen = ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"] if visible else []
+    command = [str(Path(sys.executable).with_name("deepspeed")), *(chosen or ["--num_accelerators", str(ranks)])]
+    command += ["--log_level", "error", "--master_port", str(_free_port()), "--no_local_rank"]
+    command += [__file__, str(recipe_path), *overrides]
     # A session of its own: ^C in a terminal comes here alone, and is passed on to the ranks alone.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -163,8 +177,8 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
         for leaf in ranks or [launcher]:
             leaf.send_signal(signal.SIGTERM)
 
-    signal.signal(signal.SIGINT, forward)
-    signal.signal(signal.SIGTERM, forward)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
     code = process.wait()
     return code if code >= 0 else 1
 
@@ -184,12 +198,11 @@ def _summary(state: TrainState) -> str:
 
 
 def _default_ranks(lanes: int) -> int:
-    most = _gpus() or min(2, os.cpu_count() or 1)
-    return max(n for n in range(1, most + 1) if lanes % n == 0)
-
-
-def _gpus() -> int:
-    return torch.cuda.device_count()
+    most = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+    ranks = max(n for n in range(1, most + 1) if lanes % n == 0)
+    if ranks < torch.cuda.device_count():
+        print(f"using {ranks} of {most} GPUs: batch.lanes is {lanes}, which more do not divide")
+    return ranks
 
 
 def _free_port() -> int:

@@ -12,10 +12,9 @@ from types import FrameType
 import torch
 
 from infoxlm_ds import dist
-from infoxlm_ds.checkpoint import Checkpoints, Saved
+from infoxlm_ds.checkpoint import Checkpoints, Identity, Saved
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.data.reader import Corpus
 from infoxlm_ds.engine import Engine, schedule
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
@@ -24,6 +23,8 @@ from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.objective import Objective
 
+MOST_SKIPPED = 20  # in a row
+
 
 @dataclass
 class TrainState:
@@ -31,7 +32,8 @@ class TrainState:
     streams."""
 
     recipe: Recipe
-    corpus: Corpus
+    identity: Identity
+    vocabulary: int
     loader: Loader
     objective: Objective
     engine: Engine
@@ -46,22 +48,37 @@ class TrainState:
 
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
     """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is
-    saved.
+    saved. RuntimeError after MOST_SKIPPED steps in a row that were not applied.
 
     `sinks`: rank 0's, None elsewhere.
     """
     recipe, stop = state.recipe, _StopOnSignal()
-    started, first, saved = time.monotonic(), state.step, state.step
+    started, first, logged, skipped = time.monotonic(), state.step, state.step, 0
+
+    def log() -> None:
+        nonlocal logged
+        _log(state, sinks, (time.monotonic() - started) / (state.step - first))
+        logged = state.step
+
     while state.step < recipe.optimizer.steps and not stop.agreed():
-        applied = train_step(state)
-        if applied and _due(state, recipe.log.every):
-            _log(state, sinks, (time.monotonic() - started) / (state.step - first))
-        if applied and state.probe is not None and recipe.probe is not None and _due(state, recipe.probe.every):
+        if not train_step(state):
+            skipped += 1
+            if skipped == MOST_SKIPPED:
+                raise RuntimeError(
+                    f"after step {state.step}, {skipped} steps in a row had gradients that are not finite"
+                )
+            continue
+        skipped = 0
+        saving = _due(state, recipe.checkpoint.every)
+        if saving or _due(state, recipe.log.every):  # no interval spans a checkpoint, so going on loses none
+            log()
+        if state.probe is not None and recipe.probe is not None and _due(state, recipe.probe.every):
             _probe(state, sinks)
-        if applied and _due(state, recipe.checkpoint.every):
+        if saving:
             _save(state)
-            saved = state.step
-    if saved != state.step:
+    if state.step < recipe.optimizer.steps:
+        if logged < state.step:
+            log()
         _save(state)
     return state.step >= recipe.optimizer.steps
 
@@ -71,7 +88,7 @@ def train_step(state: TrainState) -> bool:
     applied."""
     waited = time.monotonic()
     micros = next(state.loader)
-    state.meter.add({"data_wait": torch.tensor(time.monotonic() - waited)})
+    state.meter.add({"data_wait": time.monotonic() - waited})
     state.consumed += 1
     context = state.objective.prepare(micros, state.momentum, state.queue.view() if state.queue else None)
     reps, applied = [], False
@@ -87,8 +104,8 @@ def train_step(state: TrainState) -> bool:
         state.step += 1
         if state.momentum is not None:
             state.momentum.update()
-    if state.queue is not None:
-        state.queue.push(state.objective.new_keys(context, micros, reps), state.step)
+        if state.queue is not None:
+            state.queue.push(state.objective.new_keys(context, micros, reps), state.step)
     return applied
 
 
@@ -106,7 +123,7 @@ def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     sums, languages, seconds = state.meter.collect()
     _return_freed_memory()
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
-    values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.corpus.manifest.tokenizer.vocab_size)
+    values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
     values |= {
         "optimizer/learning_rate": state.recipe.optimizer.learning_rate * schedule(state.step, state.recipe.optimizer),
         "optimizer/skipped_steps": sums["skipped"] / world,
@@ -134,8 +151,8 @@ def _probe(state: TrainState, sinks: Sinks | None) -> None:
 
 
 def _save(state: TrainState) -> None:
-    saved = Saved(state.step, state.consumed, state.loader.cursors, state.corpus.manifest.sha256)
-    state.checkpoints.save(saved, state.recipe, state.engine, state.momentum, state.queue)
+    saved = Saved(state.step, state.consumed, state.loader.cursors)
+    state.checkpoints.save(saved, state.identity, state.engine, state.momentum, state.queue)
 
 
 class _StopOnSignal:

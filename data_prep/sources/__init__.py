@@ -13,9 +13,13 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, plain or .xz. UserError names file and line where it cannot be read."""
     number = 0
     try:
-        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.rstrip("\n")
+        # Bytes: decoding a file as text fails a buffer ahead of the bad line, and ends lines at a lone carriage return,
+        # after which aligned files no longer agree.
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            for line in file:
+                text = line.decode("utf-8")
+                number += 1
+                yield number, text.rstrip("\r\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:

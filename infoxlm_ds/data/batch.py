@@ -68,7 +68,8 @@ class BatchBuilder:
     def __init__(self, recipe: Recipe, corpus: Corpus, own_lanes: list[int]) -> None:
         self._recipe, self._corpus = recipe, corpus
         self._tokenizer = corpus.manifest.tokenizer
-        self._special = np.array(sorted(self._tokenizer.special_ids.values()))
+        self._regular = np.ones(self._tokenizer.vocab_size, bool)
+        self._regular[list(self._tokenizer.special_ids.values())] = False
         sampling = recipe.sampling
         self.readers = {
             task: StreamReader(
@@ -152,9 +153,8 @@ class BatchBuilder:
         return queries, None if gradient else (both if contrast.symmetric else second), text_ids, rows
 
     def _mask(self, ids: np.ndarray, generator: np.random.Generator) -> Masked:
-        tokenizer = self._tokenizer
-        how = self._recipe.masking
-        return mask_pieces(ids, tokenizer.vocab_size, self._special, tokenizer.special_ids["mask"], how, generator)
+        mask_id = self._tokenizer.special_ids["mask"]
+        return mask_pieces(ids, self._regular, mask_id, self._recipe.masking, generator)
 
     def _generator(self, use: str, lane: int, step: int) -> np.random.Generator:
         return keyed_generator(self._recipe.seed, use, lane, step)

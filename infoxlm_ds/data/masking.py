@@ -21,14 +21,13 @@ class Masked:
 
 
 def mask_pieces(
-    ids: np.ndarray, vocabulary: int, special: np.ndarray, mask_id: int, how: Masking, generator: np.random.Generator
+    ids: np.ndarray, regular: np.ndarray, mask_id: int, how: Masking, generator: np.random.Generator
 ) -> Masked:
-    """Mask ids [T]. Special tokens (ids in `special`) are never chosen, and never come in as a random piece."""
-    regular = np.setdiff1d(np.arange(vocabulary), special)
-    chosen = (generator.random(len(ids)) < how.probability) & ~np.isin(ids, special)
-    (rows,) = np.nonzero(chosen)
-    fate, pieces = generator.random(len(rows)), regular[generator.integers(len(regular), size=len(rows))]
-    out = ids.copy()
-    labels = ids[rows]
+    """Mask ids [T]. `regular` [V] bool: all ids but the special tokens, which are never chosen nor come in as a random
+    piece."""
+    (rows,) = np.nonzero((generator.random(len(ids)) < how.probability) & regular[ids])
+    fate, drawn = generator.random(len(rows)), generator.integers(np.count_nonzero(regular), size=len(rows))
+    out, labels = ids.copy(), ids[rows]
+    pieces = np.flatnonzero(regular)[drawn]
     out[rows] = np.where(fate < how.mask, mask_id, np.where(fate < how.mask + how.random, pieces, labels))
     return Masked(out, rows, labels)

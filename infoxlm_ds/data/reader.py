@@ -5,6 +5,8 @@ Legend: n items, s sides (1 monolingual, 2 a pair), T ids.
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +69,8 @@ class Corpus:
     """A corpus folder: manifest, indices, and packs on demand."""
 
     def __init__(self, path: Path) -> None:
-        """UserError where it is no corpus, or a file is missing or has another size than the manifest says."""
+        """UserError where it is no corpus, a file is missing or has another size than the manifest says, or an index
+        is damaged. Shards are not hashed here: each pack is checked when it is read."""
         self.path, self.manifest = path, load_manifest(path)
         for file in self.manifest.files():
             found = path / file.name
@@ -80,7 +83,8 @@ class Corpus:
                 )
         self.sources = self.manifest.sources
         self.languages = sorted({language for source in self.sources for language in source.languages})
-        self._indices = [np.load(path / source.index.name) for source in self.sources]
+        self._indices = [self._index(source) for source in self.sources]
+        self._first_rows = [np.cumsum(index[:, 3]) - index[:, 3] for index in self._indices]
         self.pack = lru_cache(PACKS_KEPT)(self._read)
 
     def _read(self, source: int, number: int) -> Pack:
@@ -89,7 +93,14 @@ class Corpus:
 
     def first_row(self, source: int, number: int) -> int:
         """The row number, in its source, of a pack's first row."""
-        return int(self._indices[source][:number, 3].sum())
+        return int(self._first_rows[source][number])
+
+    def _index(self, source: Source) -> np.ndarray:
+        path = self.path / source.index.name
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != source.index.sha256:
+            raise UserError(f"{path} is damaged: restore the file or prepare the corpus again")
+        return np.load(io.BytesIO(data))
 
 
 class StreamReader:

@@ -94,6 +94,8 @@ class InfoXLM(nn.Module):
         hidden = run_layers(body.encoder.layer[: self.universal_layer], embed(body.embeddings, batch), batch.packing)
         tokens = len(trunk.scatter)
         leaving = self.head(hidden[tokens:], batch.sequence[tokens:] - n_trunk, batch.lengths[n_trunk:])
+        if n_trunk == 0:
+            return hidden[:0], leaving
         return run_layers(body.encoder.layer[self.universal_layer :], hidden[:tokens], trunk), leaving
 
     def sentence_encoder(self) -> SentenceEncoder:

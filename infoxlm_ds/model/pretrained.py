@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from infoxlm_ds.config import Model, UserError
@@ -12,19 +14,18 @@ from infoxlm_ds.model.attention import PACKED
 from infoxlm_ds.model.encoder import PADDING_ID, InfoXLM
 from infoxlm_ds.model.heads import SentenceHead
 
+PROJECTION = "projection.safetensors"  # beside the weights of a Hugging Face folder
+
 
 def build_model(model: Model, vocabulary: int, seed: int) -> InfoXLM:
     """The model of a recipe for a vocabulary of this size. Random weights depend on `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         built = assemble(_load(model) if model.init else XLMRobertaForMaskedLM(_shape(model, vocabulary)), model)
-    config = built.lm.config
-    if config.vocab_size != vocabulary:
-        raise UserError(
-            f"model.init {model.init} has {config.vocab_size} pieces, the corpus {vocabulary}: prepare it again"
-        )
-    if model.universal_layer > config.num_hidden_layers:
-        raise UserError(f"model.universal_layer {model.universal_layer} is above the {config.num_hidden_layers} layers")
+    assert built.lm.config.vocab_size == vocabulary, "check_fit compares the tokenizers"
+    projection = model.init / PROJECTION if model.init else None
+    if projection is not None and projection.is_file() and built.head.projection is not None:
+        built.head.projection.load_state_dict(load_file(projection))
     return built
 
 
@@ -43,7 +44,15 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
     if model.init:
         if not (model.init / "config.json").is_file():
             raise UserError(f"model.init {model.init}: no config.json there: give a Hugging Face folder")
-        positions = XLMRobertaConfig.from_pretrained(model.init).max_position_embeddings - PADDING_ID - 1
+        if not any(model.init.glob("*.safetensors")) and not any(model.init.glob("*.bin")):
+            raise UserError(f"model.init {model.init}: no *.safetensors and no *.bin there: give a whole model folder")
+        config = XLMRobertaConfig.from_pretrained(model.init)
+        if model.universal_layer > config.num_hidden_layers:
+            raise UserError(
+                f"model.universal_layer {model.universal_layer} is above the {config.num_hidden_layers} layers of "
+                f"{model.init}"
+            )
+        positions = config.max_position_embeddings - PADDING_ID - 1
         ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (tokenizer_folder, model.init))
         if ours != theirs:
             raise UserError(
@@ -77,8 +86,8 @@ def _shape(model: Model, vocabulary: int) -> XLMRobertaConfig:
 
 
 def _load(model: Model) -> XLMRobertaForMaskedLM:
-    # InfoXLM trains without dropout, and the packed kernels have none.
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return XLMRobertaForMaskedLM.from_pretrained(
-        model.init, attn_implementation=PACKED, dtype=torch.float32, **no_dropout
-    )
+    lm = XLMRobertaForMaskedLM.from_pretrained(model.init, attn_implementation=PACKED, dtype=torch.float32)
+    for module in lm.modules():  # InfoXLM trains without dropout; the configuration keeps its own for what comes after
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return lm

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Meter:
     def __init__(self) -> None:
         self._clear()
 
-    def add(self, values: dict[str, Tensor | int]) -> None:
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
@@ -32,8 +33,7 @@ class Meter:
     def collect(self) -> tuple[Scalars, dict[str, dict[str, int]], float]:
         """Sums over ranks by name, items by task and language, and the seconds since the last call."""
         names = sorted(self._sums)
-        device = next((v.device for v in self._sums.values() if isinstance(v, Tensor)), torch.device("cpu"))
-        sums = torch.tensor([float(self._sums[name]) for name in names], dtype=torch.float64).to(device)
+        sums = torch.tensor([float(self._sums[name]) for name in names], dtype=torch.float64, device=dist.device())
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
         for counts in dist.gather_objects(self._languages):
@@ -45,7 +45,7 @@ class Meter:
         return dict(zip(names, sums.tolist(), strict=True)), {t: dict(c) for t, c in languages.items()}, seconds
 
     def _clear(self) -> None:
-        self._sums: dict[str, Tensor | int] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._languages: dict[str, Counter[str]] = {}
         self._since = time.monotonic()
 

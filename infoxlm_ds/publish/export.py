@@ -18,7 +18,7 @@ from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.engine import read_weights
 from infoxlm_ds.model.attention import PACKED
 from infoxlm_ds.model.encoder import InfoXLM, embed, packed, run_layers
-from infoxlm_ds.model.pretrained import assemble
+from infoxlm_ds.model.pretrained import PROJECTION, assemble
 
 TOLERANCE = 1e-4  # of hidden states of order 1, in fp32: padded and packed attention add up in another order
 SAMPLE = [
@@ -72,7 +72,7 @@ def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> Non
     lm.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     if model.head.projection is not None:
-        save_file({"weight": model.head.projection.weight.detach().contiguous()}, folder / "projection.safetensors")
+        save_file({"weight": model.head.projection.weight.detach().contiguous()}, folder / PROJECTION)
 
 
 @torch.no_grad()

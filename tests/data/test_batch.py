@@ -10,7 +10,6 @@ import pytest
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import BOS, EOS, N_TEXTS, BatchBuilder, JointBatch, Sequences, assemble
-from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.data.reader import Corpus
 from tests.corpus import small_recipe
 
@@ -77,7 +76,7 @@ def test_a_micro_batch_is_a_function_of_lane_and_step(corpus: Path, tmp_path: Pa
     recipe = small_recipe(corpus, tmp_path / "run", "contrast.mixup=paper")
     first, again = _build(recipe), _build(recipe)
     assert (first.tokens.ids == again.tokens.ids).all() and (first.text_ids == again.text_ids).all()
-    other = _build(recipe, step=4)  # the same rows, other masks and partners
+    other = _build(recipe, step=4)  # the same rows, other masks and mixtures
     assert first.rows.tolist() != other.rows.tolist()
     assert (first.text_ids == other.text_ids).all()
 
@@ -112,37 +111,3 @@ def test_a_step_larger_than_the_corpus_is_refused_by_name(corpus: Path, tmp_path
     for key, value in (("xlco_pairs", 101), ("tlm_tokens", 10**7), ("mmlm_tokens", 10**7)):
         with pytest.raises(UserError, match=f"batch.{key}"):
             _build(small_recipe(corpus, tmp_path / key, f"batch.{key}={value}"))
-
-
-def test_a_world_that_does_not_divide_the_lanes_is_refused(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"batch\.lanes is 4, which 3 ranks do not divide"):
-        Loader(small_recipe(corpus, tmp_path / "run"), Corpus(corpus), 0, 3)
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_loader_gives_the_same_lanes_to_any_world_and_goes_on_where_it_stopped(
-    corpus: Path, tmp_path: Path, world: int
-) -> None:
-    recipe = small_recipe(corpus, tmp_path / "run")
-    alone = Loader(recipe, Corpus(corpus), 0, 1)
-    expected = [next(alone) for _ in range(6)]
-    alone.close()
-    for rank in range(world):
-        loader = Loader(recipe, Corpus(corpus), rank, world)
-        for step in range(3):
-            _same(next(loader), [expected[step][lane] for lane in range(rank, 4, world)])
-        cursors = loader.cursors
-        loader.close()
-        resumed = Loader(recipe, Corpus(corpus), rank, world)
-        resumed.restore(3, cursors)
-        for step in range(3, 6):
-            _same(next(resumed), [expected[step][lane] for lane in range(rank, 4, world)])
-        resumed.close()
-
-
-def _same(micros: list[JointBatch], expected: list[JointBatch]) -> None:
-    assert len(micros) == len(expected)
-    for micro, other in zip(micros, expected, strict=True):
-        for name in ("rows", "labels", "text_ids"):
-            assert getattr(micro, name).tobytes() == getattr(other, name).tobytes()
-        assert micro.tokens.ids.tobytes() == other.tokens.ids.tobytes()

@@ -5,6 +5,7 @@ Side s of row r of source number n holds the id `ID + (n * 10_000 + r) * 8 + s`,
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -60,8 +61,8 @@ def write(folder: Path, names: list[str]) -> Path:
             (shard,) = shards
             size = shard.path.stat().st_size
             tar = Shard(name=f"{name}/{shard.path.name}", bytes=size, sha256="", packs=shard.packs)
-            npy = (folder / name / "index.npy").stat().st_size
-            of_index = File(name=f"{name}/index.npy", bytes=npy, sha256="")
+            npy = (folder / name / "index.npy").read_bytes()
+            of_index = File(name=f"{name}/index.npy", bytes=len(npy), sha256=hashlib.sha256(npy).hexdigest())
             tokens = int(lengths_of(number, len(languages), rows).sum())
             figures: dict[str, Any] = {"items": rows, "tokens": tokens, "packs": len(index)}
             sources.append(Source(name=name, kind=kind, languages=languages, index=of_index, shards=(tar,), **figures))
@@ -106,7 +107,10 @@ def whole_windows(corpus: Corpus, stream: str, lanes: int, windows: int, **how: 
 
 
 @given(
-    stream=st.sampled_from(["mmlm", "xlco"]), lanes=st.integers(1, 3), seed=st.integers(0, 99), packs=st.integers(1, 3)
+    stream=st.sampled_from(["mmlm", "xlco"]),
+    lanes=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+    packs=st.integers(1, 3),
 )
 @settings(max_examples=8, deadline=None)
 def test_every_item_comes_once_a_source_epoch(marked: Corpus, stream: str, lanes: int, seed: int, packs: int) -> None:
@@ -281,4 +285,18 @@ def test_a_missing_or_shortened_file_is_refused_at_once(tmp_path: Path) -> None:
         Corpus(folder)
     shard.unlink()
     with pytest.raises(UserError, match=r"mono\.sw-00000\.tar is missing"):
+        Corpus(folder)
+
+
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=20, deadline=None)
+def test_a_flipped_bit_in_an_index_is_refused_at_once(
+    tmp_path_factory: pytest.TempPathFactory, where: float, bit: int
+) -> None:
+    folder = write(tmp_path_factory.mktemp("damaged"), ["mono.sw"])
+    index = folder / "mono.sw" / "index.npy"
+    data = bytearray(index.read_bytes())
+    data[int(where * len(data))] ^= 1 << bit
+    index.write_bytes(data)
+    with pytest.raises(UserError, match=r"mono\.sw.index\.npy is damaged"):
         Corpus(folder)

@@ -1,5 +1,6 @@
 """Each mistake in a corpus description or in its files is one line that names it."""
 
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import yaml
 
 from data_prep.description import load_description
-from data_prep.sources import jsonl, moses, text, tsv
+from data_prep.sources import jsonl, lines, moses, text, tsv
 from infoxlm_ds.config import UserError
 
 SOURCE: dict[str, Any] = {"name": "nway.a", "kind": "nway", "format": "jsonl", "path": "a.jsonl"}
+MONO: dict[str, Any] = {"name": "mono.a", "kind": "mono", "format": "text", "path": "a.txt", "languages": ["en"]}
 GOOD: dict[str, Any] = {"name": "tiny", "tokenizer": {"vocab_size": 800}, "sources": [SOURCE]}
 
 
@@ -38,6 +40,9 @@ def test_the_embedded_description_is_right() -> None:
         ({"sources": [SOURCE | {"colour": 1}]}, "sources.0.colour is not a known key"),
         ({"sources": [SOURCE | {"path": None}]}, "format jsonl needs path"),
         ({"sources": [SOURCE | {"format": "text"}]}, "format text needs languages"),
+        ({"sources": [SOURCE | {"paths": {"en": "b"}}]}, "format jsonl has no use for paths"),
+        ({"sources": [SOURCE | {"languages": ["en"]}]}, "format jsonl has no use for languages"),
+        ({"sources": [MONO | {"mono": True}]}, "kind mono has no use for mono"),
         ({"sources": [SOURCE | {"name": "../etc"}]}, "name: "),
         ({"sources": [SOURCE | {"name": "tokenizer"}]}, "the name of a nway source starts with nway."),
         ({"sources": [SOURCE | {"kind": "mono", "name": "mono.a"}]}, "format text is for kind mono"),
@@ -93,10 +98,33 @@ def test_blank_lines_end_documents(tmp_path: Path) -> None:
     assert list(text.read(tmp_path / "a.txt")) == [["a", "b"], ["c"]]
 
 
-@pytest.mark.parametrize(("name", "data"), [("a.txt", b"good\n\xff\n"), ("a.txt.xz", b"not xz")])
-def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+GOOD_LINES = b"".join(b"line %d\n" % i for i in range(1, 50))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "line"),
+    [
+        ("a.txt", GOOD_LINES + b"\xff\n", 50),
+        ("a.txt.xz", lzma.compress(GOOD_LINES + b"bad \xc3(\n"), 50),
+        ("a.txt.xz", b"not xz", 1),
+        ("a.txt.xz", lzma.compress(GOOD_LINES)[:-9], 50),
+    ],
+)
+def test_a_file_that_cannot_be_decoded_is_named_with_the_line(
+    tmp_path: Path, name: str, data: bytes, line: int
+) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name} line \d"):
-        list(text.read(tmp_path / name))
-    with pytest.raises(UserError, match="no such file"):
-        list(text.read(tmp_path / "none"))
+    with pytest.raises(UserError, match=rf"{name} line {line}: cannot be read"):
+        list(lines(tmp_path / name))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none: no such file"):
+        list(lines(tmp_path / "none"))
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.en").write_bytes("one\rmore\ntw\u2028o\u0085\n".encode())
+    (tmp_path / "a.de").write_bytes(b"eins\r\nzwei\r\n")
+    rows = list(moses.read({"en": tmp_path / "a.en", "de": tmp_path / "a.de"}))
+    assert rows == [{"en": "one\rmore", "de": "eins"}, {"en": "tw\u2028o\u0085", "de": "zwei"}]

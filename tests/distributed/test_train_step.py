@@ -11,7 +11,7 @@ from torch import Tensor
 from infoxlm_ds import dist
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import build
+from infoxlm_ds.train import build, check_inputs
 from infoxlm_ds.trainer import TrainState, fit, train_step
 from tests.corpus import small_recipe
 from tests.distributed.masters import whole_masters
@@ -29,7 +29,7 @@ CONTRASTS = {
 
 def _start(recipe: Recipe) -> TrainState:
     start_ranks()
-    return build(recipe)
+    return build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
 
 
 def _whole_state(state: TrainState) -> dict[str, Tensor]:
