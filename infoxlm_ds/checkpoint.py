@@ -1,21 +1,20 @@
 """Checkpoints that count only when they are whole.
 
 `checkpoints/step-NNNNNNNN/` holds DeepSpeed's shards, `momentum-RRRRR.safetensors` a rank, `queue.safetensors` and
-`state.json`.
-Everything is written under a temporary name; when all ranks are done, rank 0 hashes the files into `manifest.json`,
-renames the
-folder, and only then points `latest` at it. What `latest` does not name never happened.
+`state.json`. Everything is written under a temporary name; when all ranks are done, rank 0 hashes the files into
+`manifest.json`, renames the folder, and only then points `latest` at it. What `latest` does not name never happened.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +59,15 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int) -> None:
         self.folder, self._keep = run / "checkpoints", keep
+
+    def lock(self) -> None:
+        """Hold the run folder until this process ends. Collective. UserError where another process trains in it."""
+        if dist.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        held = dist.from_first_rank(_locked(self._lock) if dist.rank() == 0 else None)
+        if not held:
+            raise UserError(f"another process trains in {self.folder.parent}: wait for it or take another run")
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint."""
@@ -157,6 +165,14 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-????????"))[: -self._keep]:
             if old != final:
                 shutil.rmtree(old)
+
+
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _damage(path: Path) -> str:

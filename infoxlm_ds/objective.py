@@ -3,8 +3,8 @@
 Legend: b pairs of this lane, N pairs of the step, D width.
 
 Each lane's loss is its *share* of the step's: sums over its own rows divided by the step's counts, so that shares and
-gradients add
-up over lanes and ranks to the per-task means. `StepContext` is what a lane must know of the others, made once a step.
+gradients add up over lanes and ranks to the per-task means. `StepContext` is what a lane must know of the others, made
+once a step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ class Cached:
 @dataclass(frozen=True)
 class StepContext:
     """`denominators`: what each task's sum is divided by, over all lanes and ranks. `sides`: keys of the whole step in
-    lane order,
-    [N, D] each, without gradient: second sides, and first sides where symmetric. `ids` [N, I]."""
+    lane order, [N, D] each, without gradient: second sides, and first sides where symmetric. `ids` [N, I]."""
 
     denominators: dict[str, int]
     pairs: int
@@ -156,8 +155,8 @@ class Objective(nn.Module):
     @torch.no_grad()
     def _ahead(self, micros: Sequence[JointBatch], queue: Keys | None) -> Cached:
         """Cached representations: encode all lanes without a graph, then one contrast over the whole step. The lanes'
-        own passes
-        then only carry the gradient back, so the contrast is as large as the step however few pairs fit into memory."""
+        own passes then only carry the gradient back, so the contrast is as large as the step however few pairs fit into
+        memory."""
         encoder, how = self.model.sentence_encoder(), self._contrast
         reps = [encoder(self._to_device(_queries(m))) for m in micros]
         first, second = (torch.cat(side) for side in zip(*(r.chunk(2) for r in reps), strict=True))

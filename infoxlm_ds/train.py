@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         inputs = check_inputs(recipe, dist.rank(), dist.world_size())
         if inputs.finished:
             return 0
+        inputs.checkpoints.lock()
         state = build(recipe, inputs)
     except UserError as error:  # the same on every rank
         if int(os.environ.get("RANK", 0)) == 0:

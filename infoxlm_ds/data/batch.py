@@ -3,8 +3,7 @@
 Legend: T tokens, S sequences, M masked rows, B pairs, I text ids an item.
 
 Layout of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer.
-XLM-R's
-formats: `<s> a </s>` and `<s> a </s></s> b </s>`.
+XLM-R's formats: `<s> a </s>` and `<s> a </s></s> b </s>`.
 """
 
 from __future__ import annotations
@@ -182,9 +181,8 @@ def _mixed(
     starts: np.ndarray, lengths: np.ndarray, generator: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, code-switched, <c1
-    d2, c2 d1>,
-    the order within each side by chance. Neighbours in the shuffled stream are random partners, new ones every
-    epoch."""
+    d2, c2 d1>, the order within each side by chance. Neighbours in the shuffled stream are random partners, new ones
+    every epoch."""
     n = starts.shape[1] // 2
     c, d = np.arange(n) * 2, np.arange(n) * 2 + 1
     crossed = generator.integers(2, size=n)

@@ -67,9 +67,8 @@ class Plan:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where a keyed permutation of range(size) sends `index`: a Feistel network on the next even number of bits,
-    walked along its
-    cycle until it falls into the range."""
+    """Where a keyed permutation of range(size) sends `index`: a Feistel network on the next even number of bits, walked
+    along its cycle until it falls into the range."""
     half = max(1, (size - 1).bit_length() + 1 >> 1)
     mask = (1 << half) - 1
     while True:
@@ -96,8 +95,7 @@ def _number(*key: object) -> int:
 
 def _slots(sources: list[SourceSize], alpha: float) -> np.ndarray:
     """How many of the SLOTS each source gets, by largest remainder, at least one each. A draw is a pack, and packs of
-    small sources
-    are not full, so a share of items is divided by the items of a pack."""
+    small sources are not full, so a share of items is divided by the items of a pack."""
     items, packs = (np.array([getattr(s, name) for s in sources], dtype=np.float64) for name in ("items", "packs"))
     shares = items**alpha * packs / items
     exact = shares / shares.sum() * (SLOTS - len(sources))

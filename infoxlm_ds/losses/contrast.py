@@ -3,15 +3,13 @@
 Legend: b pairs at hand, N pairs of all lanes and ranks, n keys of a block, D width, I text ids an item.
 
 With S_ij = q_i.k_j / temperature, p_i the logit of the positive and L_i the log-sum-exp over the negatives of row i,
-the loss is
-softplus(L_i - p_i). The positive never enters a sum of ten thousand terms, so the gradient keeps its precision when
-the loss is
-tiny. Negatives are read in tiles; nothing of size N x negatives exists. Gradients are finished in forward, as are all
-collectives, and backward only scales them. Inside, everything is float32 (float64 for float64 input).
+the loss is softplus(L_i - p_i). The positive never enters a sum of ten thousand terms, so the gradient keeps its
+precision when the loss is tiny. Negatives are read in tiles; nothing of size N x negatives exists. Gradients are
+finished in forward, as are all collectives, and backward only scales them. Inside, everything is float32 (float64 for
+float64 input).
 
-Every function returns this caller's *share*: the sum over its own rows divided by N. Shares and their gradients add
-up, over lanes
-and ranks, to the mean over all pairs.
+Every function returns this caller's *share*: the sum over its own rows divided by N. Shares and their gradients add up,
+over lanes and ranks, to the mean over all pairs.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ class Keys(NamedTuple):
 @dataclass(frozen=True)
 class ContrastReport:
     """A row each [b], without gradient: the `loss`, the logit of the `positive` and of the `hardest` negative, and how
-    many keys
-    were `negatives` and how many were `masked` because they share a text with the pair."""
+    many keys were `negatives` and how many were `masked` because they share a text with the pair."""
 
     loss: Tensor
     positive: Tensor
@@ -81,9 +78,9 @@ def contrast(
 def contrast_gradients(
     query: Tensor, key: Tensor, *, ids: Tensor, temperature: float, symmetric: bool, queue: Keys | None
 ) -> tuple[Tensor, Tensor, Tensor, list[ContrastReport]]:
-    """The share and its gradients with respect to query and key, both [b, D], each rank with its own rows: row i of
-    one belongs to
-    row i of the other, and the other pairs of all ranks are negatives. `symmetric`: the mean of both directions.
+    """The share and its gradients with respect to query and key, both [b, D], each rank with its own rows: row i of one
+    belongs to row i of the other, and the other pairs of all ranks are negatives. `symmetric`: the mean of both
+    directions.
 
     Collectives: the vectors and ids are gathered, then one number a row and direction, which is all that a key's
     gradient needs.

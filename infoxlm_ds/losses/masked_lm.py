@@ -3,8 +3,7 @@
 Legend: M masked rows, D width, V vocabulary, C rows of a chunk.
 
 The gradient is finished in forward: a chunk's logits [C, V] become its softmax and then its gradient in place, so that
-the peak
-is one chunk, and the vocabulary matrix gets one gradient buffer for all losses of a micro-batch.
+the peak is one chunk, and the vocabulary matrix gets one gradient buffer for all losses of a micro-batch.
 """
 
 from __future__ import annotations

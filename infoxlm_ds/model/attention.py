@@ -3,10 +3,8 @@
 Legend: T tokens, S sequences, H heads, D width of a head, P tokens of all groups after padding.
 
 A flat batch holds S sequences one behind the other; a token may attend to its own sequence only. On CUDA in 16 bits
-that is one
-varlen call. Elsewhere sequences of nearly equal length are put into groups and each group is one dense call, which
-measured
-faster than a block-diagonal mask or jagged tensors.
+that is one varlen call. Elsewhere sequences of nearly equal length are put into groups and each group is one dense
+call, which measured faster than a block-diagonal mask or jagged tensors.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 3.2; MoCo).
 
 Held in 16 bits the average stands still: with m = 0.9999 a move of one step is below half a unit in the last place. So
-each rank
-averages, in fp32, the fragment of the masters that the optimizer gave it, and one sum over ranks rebuilds the weights
-to compute with.
+each rank averages, in fp32, the fragment of the masters that the optimizer gave it, and one sum over ranks rebuilds the
+weights to compute with.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ CONTRASTS = {
     "gradient_in_batch": ["contrast.keys=gradient", "contrast.negatives=in_batch"],
     "gradient_both": ["contrast.keys=gradient"],
     "reference_reduction": ["reduction=reference"],
+    "xlco_alone": ["weights.mmlm=0", "weights.tlm=0"],
+    "without_xlco": ["weights.xlco=0"],
 }
 
 
@@ -81,6 +83,19 @@ def _close(value: Tensor, expected: Tensor, name: str) -> None:
         return
     largest = float(expected.abs().max()) or 1.0
     torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
+
+
+def _diverge(rank: int, world: int, recipe: Recipe) -> str:
+    state = _start(recipe)
+    with pytest.raises(RuntimeError) as caught:
+        fit(state, None)
+    return str(caught.value)
+
+
+def test_steps_that_are_never_applied_stop_the_run(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run", "optimizer.learning_rate=1e30", "optimizer.clip=0")
+    for message in run_ranks(_diverge, 2, recipe):
+        assert "after step" in message and "not finite" in message
 
 
 def _follow(rank: int, world: int, recipe: Recipe) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -42,6 +44,13 @@ def _metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def _wait_for_steps(process: subprocess.Popen[Any], run: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     recipe = _recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 40, "warmup": 2})
@@ -50,10 +59,7 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
     process = subprocess.Popen(
         [INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").is_file() and len(_metrics(run)) >= 4):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    _wait_for_steps(process, run, 4)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
@@ -130,24 +136,48 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(
 ) -> None:
     recipe = _recipe(corpus, tmp_path / "run")
     places = {"other": model_folder, "damaged": _damaged(corpus, tmp_path) if "{damaged}" in overrides[0] else ""}
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "infoxlm_ds.train",
-        recipe,
-        *(o.format(**places) for o in overrides),
-    ]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    if overrides == ["batch.lanes=3"]:
-        command = [
-            Path(sys.executable).with_name("deepspeed"),
-            "--num_accelerators",
-            "2",
-            "infoxlm_ds/train.py",
-            *command[3:],
-        ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("infoxlm: ")]
+    changes = [o.format(**places) for o in overrides]
+    if overrides == ["batch.lanes=3"]:  # `infoxlm train` would start as many ranks as divide the lanes
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command: list[str | Path] = [deepspeed, "--num_accelerators", "2", "infoxlm_ds/train.py", recipe, *changes]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("infoxlm: ")]
+    else:
+        done = _run("train", recipe, *changes, timeout=120)
+        lines = done.stderr.splitlines()
     assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
+    assert len(lines) == 1 and lines[0].startswith("infoxlm: "), done.stderr
+    assert all(word in lines[0] for word in words), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_pack_met_in_mid_run_is_told_by_the_rank_that_reads_it(corpus: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    for shard in copy.glob("*/*.tar"):  # the sizes stay right: nothing is seen before the pack is read
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 3] ^= 1
+        shard.write_bytes(data)
+    done = _run("train", _recipe(copy, tmp_path / "run"), timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "infoxlm: " in done.stderr and "damaged" in done.stderr
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(corpus: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    recipe = _recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 30, "warmup": 2})
+    assert _run("train", recipe, f"run={whole}").returncode == 0
+    process = subprocess.Popen(
+        [INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _wait_for_steps(process, run, 9)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.wait(timeout=60)
+    assert 6 <= int((run / "checkpoints" / "latest").read_text().removeprefix("step-")) < 30
+    again = _run("train", recipe)
+    assert again.returncode == 0, again.stderr
+    losses, expected = ({m["step"]: m["loss"] for m in _metrics(folder) if "loss" in m} for folder in (run, whole))
+    assert losses == expected
+    steps = [m["step"] for m in _metrics(run) if "loss" in m]
+    assert steps == sorted(set(steps))  # what was written beyond the checkpoint was taken out

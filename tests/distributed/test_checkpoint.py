@@ -1,0 +1,99 @@
+"""What `latest` names is whole, and a run folder has one owner."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from infoxlm_ds import dist
+from infoxlm_ds.checkpoint import Checkpoints
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.trainer import _save, fit, train_step
+from tests.corpus import small_recipe
+from tests.distributed.ranks import run_ranks
+
+
+def _fit(rank: int, world: int, recipe: Recipe) -> None:
+    start_ranks()
+    fit(build(recipe, check_inputs(recipe, dist.rank(), dist.world_size())), None)
+
+
+def _refused(rank: int, world: int, recipe: Recipe) -> str:
+    start_ranks()
+    with pytest.raises(UserError) as caught:
+        build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
+    return str(caught.value)
+
+
+@pytest.fixture
+def half_way(corpus: Path, tmp_path: Path) -> Path:
+    """A run folder with the committed checkpoints of step 2 of 2."""
+    run_ranks(_fit, 2, small_recipe(corpus, tmp_path / "run", "optimizer.steps=2"))
+    return tmp_path / "run" / "checkpoints" / "step-00000002"
+
+
+@pytest.mark.parametrize("pattern", ["queue.safetensors", "momentum-00001.safetensors", "*pp_rank_1_*optim_states.pt"])
+def test_a_flipped_bit_in_a_checkpoint_is_named_by_all_ranks(corpus: Path, half_way: Path, pattern: str) -> None:
+    (damaged,) = half_way.glob(pattern)
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 4
+    damaged.write_bytes(data)
+    for message in run_ranks(_refused, 2, small_recipe(corpus, half_way.parents[1], "optimizer.steps=2")):
+        assert damaged.name in message and "latest" in message
+
+
+@pytest.mark.parametrize(
+    ("world", "override", "words"),
+    [
+        (2, "optimizer.learning_rate=0.5", "another optimizer"),
+        (2, "seed=9", "another seed"),
+        (1, "optimizer.steps=2", "finished"),
+    ],
+)
+def test_a_run_folder_belongs_to_one_recipe(
+    corpus: Path, half_way: Path, world: int, override: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(corpus, half_way.parents[1], "optimizer.steps=2", override)
+    if words == "finished":  # whatever the number of ranks
+        assert check_inputs(recipe, 0, world).finished
+        assert words in capsys.readouterr().out
+        return
+    with pytest.raises(UserError, match=words):
+        check_inputs(recipe, 0, world)
+
+
+def test_another_number_of_ranks_is_refused_before_the_end(corpus: Path, tmp_path: Path) -> None:
+    short = small_recipe(corpus, tmp_path / "run", "optimizer.steps=3")
+    run_ranks(_stop_after_two, 2, short)
+    with pytest.raises(UserError, match="written by 2 ranks, not 1"):
+        check_inputs(short, 0, 1)
+
+
+def _stop_after_two(rank: int, world: int, recipe: Recipe) -> None:
+    start_ranks()
+    state = build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
+    train_step(state)
+    train_step(state)
+    _save(state)
+
+
+def test_a_second_process_in_a_run_folder_is_refused(tmp_path: Path) -> None:
+    first = Checkpoints(tmp_path / "run", keep=1)
+    first.lock()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def second() -> None:
+        try:
+            Checkpoints(tmp_path / "run", keep=1).lock()
+        except UserError as error:
+            answers.put(str(error))
+
+    process = context.Process(target=second)
+    process.start()
+    assert "another process trains in" in answers.get(timeout=30)
+    process.join()

@@ -1,0 +1,25 @@
+"""On a GPU in 16 bits the varlen kernel gives what the groups give in fp32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from infoxlm_ds.model.attention import pack, packed_attention
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_varlen_equals_groups(dtype: torch.dtype) -> None:
+    lengths = np.array([5, 64, 17, 17, 130, 1])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, int(lengths.sum()), 64, generator=generator).to(dtype) for _ in range(3))
+    packing = pack(lengths)
+    module = torch.nn.Module()
+    expected, _ = packed_attention(module, q.float(), k.float(), v.float(), None, packing=packing)
+    device = torch.device("cuda")
+    q, k, v = (x.to(device) for x in (q, k, v))
+    ours, _ = packed_attention(module, q, k, v, None, packing=packing.to(device))
+    torch.testing.assert_close(ours.float().cpu(), expected, atol=2e-2, rtol=2e-2)
