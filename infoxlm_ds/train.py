@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if inputs.finished:
             return 0
         inputs.checkpoints.lock()
-        state = build(recipe, inputs)
+        state = build(inputs)
     except UserError as error:  # the same on every rank
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"infoxlm: {error}", file=sys.stderr)
@@ -114,8 +114,9 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     return Inputs(identity, corpus, loader, checkpoints, latest, finished, probe)
 
 
-def build(recipe: Recipe, inputs: Inputs) -> TrainState:
+def build(inputs: Inputs) -> TrainState:
     """Everything `fit` needs, from scratch or from the run's newest checkpoint."""
+    recipe = inputs.identity.recipe
     vocabulary = inputs.corpus.manifest.tokenizer.vocab_size
     model = build_model(recipe.model, vocabulary, recipe.seed)
     objective = Objective(recipe, model)
@@ -128,7 +129,6 @@ def build(recipe: Recipe, inputs: Inputs) -> TrainState:
         width = model.lm.config.hidden_size
         queue = KeyQueue(contrast.queue_size, width, N_TEXTS[contrast.mixup], dist.device())
     state = TrainState(
-        recipe,
         inputs.identity,
         vocabulary,
         inputs.loader,

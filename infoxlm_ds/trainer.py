@@ -31,7 +31,6 @@ class TrainState:
     """All that a run is made of. `step` counts applied optimizer steps, `consumed` the steps' batches taken from the
     streams."""
 
-    recipe: Recipe
     identity: Identity
     vocabulary: int
     loader: Loader
@@ -45,6 +44,10 @@ class TrainState:
     consumed: int = 0
     meter: Meter = field(default_factory=Meter)
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.identity.recipe
+
 
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
     """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is
@@ -53,7 +56,9 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
     `sinks`: rank 0's, None elsewhere.
     """
     recipe, stop = state.recipe, _StopOnSignal()
-    started, first, logged, skipped = time.monotonic(), state.step, state.step, 0
+    started, first = time.monotonic(), state.step
+    saved = logged = state.step
+    skipped = 0
 
     def log() -> None:
         nonlocal logged
@@ -76,7 +81,8 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
             _probe(state, sinks)
         if saving:
             _save(state)
-    if state.step < recipe.optimizer.steps:
+            saved = state.step
+    if saved < state.step:
         if logged < state.step:
             log()
         _save(state)

@@ -19,13 +19,13 @@ from tests.distributed.ranks import run_ranks
 
 def _fit(rank: int, world: int, recipe: Recipe) -> None:
     start_ranks()
-    fit(build(recipe, check_inputs(recipe, dist.rank(), dist.world_size())), None)
+    fit(build(check_inputs(recipe, dist.rank(), dist.world_size())), None)
 
 
 def _refused(rank: int, world: int, recipe: Recipe) -> str:
     start_ranks()
     with pytest.raises(UserError) as caught:
-        build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
+        build(check_inputs(recipe, dist.rank(), dist.world_size()))
     return str(caught.value)
 
 
@@ -75,7 +75,7 @@ def test_another_number_of_ranks_is_refused_before_the_end(corpus: Path, tmp_pat
 
 def _stop_after_two(rank: int, world: int, recipe: Recipe) -> None:
     start_ranks()
-    state = build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
     train_step(state)
     train_step(state)
     _save(state)

@@ -31,7 +31,7 @@ CONTRASTS = {
 
 def _start(recipe: Recipe) -> TrainState:
     start_ranks()
-    return build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
+    return build(check_inputs(recipe, dist.rank(), dist.world_size()))
 
 
 def _whole_state(state: TrainState) -> dict[str, Tensor]:

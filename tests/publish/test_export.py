@@ -22,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
     """Train; return the hidden states of SAMPLE by transformers' own padded forward of the fp32 master weights."""
     start_ranks()
-    state = build(recipe, check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
     fit(state, None)
     lm = state.objective.model.lm
     parameters = list(lm.parameters())
