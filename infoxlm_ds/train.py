@@ -166,7 +166,7 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     # The launcher drops CUDA_VISIBLE_DEVICES where a number of devices is given.
     chosen = ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"] if visible else []
     command = [str(Path(sys.executable).with_name("deepspeed")), *(chosen or ["--num_accelerators", str(ranks)])]
-    command += ["--log_level", "error", "--master_port", str(_free_port()), "--no_local_rank"]
+    command += ["--log_level", "critical", "--master_port", str(_free_port()), "--no_local_rank"]
     command += [__file__, str(recipe_path), *overrides]
     # A session of its own: ^C in a terminal comes here alone, and is passed on to the ranks alone.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
