@@ -162,7 +162,7 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     environment.setdefault("PYTHONUNBUFFERED", "1")
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if torch.cuda.is_available() else ""
     # The launcher drops CUDA_VISIBLE_DEVICES where a number of devices is given.
     chosen = ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"] if visible else []
     command = [str(Path(sys.executable).with_name("deepspeed")), *(chosen or ["--num_accelerators", str(ranks)])]
