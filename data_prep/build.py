@@ -26,8 +26,8 @@ from data_prep.sources import jsonl, moses, text, tsv
 from data_prep.tokenizer import SPECIAL, load_fast, make_tokenizer, special_ids
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
-from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest
-from infoxlm_ds.data.packs import ROWS, Pack, text_id, write_source
+from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
+from infoxlm_ds.data.packs import ROWS, Pack, content_id, text_id, write_source
 
 CHUNK = 20_000  # texts tokenised in one call
 
@@ -220,13 +220,9 @@ def _mono_table(documents: list[list[str]], tokenizer: Tokenizer, longest: int, 
             blocks.append(np.concatenate(block))
     different = list({block.tobytes(): block for block in blocks}.values())
     counts["duplicate_blocks"] += len(blocks) - len(different)
-    names = np.array([_block_id(block) for block in different], np.uint64)
+    names = np.array([content_id(block.tobytes()) for block in different], np.uint64)
     lengths = np.array([len(block) for block in different], np.int64)
     return Table(_flat(different), lengths.reshape(-1, 1), names.reshape(-1, 1))
-
-
-def _block_id(block: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(block.tobytes(), digest_size=8).digest(), "little") or 1
 
 
 def _write_source(out: Path, texts: Texts, table: Table, description: CorpusDescription) -> Source:
@@ -283,15 +279,10 @@ def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:
     if folder is not None:
         paths += [folder / path.name for path in sorted((base / folder).glob("*token*"))]
     try:
-        return {str(path): _sha256(base / path) for path in paths}
+        return {str(path): sha256_of(base / path) for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: correct the path in the corpus description") from None
 
 
 def _file(out: Path, path: Path) -> File:
-    return File(name=str(path.relative_to(out)), bytes=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return File(name=str(path.relative_to(out)), bytes=path.stat().st_size, sha256=sha256_of(path))

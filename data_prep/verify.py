@@ -3,13 +3,12 @@ says."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import NAME, Manifest, Source, load_manifest
+from infoxlm_ds.data.manifest import NAME, Manifest, Source, load_manifest, sha256_of
 from infoxlm_ds.data.packs import read_pack
 
 
@@ -32,9 +31,8 @@ def _files(corpus: Path, manifest: Manifest) -> list[str]:
     problems = [f"{corpus / name}: missing" for name in expected.keys() - found.keys()]
     problems += [f"{corpus / name}: not part of the corpus" for name in found.keys() - expected.keys() - {NAME}]
     for name in sorted(expected.keys() & found.keys()):
-        with found[name].open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name].sha256:
-                problems.append(f"{found[name]}: differs from what was written")
+        if sha256_of(found[name]) != expected[name].sha256:
+            problems.append(f"{found[name]}: differs from what was written")
     return sorted(problems)
 
 

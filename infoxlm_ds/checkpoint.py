@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from infoxlm_ds import dist
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.loader import Cursors
+from infoxlm_ds.data.manifest import sha256_of
 from infoxlm_ds.engine import Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
@@ -97,9 +97,9 @@ class Checkpoints:
         return latest
 
     def finished(self, steps: int) -> bool:
-        """Whether the newest committed checkpoint is of step `steps` or later."""
+        """Whether the newest committed checkpoint, which `latest_for` has found whole, is of step `steps` or later."""
         latest = self.latest()
-        return latest is not None and (latest / "state.json").is_file() and _state(latest)["step"] >= steps
+        return latest is not None and _state(latest)["step"] >= steps
 
     def save(
         self, saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
@@ -157,7 +157,7 @@ class Checkpoints:
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         for path in files:
             _sync(path)
-        manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
         _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # never the one `latest` names: a step is saved once
         partial.replace(final)
@@ -180,7 +180,7 @@ def _damage(path: Path) -> str:
     for name, stated in json.loads((path / "manifest.json").read_text()).items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if (path / name).stat().st_size != stated["bytes"] or _sha256(path / name) != stated["sha256"]:
+        if (path / name).stat().st_size != stated["bytes"] or sha256_of(path / name) != stated["sha256"]:
             return f"{name} differs from what was written"
     return ""
 
@@ -214,8 +214,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

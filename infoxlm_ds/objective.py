@@ -74,17 +74,16 @@ class Objective(nn.Module):
         pairs = totals["xlco"]
         if not self._tasks["xlco"]:
             return StepContext(denominators, pairs)
-        ids = torch.cat([self._ids(m) for m in micros])
+        ids = [self._ids(m) for m in micros]
         if queue is not None:
-            queue = Keys(queue.vectors, queue.ids[:, : ids.shape[1]])
+            queue = Keys(queue.vectors, queue.ids[:, : ids[0].shape[1]])
         if momentum is None:
-            cached = self._ahead(micros, queue) if len(micros) > 1 else None
+            cached = self._ahead(micros, torch.cat(ids), queue) if len(micros) > 1 else None
             return StepContext(denominators, pairs, queue, cached=cached)
         per_lane = [momentum.encode(self._to_device(m.keys)) for m in micros if m.keys is not None]
         sides = zip(*(reps.split(len(m.text_ids)) for reps, m in zip(per_lane, micros, strict=True)), strict=True)
         gathered = tuple(dist.gather_lanes(side) for side in sides)[::-1]  # second sides first
-        all_ids = dist.gather_lanes([self._ids(m) for m in micros])
-        return StepContext(denominators, pairs, queue, gathered, all_ids)
+        return StepContext(denominators, pairs, queue, gathered, dist.gather_lanes(ids))
 
     def forward(self, batch: JointBatch, context: StepContext, slot: int) -> tuple[Tensor, Report, Tensor]:
         """The loss share of this rank's lane number `slot`, a report, and the lane's representations without
@@ -153,14 +152,13 @@ class Objective(nn.Module):
         return share, reports
 
     @torch.no_grad()
-    def _ahead(self, micros: Sequence[JointBatch], queue: Keys | None) -> Cached:
+    def _ahead(self, micros: Sequence[JointBatch], ids: Tensor, queue: Keys | None) -> Cached:
         """Cached representations: encode all lanes without a graph, then one contrast over the whole step. The lanes'
         own passes then only carry the gradient back, so the contrast is as large as the step however few pairs fit into
         memory."""
         encoder, how = self.model.sentence_encoder(), self._contrast
         reps = [encoder(self._to_device(_queries(m))) for m in micros]
         first, second = (torch.cat(side) for side in zip(*(r.chunk(2) for r in reps), strict=True))
-        ids = torch.cat([self._ids(m) for m in micros])
         share, d_first, d_second, reports = contrast_gradients(
             first, second, ids=ids, temperature=how.temperature, symmetric=how.symmetric, queue=queue
         )

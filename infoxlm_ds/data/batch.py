@@ -38,12 +38,9 @@ class JointBatch:
     """One lane's micro-batch.
 
     `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first
-    sides
-    first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder reads,
-    [B] second
-    sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `languages`: items a stream and
-    language (or
-    pair), for the report.
+    sides first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder
+    reads, [B] second sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `languages`: items
+    a stream and language (or pair), for the report.
     """
 
     tokens: Sequences

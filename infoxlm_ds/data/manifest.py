@@ -76,6 +76,12 @@ class Manifest(_Part):
         return [*self.tokenizer.files, *of_sources]
 
 
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_manifest(corpus: Path) -> Manifest:
     """The manifest of a corpus folder. UserError where there is none, it is of another format, or a byte of it was
     changed."""

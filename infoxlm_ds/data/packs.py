@@ -44,7 +44,12 @@ class WrittenShard:
 def text_id(text: str) -> int:
     """64-bit hash of a normalised text: equal texts are never negatives of each other. Never 0, which means no text."""
     folded = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().lower()
-    return int.from_bytes(hashlib.blake2b(folded.encode(), digest_size=8).digest(), "little") or 1
+    return content_id(folded.encode())
+
+
+def content_id(data: bytes) -> int:
+    """64-bit hash, never 0."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
 def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list[WrittenShard], np.ndarray]:

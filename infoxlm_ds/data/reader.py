@@ -20,7 +20,7 @@ from infoxlm_ds.data.packs import Pack, read_pack
 from infoxlm_ds.data.plan import Draw, Plan, SourceSize, keyed_generator
 
 KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}  # what each stream reads
-PACKS_KEPT = 64  # decoded; a small corpus then is read from disk once
+PACKS_KEPT = 64  # decoded, for windows of several lanes and streams that draw the same packs
 
 
 @dataclass(frozen=True)
