@@ -1,8 +1,9 @@
 """Checkpoints that count only when they are whole.
 
-`checkpoints/step-NNNNNNNN/` holds DeepSpeed's shards, `momentum-RRRRR.safetensors` a rank, `queue.safetensors` and
-`state.json`. Everything is written under a temporary name; when all ranks are done, rank 0 hashes the files into
-`manifest.json`, renames the folder, and only then points `latest` at it. What `latest` does not name never happened.
+`checkpoints/step-NNNNNNNN/` holds DeepSpeed's shards, `momentum-RRRRR.safetensors` a rank, the queue once
+(`queue-RRRRR.safetensors`, a rank where it is sharded) and `state.json`. Everything is written under a temporary name;
+when all ranks are done, rank 0 hashes the files into `manifest.json`, renames the folder, and only then points `latest`
+at it. What `latest` does not name never happened.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
 
 # What may differ between the start of a run and its continuation. Corpus and engine are known by what is in them,
-# wherever they lie.
-FREE = {"run", "corpus", "engine", "log", "checkpoint", "probe"}
+# wherever they lie; a preset by its values.
+FREE = {"preset", "run", "corpus", "engine", "log", "checkpoint", "probe"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Identity:
     def differences(self, state: dict[str, Any]) -> list[str]:
         """Keys in which the run that wrote `state` was another."""
         then, now = state["recipe"], self.recipe.model_dump(mode="json")
+        for recipe in (then, now):
+            recipe["contrast"].pop("queue")  # it fills again
         differing = [key for key in now if key not in FREE and now[key] != then.get(key)]
         return differing + [key for key in ("engine", "corpus") if state[key] != getattr(self, key)]
 
@@ -114,10 +117,12 @@ class Checkpoints:
         engine.save(self.folder, partial.name)
         if momentum is not None:
             save_file(momentum.state_dict(), partial / f"momentum-{dist.rank():05d}.safetensors")
+        if queue is not None:
+            queue.verify()
+            if queue.sharded or dist.rank() == 0:
+                save_file(queue.state_dict(), partial / f"queue-{dist.rank():05d}.safetensors")
         everyone = dist.gather_objects(saved.cursors)
         if dist.rank() == 0:
-            if queue is not None:
-                save_file(queue.state_dict(), partial / "queue.safetensors")
             state = {
                 "step": saved.step,
                 "consumed": saved.consumed,
@@ -147,7 +152,7 @@ class Checkpoints:
         if momentum is not None:
             momentum.load_state_dict(load_file(path / f"momentum-{dist.rank():05d}.safetensors"))
         if queue is not None:
-            queue.load_state_dict(load_file(path / "queue.safetensors"))
+            queue.load_state_dicts(load_file(part) for part in sorted(path.glob("queue-*.safetensors")))
         cursors = {
             task: {int(lane): tuple(at) for lane, at in lanes.items()} for task, lanes in state["cursors"].items()
         }

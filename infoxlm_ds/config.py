@@ -39,25 +39,42 @@ class Model(Section):
     normalize: bool = False  # L2, before the dot product
 
 
+class Queue(Section):
+    size: Positive = 131072  # keys; another size on resume keeps the newest and fills again
+    sharded: bool = False  # each rank holds its share of the keys, for one exchange of the queries a step
+
+
 class Contrast(Section):
-    """XlCo. `keys: momentum` is InfoXLM's key encoder; `keys: gradient` trains both sides on the negatives of the
-    whole step."""
+    """XlCo, as docs/contrast.md explains it. `keys: momentum` is InfoXLM's key encoder; `keys: gradient` trains both
+    sides on the negatives of the whole step."""
 
     keys: Literal["momentum", "gradient"] = "momentum"
     negatives: Literal["queue", "in_batch", "both"] = "queue"
     symmetric: bool = False
     temperature: float = Field(gt=0)  # no default: the paper's text has none, its code has 0.25
-    queue_size: int = Field(default=131072, ge=0)
+    learn_temperature_within: tuple[float, float] | None = None  # bounds; the temperature above is then the start
+    margin: float = Field(default=0.0, ge=0)  # taken off the positive's score (LaBSE)
+    same_text: Literal["mask", "positive", "ignore"] = "mask"  # what keys are that share a text with the pair
+    drop_within: float | None = None  # negatives that score above the positive less this are left out; null: none
+    pairs_per_row: Positive = 1  # of an n-way row, with same_text: positive
+    queue: Queue = Queue()
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    mask_same_text: bool = True
-    mixup: Literal["off", "paper"] = "off"
+    mixup: Literal["off", "paper", "reference"] = "off"
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.keys == "gradient" and self.negatives == "queue":
             raise ValueError("keys: gradient needs negatives of the step: set negatives to in_batch or both")
-        if self.uses_queue and self.queue_size == 0:
-            raise ValueError("negatives from a queue need queue_size above 0")
+        if self.learn_temperature_within is not None:
+            lowest, highest = self.learn_temperature_within
+            if not 0 < lowest <= self.temperature <= highest:
+                raise ValueError(
+                    "learn_temperature_within: give [lowest, highest] above 0 with the temperature between"
+                )
+        if self.same_text == "positive" and self.mixup != "off":
+            raise ValueError("same_text: positive needs mixup: off, for mixed pairs share a part of their texts only")
+        if self.pairs_per_row > 1 and self.same_text != "positive":
+            raise ValueError("pairs_per_row above 1 needs same_text: positive, or its pairs mask each other")
         return self
 
     @property
@@ -122,6 +139,7 @@ class Optimizer(Section):
 
 class Log(Section):
     every: Positive = 10  # steps a line
+    geometry: Positive = 100  # steps a pass over the representations: alignment, uniformity, effective rank
     tensorboard: bool = True
 
 
@@ -141,6 +159,7 @@ class Probe(Section):
 
 
 class Recipe(Section):
+    preset: Literal["infoxlm", "strong"] | None = None  # values below the recipe's own, see PRESETS
     run: Path  # everything a run writes lies here
     corpus: Path
     engine: Path  # a DeepSpeed configuration, see ds_configs/README.md
@@ -168,9 +187,9 @@ class Recipe(Section):
         if self.optimizer.warmup >= self.optimizer.steps:
             raise ValueError("optimizer.warmup must be below optimizer.steps")
         pairs = self.batch.lanes * self.batch.xlco_pairs * self.optimizer.steps
-        if self.tasks["xlco"] and self.contrast.uses_queue and pairs <= self.contrast.queue_size:
+        if self.tasks["xlco"] and self.contrast.uses_queue and pairs <= self.contrast.queue.size:
             raise ValueError(
-                f"contrast.queue_size {self.contrast.queue_size} would never fill: all steps have {pairs} pairs"
+                f"contrast.queue.size {self.contrast.queue.size} would never fill: all steps have {pairs} pairs"
             )
         if not any(self.tasks.values()):
             raise ValueError("no task is left: give one of mmlm, tlm, xlco both a weight and a batch size above 0")
@@ -183,11 +202,28 @@ class Recipe(Section):
         return {task: bool(size and getattr(self.weights, task)) for task, size in sizes.items()}
 
 
+# `infoxlm` is the paper's contrast; `strong` what later encoders train with (docs/contrast.md).
+PRESETS: dict[str, dict[str, Any]] = {
+    "infoxlm": {
+        "model": {"normalize": False},
+        "contrast": {"keys": "momentum", "negatives": "queue", "symmetric": False, "mixup": "paper"},
+    },
+    "strong": {
+        "model": {"normalize": True},
+        "contrast": {"keys": "gradient", "negatives": "in_batch", "symmetric": True, "mixup": "off"},
+    },
+}
+
+
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a YAML file with `key.path=value` overrides on top. UserError names every wrong key or value."""
+    """The recipe of a YAML file on top of its preset, with `key.path=value` overrides above both. UserError names every
+    wrong key or value."""
     tree = read_yaml(path, "recipe")
     for override in overrides or []:
         _set(tree, override)
+    for section, values in PRESETS.get(str(tree.get("preset")), {}).items():
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section] = values | tree[section]
     return check(Recipe, tree, str(path))
 
 

@@ -1,4 +1,5 @@
-"""Rank, world and the few collectives the project needs, with one-process fall-backs."""
+"""Rank, world and the few collectives the project needs, with one-process fall-backs: without a process group, or with
+one rank in it, nothing is sent."""
 
 from __future__ import annotations
 
@@ -8,18 +9,21 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Group = ProcessGroup | None  # None: all ranks
 
 
 def active() -> bool:
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 
-def rank() -> int:
-    return torch_dist.get_rank() if active() else 0
+def rank(group: Group = None) -> int:
+    return torch_dist.get_rank(group) if active() else 0
 
 
-def world_size() -> int:
-    return torch_dist.get_world_size() if active() else 1
+def world_size(group: Group = None) -> int:
+    return torch_dist.get_world_size(group) if active() else 1
 
 
 def local_rank() -> int:
@@ -37,14 +41,22 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, rank 0's first: [b, ...] to [W b, ...]. Every rank has the same number of rows. No
-    gradient."""
-    if world_size() == 1:
+def row_counts(rows: Tensor, group: Group = None) -> list[int]:
+    """How many rows each rank has."""
+    return gather_rows(torch.tensor([len(rows)], device=rows.device), group=group).tolist()
+
+
+def gather_rows(x: Tensor, counts: Sequence[int] | None = None, group: Group = None) -> Tensor:
+    """The rows of all ranks, rank 0's first: [b, ...] to [N, ...]. No gradient. `counts`: how many each rank has, where
+    they differ."""
+    if world_size(group) == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    torch_dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    counts = counts or [len(x)] * world_size(group)
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch_dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
@@ -53,10 +65,17 @@ def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
     return torch.cat([gather_rows(rows) for rows in lanes])
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
+def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
     """The sum over ranks, in place; every rank gets it."""
-    if world_size() > 1:
-        torch_dist.all_reduce(x)
+    if world_size(group) > 1:
+        torch_dist.all_reduce(x, group=group)
+    return x
+
+
+def max_over_ranks(x: Tensor, group: Group = None) -> Tensor:
+    """The largest over ranks, in place; every rank gets it."""
+    if world_size(group) > 1:
+        torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX, group=group)
     return x
 
 

@@ -16,25 +16,29 @@ import torch
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
-from infoxlm_ds.config import Recipe
+from infoxlm_ds.config import Contrast, Recipe
 from infoxlm_ds.data.batch import JointBatch, Sequences
-from infoxlm_ds.losses.contrast import ContrastReport, Keys, contrast, contrast_gradients, with_gradients
+from infoxlm_ds.losses import diagnostics
+from infoxlm_ds.losses.contrast import Form, Keys, Temperature, contrast, contrast_with_keys, finished
+from infoxlm_ds.losses.contrast import Report as ContrastReport
 from infoxlm_ds.model.attention import pack
 from infoxlm_ds.model.encoder import InfoXLM, Packed, packed
 from infoxlm_ds.model.heads import masked_lm_loss
 from infoxlm_ds.model.momentum import MomentumEncoder
 
 TASKS = ("mmlm", "tlm", "xlco")
+SAMPLE = 2048  # vectors that the diagnostics read
 
 
 @dataclass(frozen=True)
 class Cached:
-    """Contrast of the whole step, finished ahead of the lanes' passes: this rank's share and each lane's d share / d
-    reps."""
+    """Contrast of the whole step, finished ahead of the lanes' passes: this rank's share, its report, each lane's d
+    share / d reps, and d share / d temperature."""
 
     share: Tensor
+    report: ContrastReport
     gradients: tuple[Tensor, ...]
-    reports: tuple[ContrastReport, ...]
+    d_temperature: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,26 @@ class StepContext:
     cached: Cached | None = None
 
 
-# Sums over masked rows and pairs by `task/name`, left on the device for the log to add up.
-Report = dict[str, Tensor | int]
+@dataclass
+class Report:
+    """Of one lane: `sums` over masked rows and pairs by `task/name`, left on the device for the log to add up; and for
+    each row of the contrast (one direction's behind the other's) its `contrast` [2, R], loss and hit."""
+
+    sums: dict[str, Tensor | int]
+    contrast: Tensor | None = None
 
 
 class Objective(nn.Module):
-    """What the engine trains: the model and its three losses."""
+    """What the engine trains: the model, its three losses and, where it is learned, the temperature."""
 
     def __init__(self, recipe: Recipe, model: InfoXLM) -> None:
         super().__init__()
         self.model = model
         self._contrast, self._weights, self._reduction = recipe.contrast, recipe.weights, recipe.reduction
-        self._tasks = recipe.tasks
+        self._tasks, self._form = recipe.tasks, _form(recipe.contrast)
+        self.temperature: Temperature | None = None
+        if recipe.tasks["xlco"] and recipe.contrast.learn_temperature_within is not None:
+            self.temperature = Temperature(recipe.contrast.temperature, *recipe.contrast.learn_temperature_within)
 
     def prepare(
         self, micros: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None
@@ -74,97 +86,126 @@ class Objective(nn.Module):
         pairs = totals["xlco"]
         if not self._tasks["xlco"]:
             return StepContext(denominators, pairs)
-        ids = [self._ids(m) for m in micros]
-        if queue is not None:
-            queue = Keys(queue.vectors, queue.ids[:, : ids[0].shape[1]])
         if momentum is None:
-            cached = self._ahead(micros, torch.cat(ids), queue) if len(micros) > 1 else None
+            cached = self._ahead(micros, queue) if len(micros) > 1 else None
             return StepContext(denominators, pairs, queue, cached=cached)
         per_lane = [momentum.encode(self._to_device(m.keys)) for m in micros if m.keys is not None]
         sides = zip(*(reps.split(len(m.text_ids)) for reps, m in zip(per_lane, micros, strict=True)), strict=True)
         gathered = tuple(dist.gather_lanes(side) for side in sides)[::-1]  # second sides first
-        return StepContext(denominators, pairs, queue, gathered, dist.gather_lanes(ids))
+        ids = dist.gather_lanes([self._ids(m) for m in micros])
+        return StepContext(denominators, pairs, queue, gathered, ids)
 
     def forward(self, batch: JointBatch, context: StepContext, slot: int) -> tuple[Tensor, Report, Tensor]:
         """The loss share of this rank's lane number `slot`, a report, and the lane's representations without
         gradient."""
         tokens, trunk = self._to_device(batch.tokens), pack(batch.tokens.lengths[: batch.trunk]).to(self._device)
         hidden, reps = self.model(tokens, trunk, batch.trunk)
-        report: Report = {}
-        loss = self._masked_lm(hidden, batch, context, report)
+        report = Report({})
+        loss = self._masked_lm(hidden, batch, context, report.sums)
         if self._tasks["xlco"]:
-            share, reports = self._xlco(reps, batch, context, slot)
+            share, rows = self._xlco(reps, batch, context, slot)
             weight = self._weights.xlco * context.pairs / context.denominators["xlco"]
             loss = loss + weight * share
-            report |= _contrast_report(reports)
+            if rows is not None:
+                report.sums |= _contrast_sums(rows)
+                report.contrast = torch.stack([rows.loss, (rows.above == 0).to(rows.loss)])
         return loss, report, reps.detach()
 
-    def _masked_lm(self, hidden: Tensor, batch: JointBatch, context: StepContext, report: Report) -> Tensor:
+    def _masked_lm(
+        self, hidden: Tensor, batch: JointBatch, context: StepContext, sums: dict[str, Tensor | int]
+    ) -> Tensor:
         rows, labels = (torch.from_numpy(x).to(self._device) for x in (batch.rows, batch.labels))
         weights = torch.full((len(rows),), self._weights.tlm / context.denominators["tlm"], device=self._device)
         weights[: batch.mmlm] = self._weights.mmlm / context.denominators["mmlm"]
         loss, each = masked_lm_loss(self.model.lm, hidden[rows], labels, weights)
         for task, part in (("mmlm", each[: batch.mmlm]), ("tlm", each[batch.mmlm :])):
             if self._tasks[task]:
-                report |= {f"{task}/loss": part.sum(), f"{task}/items": len(part)}
+                sums |= {f"{task}/loss": part.sum(), f"{task}/items": len(part)}
         return loss
 
     def _xlco(
         self, reps: Tensor, batch: JointBatch, context: StepContext, slot: int
-    ) -> tuple[Tensor, Sequence[ContrastReport]]:
-        how, ids = self._contrast, self._ids(batch)
+    ) -> tuple[Tensor, ContrastReport | None]:
         if context.cached is not None:
-            cached = context.cached  # its share and reports are the whole rank's: they count once
-            share = cached.share if slot == 0 else torch.zeros_like(cached.share)
-            return with_gradients(share, (reps, cached.gradients[slot])), cached.reports if slot == 0 else ()
-        if how.keys == "gradient":
+            return self._from_cache(reps, context.cached, slot)
+        if self._contrast.keys == "gradient":
             first, second = reps.chunk(2)
-            share, d_first, d_second, reports = contrast_gradients(
-                first, second, ids=ids, temperature=how.temperature, symmetric=how.symmetric, queue=context.queue
+            loss, rows = contrast(
+                first,
+                second,
+                self._temperature(),
+                self._form,
+                ids=self._ids(batch),
+                queue=context.queue,
+                symmetric=self._contrast.symmetric,
             )
-            return with_gradients(share, (first, d_first), (second, d_second)), reports
-        return self._against_momentum_keys(reps, ids, context, slot)
+            return loss / dist.world_size(), rows  # every rank has the whole loss, and gradients times their number
+        return self._against_momentum_keys(reps, batch, context, slot)
 
     def _against_momentum_keys(
-        self, reps: Tensor, ids: Tensor, context: StepContext, slot: int
-    ) -> tuple[Tensor, list[ContrastReport]]:
-        how = self._contrast
-        own = torch.arange(len(ids), device=reps.device) + len(ids) * (slot * dist.world_size() + dist.rank())
-        share = reps.new_zeros((), dtype=torch.float32)
-        reports: list[ContrastReport] = []
-        if context.queue is None and not how.in_batch:
-            return share + 0.0 * reps.sum(), reports  # the queue still fills
+        self, reps: Tensor, batch: JointBatch, context: StepContext, slot: int
+    ) -> tuple[Tensor, ContrastReport | None]:
+        if context.queue is None and not self._form.in_batch:  # the queue still fills
+            return finished(reps.new_zeros(()), [(x, torch.zeros_like(x)) for x in (reps, *self._learned())]), None
         assert context.ids is not None
-        queries = reps.split(len(ids))
+        ids = self._ids(batch)
+        own = torch.arange(len(ids), device=reps.device) + len(ids) * (slot * dist.world_size() + dist.rank())
+        queries, parts = reps.split(len(ids)), []
         for query, keys in zip(queries, context.sides, strict=True):
-            one, report = contrast(
-                query,
-                Keys(keys, context.ids),
-                own,
-                ids=ids,
-                temperature=how.temperature,
-                total=context.pairs * len(queries),
-                in_batch=how.in_batch,
-                queue=context.queue,
+            parts.append(
+                contrast_with_keys(
+                    query,
+                    Keys(keys, context.ids),
+                    own,
+                    self._temperature(),
+                    self._form,
+                    ids=ids,
+                    queue=context.queue,
+                    total=context.pairs * len(queries),
+                )
             )
-            share = share + one
-            reports.append(report)
-        return share, reports
+        shares, rows = zip(*parts, strict=True)
+        return torch.stack(shares).sum(), ContrastReport.concatenate(rows)
 
-    @torch.no_grad()
-    def _ahead(self, micros: Sequence[JointBatch], ids: Tensor, queue: Keys | None) -> Cached:
-        """Cached representations: encode all lanes without a graph, then one contrast over the whole step. The lanes'
-        own passes then only carry the gradient back, so the contrast is as large as the step however few pairs fit into
-        memory."""
-        encoder, how = self.model.sentence_encoder(), self._contrast
-        reps = [encoder(self._to_device(_queries(m))) for m in micros]
+    def _ahead(self, micros: Sequence[JointBatch], queue: Keys | None) -> Cached:
+        """Cached representations (Gao et al., 2021): encode all lanes without a graph, then one contrast over the whole
+        step. The lanes' own passes then only carry the gradient back, so the contrast is as large as the step however
+        few pairs fit into memory."""
+        encoder = self.model.sentence_encoder()
+        with torch.no_grad():
+            reps = [encoder(self._to_device(_queries(m))) for m in micros]
         first, second = (torch.cat(side) for side in zip(*(r.chunk(2) for r in reps), strict=True))
-        share, d_first, d_second, reports = contrast_gradients(
-            first, second, ids=ids, temperature=how.temperature, symmetric=how.symmetric, queue=queue
-        )
+        learned = [x.detach() for x in self._learned()]
+        inputs = [x.requires_grad_() for x in (first, second, *learned)]
+        with torch.enable_grad():
+            loss, rows = contrast(
+                first,
+                second,
+                learned[0] if learned else self._contrast.temperature,
+                self._form,
+                ids=torch.cat([self._ids(m) for m in micros]),
+                queue=queue,
+                symmetric=self._contrast.symmetric,
+            )
+            share = loss / dist.world_size()
+            d_first, d_second, *d_temperature = torch.autograd.grad(share, inputs)
         sizes = [len(m.text_ids) for m in micros]
         gradients = tuple(torch.cat(both) for both in zip(d_first.split(sizes), d_second.split(sizes), strict=True))
-        return Cached(share, gradients, tuple(reports))
+        return Cached(share.detach(), rows, gradients, d_temperature[0] if learned else None)
+
+    def _from_cache(self, reps: Tensor, cached: Cached, slot: int) -> tuple[Tensor, ContrastReport | None]:
+        """The lane's part. Share, report and the temperature's gradient are the whole rank's: they count once."""
+        first = slot == 0
+        inputs = [(reps, cached.gradients[slot])]
+        if cached.d_temperature is not None:
+            inputs += [(x, cached.d_temperature * first) for x in self._learned()]
+        return finished(cached.share * first, inputs), cached.report if first else None
+
+    def _temperature(self) -> float | Tensor:
+        return self._contrast.temperature if self.temperature is None else self.temperature()
+
+    def _learned(self) -> list[Tensor]:
+        return [] if self.temperature is None else [self.temperature()]
 
     def new_keys(self, context: StepContext, micros: Sequence[JointBatch], reps: Sequence[Tensor]) -> Keys:
         """What the queue gets of this step: the second sides of all lanes and their text ids, in lane order.
@@ -173,11 +214,29 @@ class Objective(nn.Module):
         `micros` and `reps`: this rank's lanes and what `forward` returned for them.
         """
         vectors = context.sides[0] if context.sides else dist.gather_lanes([r.chunk(2)[1] for r in reps])
-        return Keys(vectors, dist.gather_lanes([torch.from_numpy(m.text_ids).to(self._device) for m in micros]))
+        return Keys(vectors, dist.gather_lanes([self._ids(m) for m in micros]))
+
+    @torch.no_grad()
+    def geometry(self, context: StepContext, micros: Sequence[JointBatch], reps: Sequence[Tensor]) -> dict[str, float]:
+        """How the step's representations, and the queue's, lie in their space, of a sample. Collective. Arguments as of
+        `new_keys`."""
+        if not self._tasks["xlco"]:
+            return {}
+        second = self.new_keys(context, micros, reps).vectors[:SAMPLE]
+        first = dist.gather_lanes([r[: len(m.text_ids)] for r, m in zip(reps, micros, strict=True)])[:SAMPLE]
+        found = {
+            "alignment": diagnostics.alignment(first, second),
+            "uniformity": diagnostics.uniformity(first),
+            "effective_rank": diagnostics.effective_rank(first),
+        }
+        if context.queue is not None:
+            found["queue_effective_rank"] = diagnostics.effective_rank(context.queue.vectors[:SAMPLE])
+        if self.temperature is not None:
+            found["temperature"] = self.temperature()
+        return {f"xlco/{name}": float(value) for name, value in found.items()}
 
     def _ids(self, batch: JointBatch) -> Tensor:
-        ids = torch.from_numpy(batch.text_ids).to(self._device)
-        return ids if self._contrast.mask_same_text else ids[:, :0]
+        return torch.from_numpy(batch.text_ids).to(self._device)
 
     def _to_device(self, sequences: Sequences) -> Packed:
         return packed(sequences.ids, sequences.lengths).to(self._device)
@@ -192,16 +251,20 @@ def _queries(batch: JointBatch) -> Sequences:
     return Sequences(tokens.ids[int(tokens.lengths[: batch.trunk].sum()) :], tokens.lengths[batch.trunk :])
 
 
-def _contrast_report(reports: Sequence[ContrastReport]) -> Report:
-    if not reports:
-        return {}
-    columns = {
-        "loss": [one.loss for one in reports],
-        "hits": [one.positive > one.hardest for one in reports],
-        "positive": [one.positive for one in reports],
-        "hardest": [one.hardest for one in reports],
-        "negatives": [one.negatives for one in reports],
-        "masked": [one.masked for one in reports],
+def _form(contrast: Contrast) -> Form:
+    """Vectors come normalised from the sentence head, where the recipe wants it."""
+    return Form(
+        in_batch=contrast.in_batch,
+        margin=contrast.margin,
+        same_text=contrast.same_text,
+        drop_within=contrast.drop_within,
+    )
+
+
+def _contrast_sums(rows: ContrastReport) -> dict[str, Tensor | int]:
+    columns = rows._asdict() | {
+        "hits": rows.above == 0,
+        "hardest": rows.hardest.nan_to_num(neginf=0.0),  # of rows without negatives
+        "log_choices": (1 + rows.negatives).log(),
     }
-    sums: Report = {f"xlco/{name}": torch.cat(rows).sum() for name, rows in columns.items()}
-    return sums | {"xlco/items": sum(len(one.loss) for one in reports)}
+    return {f"xlco/{name}": values.sum() for name, values in columns.items()} | {"xlco/items": len(rows.loss)}

@@ -127,7 +127,8 @@ def build(inputs: Inputs) -> TrainState:
         momentum = MomentumEncoder(model.sentence_encoder(), engine.masters, contrast.momentum, engine.sharded)
     if recipe.tasks["xlco"] and contrast.uses_queue:
         width = model.lm.config.hidden_size
-        queue = KeyQueue(contrast.queue_size, width, N_TEXTS[contrast.mixup], dist.device())
+        how = contrast.queue
+        queue = KeyQueue(how.size, width, N_TEXTS[contrast.mixup], dist.device(), how.sharded)
     state = TrainState(
         inputs.identity,
         vocabulary,
@@ -191,7 +192,9 @@ def _summary(state: TrainState) -> str:
         f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}"
     )
     queue = state.queue
-    filling = f"; the queue of {len(queue)} fills before XlCo reads it" if queue and queue.filled < 1 else ""
+    filling = ""
+    if queue is not None and queue.filled < 1:
+        filling = f"; the queue holds {queue.filled:.0%} of {len(queue)} keys and is read once it is full"
     return (
         f"{recipe.run}: {tasks}, {parameters / 1e6:.1f}M parameters, {where}, "
         f"step {state.step} of {recipe.optimizer.steps}{filling}"

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from types import FrameType
 
+import numpy as np
 import torch
 
 from infoxlm_ds import dist
@@ -43,6 +44,7 @@ class TrainState:
     step: int = 0
     consumed: int = 0
     meter: Meter = field(default_factory=Meter)
+    geometry: Scalars = field(default_factory=dict)  # the last pass's, until it is logged
 
     @property
     def recipe(self) -> Recipe:
@@ -96,14 +98,18 @@ def train_step(state: TrainState) -> bool:
     micros = next(state.loader)
     state.meter.add({"data_wait": time.monotonic() - waited})
     state.consumed += 1
-    context = state.objective.prepare(micros, state.momentum, state.queue.view() if state.queue else None)
+    queue = state.queue.view() if state.queue is not None else None
+    context = state.objective.prepare(micros, state.momentum, queue)
     reps, applied = [], False
     for slot, micro in enumerate(micros):
         share, report, lane_reps = state.engine.forward(micro, context, slot)
         state.engine.backward(share)
         applied = state.engine.step(state.step)
         reps.append(lane_reps)
-        state.meter.add(report | {"loss": share.detach(), "tokens": len(micro.tokens.ids)})
+        state.meter.add(report.sums | {"loss": share.detach(), "tokens": len(micro.tokens.ids)})
+        if report.contrast is not None:
+            of = micros if context.cached is not None else [micro]
+            state.meter.add_pairs(np.concatenate([m.pairs for m in of]), report.contrast)
         state.meter.count_languages(micro.languages)
     state.meter.add({"skipped": int(not applied), "steps": 1})
     if applied:
@@ -112,6 +118,8 @@ def train_step(state: TrainState) -> bool:
             state.momentum.update()
         if state.queue is not None:
             state.queue.push(state.objective.new_keys(context, micros, reps), state.step)
+        if _due(state, state.recipe.log.geometry):
+            state.geometry = state.objective.geometry(context, micros, reps)
     return applied
 
 
@@ -126,7 +134,7 @@ def _return_freed_memory() -> None:
 
 
 def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
-    sums, languages, seconds = state.meter.collect()
+    sums, languages, pairs, seconds = state.meter.collect()
     _return_freed_memory()
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
     values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
@@ -142,8 +150,10 @@ def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
         values["queue/filled"] = state.queue.filled
         if state.queue.filled == 1.0:
             values["queue/mean_age"] = state.queue.mean_age(state.step)
+    values |= state.geometry
+    state.geometry = {}
     if sinks is not None:
-        sinks.write(state.step, values, {"languages": languages, "seconds": seconds})
+        sinks.write(state.step, values, {"languages": languages, "pairs": pairs, "seconds": seconds})
         sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)
 
 

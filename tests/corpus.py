@@ -49,11 +49,17 @@ def small_recipe(corpus: Path, run: Path, *overrides: str) -> Recipe:
             "pooling": "mean",
             "normalize": True,
         },
-        "contrast": {"temperature": 0.1, "queue_size": 40, "momentum": 0.9, "negatives": "both", "symmetric": True},
+        "contrast": {
+            "temperature": 0.1,
+            "queue": {"size": 40},
+            "momentum": 0.9,
+            "negatives": "both",
+            "symmetric": True,
+        },
         "batch": {"lanes": 4, "mmlm_tokens": 60, "tlm_tokens": 80, "xlco_pairs": 6},
         "sampling": {"window_packs": 1},
         # A large eps keeps Adam from turning the rounding of gradients near zero into steps of full size.
-        "optimizer": {"learning_rate": 1e-2, "eps": 1e-4, "steps": 6, "warmup": 1},
+        "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "steps": 6, "warmup": 1},
         "log": {"every": 1},
         "checkpoint": {"every": 2},
     }

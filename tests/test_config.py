@@ -30,6 +30,20 @@ def test_overrides_win_over_the_file_and_take_its_types() -> None:
     assert recipe.contrast.negatives == "both" and recipe.sampling.pivot is None
 
 
+def test_a_preset_lies_below_the_recipe(tmp_path: Path) -> None:
+    text = "preset: {}\nrun: r\ncorpus: c\nengine: e\nmodel: {{pooling: mean}}\ncontrast: {{temperature: 0.2}}\n"
+    text += "batch: {{lanes: 1, mmlm_tokens: 1, tlm_tokens: 1, xlco_pairs: 200}}\n"
+    text += "optimizer: {{learning_rate: 1.0, steps: 1000, warmup: 1}}\n"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.format("infoxlm"))
+    recipe = load_recipe(path)
+    assert (recipe.contrast.keys, recipe.contrast.negatives, recipe.contrast.symmetric) == ("momentum", "queue", False)
+    assert recipe.contrast.mixup == "paper" and not recipe.model.normalize and recipe.model.pooling == "mean"
+    strong = load_recipe(path, ["preset=strong", "contrast.negatives=both", "model.pooling=cls"])
+    assert (strong.contrast.keys, strong.contrast.symmetric, strong.model.normalize) == ("gradient", True, True)
+    assert strong.contrast.negatives == "both" and strong.model.pooling == "cls"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -41,6 +55,11 @@ def test_overrides_win_over_the_file_and_take_its_types() -> None:
         (["model.universal_layer=99"], ["universal_layer 99", "model.layers"]),
         (["weights={mmlm: 0, tlm: 0, xlco: 0}"], ["no task is left"]),
         (["optimizer.steps"], ["key.path=value"]),
+        (["contrast.learn_temperature_within=[0.1, 1]"], ["learn_temperature_within", "between"]),
+        (["contrast.same_text=positive", "contrast.mixup=paper"], ["same_text: positive", "mixup: off"]),
+        (["contrast.pairs_per_row=2"], ["pairs_per_row", "same_text: positive"]),
+        (["contrast.queue.size=0"], ["contrast.queue.size", "greater than 0"]),
+        (["preset=infoxml"], ["preset", "infoxlm"]),
         (["seed.deep=1"], ["seed is a value"]),
     ],
 )

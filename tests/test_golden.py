@@ -38,7 +38,7 @@ RECIPE = Recipe.model_validate(
         "corpus": "unused",
         "engine": "unused",
         "model": {"layers": 4, "width": 64, "heads": 4, "feed_forward": 128, "positions": 64, "universal_layer": 2},
-        "contrast": {"temperature": 0.25, "queue_size": 24, "momentum": 0.97, "mask_same_text": False},
+        "contrast": {"temperature": 0.25, "queue": {"size": 24}, "momentum": 0.97, "same_text": "ignore"},
         "batch": {"lanes": 1, "mmlm_tokens": 1, "tlm_tokens": 1, "xlco_pairs": 1},
         "reduction": "reference",
         "optimizer": {"learning_rate": 1e-3, "steps": 100, "warmup": 2},
@@ -175,8 +175,8 @@ def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # ty
         share, report, reps = replay.objective(micro, context, 0)
         torch.testing.assert_close(reps, golden[f"micro{j}.q"], atol=1e-5, rtol=0)
         share.backward()
-        ours[f"micro{j}.xlco_loss_sum"] = torch.as_tensor(report["xlco/loss"])
-        masked_lm += float(report["mmlm/loss"]) + float(report["tlm/loss"])
+        ours[f"micro{j}.xlco_loss_sum"] = torch.as_tensor(report.sums["xlco/loss"])
+        masked_lm += float(report.sums["mmlm/loss"]) + float(report.sums["tlm/loss"])
         replay.queue.push(
             replay.objective.new_keys(context, [micro], [reps]), stated["step"]
         )  # the reference pushes here
@@ -264,6 +264,7 @@ def _joint(golden: dict[str, Tensor], prefix: str) -> JointBatch:
         len(labels[0]),
         _sequences(golden[f"{prefix}xlco.key_tokens"]),
         np.zeros((len(query), 2), np.int64),
+        np.full((len(query), 1), "one-other"),
         {},
     )
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.config import Contrast, Recipe, UserError
 from infoxlm_ds.data.masking import Masked, mask_pieces
 from infoxlm_ds.data.plan import keyed_generator
-from infoxlm_ds.data.reader import Corpus, Rows, StreamReader
+from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader, runs
 
 BOS, EOS = 0, 2
 SPECIAL_ONE, SPECIAL_TWO = 2, 4  # special tokens of a sequence with one text, with two
-N_TEXTS = {"off": 3, "paper": 6}  # text ids an item, by mixup: two sides and what all translations of the row share
+# Text ids an item, by mixup: two sides and what all translations of the row share.
+N_TEXTS = {"off": 3, "paper": 6, "reference": 6}
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class JointBatch:
 
     `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first
     sides first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder
-    reads, [B] second sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `languages`: items
-    a stream and language (or pair), for the report.
+    reads, [B] second sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `pairs` [B, 1], or
+    [B, 2] of mixed ones: names of the language pairs of the XlCo items. `languages`: items a stream and language (or
+    pair), for the report.
     """
 
     tokens: Sequences
@@ -50,6 +52,7 @@ class JointBatch:
     mmlm: int
     keys: Sequences | None
     text_ids: np.ndarray
+    pairs: np.ndarray
     languages: dict[str, dict[str, int]]
 
     @property
@@ -78,6 +81,7 @@ class BatchBuilder:
                 own_lanes=own_lanes,
                 pivot=sampling.pivot,
                 pivot_share=sampling.pivot_share,
+                grouping=_grouping(recipe.contrast) if task == "xlco" else Grouping(),
             )
             for task, used in recipe.tasks.items()
             if used
@@ -98,9 +102,11 @@ class BatchBuilder:
             trunk.append(assemble(rows.pool, rows.starts, rows.lengths))
             masked.append((task, self._mask(trunk[-1].ids, self._generator(task, lane, step))))
             languages[task] = self._count_languages(rows)
-        queries, keys, text_ids, pairs = self._pairs(lane, step)
-        if pairs is not None:
-            languages["xlco"] = self._count_languages(pairs)
+        queries, keys, text_ids, rows_of_pairs = self._pairs(lane, step)
+        names = np.zeros((len(text_ids), 1), object)
+        if rows_of_pairs is not None:
+            languages["xlco"] = self._count_languages(rows_of_pairs)
+            names = self._names(rows_of_pairs).reshape(len(text_ids), -1)
         shift = np.cumsum([0] + [len(one.ids) for one in trunk])
         rows_at = [m.rows + shift[i] for i, (_, m) in enumerate(masked)]
         tokens_in = _concatenate(
@@ -114,6 +120,7 @@ class BatchBuilder:
             sum(len(m.labels) for task, m in masked if task == "mmlm"),
             keys,
             text_ids,
+            names,
             languages,
         )
 
@@ -138,7 +145,7 @@ class BatchBuilder:
         starts, lengths = rows.starts, rows.lengths
         text_ids = rows.text_ids.T.astype(np.int64)
         if mixing:
-            sides = _mixed(starts, lengths, self._generator("mixup", lane, step))
+            sides = _mixed(starts, lengths, contrast.mixup == "paper", self._generator("mixup", lane, step))
             text_ids = text_ids.reshape(pairs, -1)
         else:
             sides = [(starts[side : side + 1], lengths[side : side + 1]) for side in (0, 1)]
@@ -156,9 +163,17 @@ class BatchBuilder:
         return keyed_generator(self._recipe.seed, use, lane, step)
 
     def _count_languages(self, rows: Rows) -> dict[str, int]:
-        names = np.array(self._corpus.languages)
-        codes, counts = np.unique(np.sort(rows.languages, axis=0), axis=1, return_counts=True)
-        return {"-".join(names[code]): int(n) for code, n in zip(codes.T, counts, strict=True)}
+        names, counts = np.unique(self._names(rows), return_counts=True)
+        return {str(name): int(n) for name, n in zip(names, counts, strict=True)}
+
+    def _names(self, rows: Rows) -> np.ndarray:
+        """Each item's language or, whatever its direction, pair of languages."""
+        names = np.array(self._corpus.languages)[np.sort(rows.languages, axis=0)]
+        return names[0] if len(names) == 1 else names[0] + np.array("-") + names[1]
+
+
+def _grouping(contrast: Contrast) -> Grouping:
+    return Grouping(contrast.pairs_per_row, neighbours=contrast.mixup == "reference")
 
 
 def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
@@ -168,21 +183,21 @@ def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Seque
     begin = np.cumsum(total) - total
     ids = np.full(int(total.sum()), EOS, np.int64)
     ids[begin] = BOS
-    ids[_runs(begin + 1, lengths[0])] = pool[_runs(starts[0], lengths[0])]
+    ids[runs(begin + 1, lengths[0])] = pool[runs(starts[0], lengths[0])]
     if two:
-        ids[_runs(begin + 3 + lengths[0], lengths[1])] = pool[_runs(starts[1], lengths[1])]
+        ids[runs(begin + 3 + lengths[0], lengths[1])] = pool[runs(starts[1], lengths[1])]
     return Sequences(ids, total.astype(np.int64))
 
 
 def _mixed(
-    starts: np.ndarray, lengths: np.ndarray, generator: np.random.Generator
+    starts: np.ndarray, lengths: np.ndarray, crossing: bool, generator: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, code-switched, <c1
-    d2, c2 d1>, the order within each side by chance. Neighbours in the shuffled stream are random partners, new ones
-    every epoch."""
+    """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, where `crossing`
+    allows code-switched sides, <c1 d2, c2 d1>, the order within each side by chance. Neighbours in the stream are
+    partners: random ones, new every epoch, unless the reader keeps the corpus' own neighbours together."""
     n = starts.shape[1] // 2
     c, d = np.arange(n) * 2, np.arange(n) * 2 + 1
-    crossed = generator.integers(2, size=n)
+    crossed = generator.integers(2, size=n) * crossing
     sides = []
     for side in (0, 1):
         texts = [(np.full(n, side), c), (side ^ crossed, d)]
@@ -193,12 +208,6 @@ def _mixed(
             picked.append(np.stack([np.where(flipped, two, one), np.where(flipped, one, two)]))
         sides.append((picked[0], picked[1]))
     return sides
-
-
-def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each run, one behind the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _concatenate(parts: list[Sequences]) -> Sequences:

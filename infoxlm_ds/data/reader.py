@@ -103,6 +103,25 @@ class Corpus:
         return np.load(io.BytesIO(data))
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Which items stay together in the shuffle: `pairs_per_row` drawn of each n-way row; or, `neighbours`, rows 2 i and
+    2 i + 1 of a pack in the same two languages where both have two in common (an odd last row goes with the first)."""
+
+    pairs_per_row: int = 1
+    neighbours: bool = False
+
+    def rows(self, n: int, sides: int) -> tuple[np.ndarray, int]:
+        """The row of each item of a pack of n rows, and how many items make a group."""
+        if self.neighbours:
+            return np.arange(n + n % 2) % n, 2
+        return np.repeat(np.arange(n), self.size(sides)), self.size(sides)
+
+    def size(self, sides: int) -> int:
+        """Items of a row with so many sides."""
+        return self.pairs_per_row if sides > 2 else 1
+
+
 class StreamReader:
     """One stream of items for some of the lanes. The state is two integers a lane: window and offset."""
 
@@ -118,6 +137,7 @@ class StreamReader:
         own_lanes: Sequence[int],
         pivot: str | None = None,
         pivot_share: float = 0.0,
+        grouping: Grouping = Grouping(),
     ) -> None:
         self._corpus, self._key, self._lanes, self._packs = corpus, (seed, stream), lanes, window_packs
         self._numbers = [i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream] and source.items]
@@ -132,9 +152,10 @@ class StreamReader:
             raise UserError(
                 f"sampling.pivot: no source that {stream} reads in {corpus.path} has the language {pivot!r}"
             )
-        self.items, self.tokens = sum(s.items for s in sources), sum(s.tokens for s in sources)
+        self.items = sum(s.items * grouping.size(len(s.languages)) for s in sources)  # of an epoch
+        self.tokens = sum(s.tokens for s in sources)
         self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], alpha, seed, stream)
-        self._pivot, self._pivot_share = pivot, pivot_share
+        self._pivot, self._pivot_share, self._grouping = pivot, pivot_share, grouping
         self._at = dict.fromkeys(own_lanes, (0, 0))
         self._windows: dict[int, tuple[int, Rows]] = {}
 
@@ -173,42 +194,56 @@ class StreamReader:
     def _window(self, lane: int, k: int) -> Rows:
         if lane not in self._windows or self._windows[lane][0] != k:
             draws = self._plan.window(lane, k, self._lanes, self._packs)
-            rows = Rows.concatenate([self._rows(draw) for draw in draws])
-            order = keyed_generator(*self._key, "window", k * self._lanes + lane).permutation(len(rows))
-            self._windows[lane] = (k, rows.select(order))
+            parts, groups = zip(*(self._rows(draw) for draw in draws), strict=True)
+            sizes = np.concatenate(groups)
+            order = keyed_generator(*self._key, "window", k * self._lanes + lane).permutation(len(sizes))
+            items = runs((np.cumsum(sizes) - sizes)[order], sizes[order])
+            self._windows[lane] = (k, Rows.concatenate(parts).select(items))
         return self._windows[lane][1]
 
-    def _rows(self, draw: Draw) -> Rows:
+    def _rows(self, draw: Draw) -> tuple[Rows, np.ndarray]:
+        """The items of a pack and the sizes of the groups that they make."""
         number = self._numbers[draw.source]
         source, pack = self._corpus.sources[number], self._corpus.pack(number, draw.pack)
         lengths = pack.lengths.astype(np.int64)
         flat = lengths.T.ravel()
         starts = (np.cumsum(flat) - flat).reshape(lengths.T.shape).T
-        n = lengths.shape[1]
+        rows, group = self._grouping.rows(lengths.shape[1], len(lengths))
+        starts, lengths, text_ids = starts[:, rows], lengths[:, rows], pack.text_ids[:, rows]
+        n = len(rows)
         first = self._corpus.first_row(number, draw.pack)
-        where = np.stack([np.full(n, number), np.full(n, draw.epoch), first + np.arange(n)])
+        where = np.stack([np.full(n, number), np.full(n, draw.epoch), first + rows])
         if source.kind == "mono":
-            sides, shared = np.zeros((1, n), np.int64), pack.text_ids[:0]
+            sides, shared = np.zeros((1, n), np.int64), text_ids[:0]
         else:
             generator = keyed_generator(*self._key, source.name, draw.epoch, draw.pack)
-            sides = self._pairs(source, lengths, generator)
+            sides = self._pairs(source, lengths > 0, generator)
             first_present = np.argmax(lengths > 0, axis=0)[None]
-            shared = np.take_along_axis(pack.text_ids, first_present, axis=0)
-        picked = [np.take_along_axis(table, sides, axis=0) for table in (starts, lengths, pack.text_ids)]
+            shared = np.take_along_axis(text_ids, first_present, axis=0)
+        picked = [np.take_along_axis(table, sides, axis=0) for table in (starts, lengths, text_ids)]
         codes = np.array([self._corpus.languages.index(language) for language in source.languages])
-        return Rows(pack.ids, picked[0], picked[1], np.concatenate([picked[2], shared]), codes[sides], where)
+        items = Rows(pack.ids, picked[0], picked[1], np.concatenate([picked[2], shared]), codes[sides], where)
+        return items, np.full(n // group, group)
 
-    def _pairs(self, source: Source, lengths: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    def _pairs(self, source: Source, present: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Two different sides that each row has, [2, n], in random order; the pivot is one of them in the share asked
-        for."""
-        chance = np.where(lengths > 0, generator.random(lengths.shape), -1.0)
-        first, second = np.argsort(-chance, axis=0, kind="stable")[:2]
-        wanted, swapped = (
-            generator.random(lengths.shape[1]) < self._pivot_share,
-            generator.random(lengths.shape[1]) < 0.5,
-        )
+        for. Neighbours get the same two."""
+        couple = 2 if self._grouping.neighbours else 1
+        if couple == 2:
+            common = np.repeat(present[:, ::2] & present[:, 1::2], 2, axis=1)
+            present = np.where(common.sum(0) >= 2, common, present)
+        draws = present.shape[1] // couple
+        chance = np.repeat(generator.random((len(present), draws)), couple, axis=1)
+        first, second = np.argsort(-np.where(present, chance, -1.0), axis=0, kind="stable")[:2]
+        wanted, swapped = (np.repeat(generator.random(draws) < share, couple) for share in (self._pivot_share, 0.5))
         if self._pivot in source.languages:
             pivot = source.languages.index(self._pivot)
-            wanted &= (lengths[pivot] > 0) & (first != pivot)
+            wanted = wanted & present[pivot] & (first != pivot)
             second = np.where(wanted, pivot, second)
         return np.where(swapped, np.stack([second, first]), np.stack([first, second]))
+
+
+def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each run, one behind the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

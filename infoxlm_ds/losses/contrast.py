@@ -1,203 +1,349 @@
-"""Cross-lingual contrast (InfoXLM, section 3.2): InfoNCE with negatives from a queue, from the whole step, or both.
+"""Cross-lingual contrast (XlCo; InfoXLM, section 3.2): InfoNCE with exact gradients, at any batch, on any number of
+ranks.
 
-Legend: b pairs at hand, N pairs of all lanes and ranks, n keys of a block, D width, I text ids an item.
+Usable alone, with plain torch.distributed or in one process. Derivation and comparison: docs/contrast.md.
 
-With S_ij = q_i.k_j / temperature, p_i the logit of the positive and L_i the log-sum-exp over the negatives of row i,
-the loss is softplus(L_i - p_i). The positive never enters a sum of ten thousand terms, so the gradient keeps its
-precision when the loss is tiny. Negatives are read in tiles; nothing of size N x negatives exists. Gradients are
-finished in forward, as are all collectives, and backward only scales them. Inside, everything is float32 (float64 for
-float64 input).
+Legend: b pairs of this rank, N pairs of all ranks, h hard negatives of this rank, K queue, n keys, D width, I text ids
+an item.
 
-Every function returns this caller's *share*: the sum over its own rows divided by N. Shares and their gradients add up,
-over lanes and ranks, to the mean over all pairs.
+- Negatives are read in tiles; nothing of size N x negatives exists. The positive never enters a sum of many terms, so
+  the gradient keeps its precision when the loss is tiny. Inside, all is float32 (float64 for float64 input).
+- Gradients are finished in forward, as are all collectives; backward only scales them, so it can run under any
+  sharding engine. One backward a forward.
+- Every rank gets the same loss, the mean over all pairs, and gradients for an engine that averages over ranks (DDP,
+  ZeRO): what it averages to is the gradient of that mean, also where ranks have different numbers of pairs, or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from torch import Tensor, nn
+from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds import dist
+from infoxlm_ds.losses.negatives import NEVER, Anchors, Block, Fate, Keys, attract, push, sum_negatives
 
-TILE_ROWS, TILE_KEYS = 256, 1024  # 1 MiB of float32: a tile stays in the second-level cache
-
-
-class Keys(NamedTuple):
-    """A block of keys [n, D] and the text ids of their items [n, I]. Items that share an id are never negatives of
-    each other."""
-
-    vectors: Tensor
-    ids: Tensor
+__all__ = ["Form", "Keys", "Report", "Temperature", "contrast", "contrast_with_keys", "finished"]
 
 
 @dataclass(frozen=True)
-class ContrastReport:
-    """A row each [b], without gradient: the `loss`, the logit of the `positive` and of the `hardest` negative, and how
-    many keys were `negatives` and how many were `masked` because they share a text with the pair."""
+class Form:
+    """Which contrast it is.
+
+    `in_batch`: the other pairs of the step are negatives. `margin`: taken off the positive's score (additive margin,
+    LaBSE). `cosine`: scores are cosines, everything is divided by its norm here; otherwise inner products (InfoXLM).
+    `same_text`: keys that share a text id with the pair are left out (`mask`), further positives (`positive`), or
+    negatives like any other (`ignore`). `drop_within`: negatives that score above the positive less this are left out
+    as probable translations; None drops none. Scores are before the temperature.
+    """
+
+    in_batch: bool = True
+    margin: float = 0.0
+    cosine: bool = False
+    same_text: Literal["mask", "positive", "ignore"] = "mask"
+    drop_within: float | None = None
+
+
+class Report(NamedTuple):
+    """Columns [R] without gradient, one row an anchor, the second direction's rows behind the first's.
+
+    `loss` in nats; `repelled` 1 - p(positive), the share of the gradient that is left; logits of the `positive` (no
+    margin) and of the `hardest` negative; how many keys were `negatives`, `masked` because they share a text,
+    `positives` beside the own one, `dropped` by their score, and how many negatives lie `above` the positive, dropped
+    ones among them: 1 + above is the positive's rank.
+    """
 
     loss: Tensor
+    repelled: Tensor
     positive: Tensor
     hardest: Tensor
     negatives: Tensor
     masked: Tensor
+    positives: Tensor
+    dropped: Tensor
+    above: Tensor
+
+    @staticmethod
+    def concatenate(reports: Sequence[Report]) -> Report:
+        return Report(*(torch.cat(column) for column in zip(*reports, strict=True)))
 
 
-class _Direction(NamedTuple):
-    report: ContrastReport
-    gradient: Tensor  # [b, D] of the sum of losses with respect to the query
-    repelled: Tensor  # [b] 1 - p(positive), the share of the gradient that is left
-    log_total: Tensor  # [b] log-sum-exp over the positive and the negatives
+class Temperature(nn.Module):
+    """A learned temperature, kept within bounds. Its value is clamped, its gradient is not, unless a step along it
+    would lead further out: so the parameter never sticks to a bound."""
+
+    def __init__(self, start: float, lowest: float, highest: float) -> None:
+        super().__init__()
+        if not 0 < lowest <= start <= highest:
+            raise ValueError(f"a temperature needs 0 < lowest <= start <= highest, not {lowest}, {start}, {highest}")
+        self.log = nn.Parameter(torch.tensor([start]).log())
+        self._bounds = (torch.tensor(lowest).log().item(), torch.tensor(highest).log().item())
+
+    def forward(self) -> Tensor:
+        value: Tensor = _Bounded.apply(self.log, *self._bounds)  # type: ignore[no-untyped-call]
+        return value.exp()[0]
 
 
 def contrast(
     query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor,
+    form: Form = Form(),
+    *,
+    ids: Tensor | None = None,
+    queue: Keys | None = None,
+    hard: Keys | None = None,
+    symmetric: bool = False,
+    key_gradient: bool = True,
+    group: dist.Group = None,
+) -> tuple[Tensor, Report]:
+    """The contrast of pairs (query [b, D], key [b, D]): the mean loss over the pairs of all ranks, [], and this rank's
+    report. Collective: all ranks of `group` call it alike, with b >= 0 pairs each.
+
+    ids [b, I]: text ids, int64; items that share one are not negatives of each other (`form.same_text`).
+    queue: older keys, the same on every rank, or each rank's part of them. No gradient.
+    hard: this rank's hard negatives [h, D], h >= 0; every query of every rank sees all of them.
+    symmetric: the mean with the same contrast from key to query, where hard negatives take no part.
+    key_gradient: whether key and hard negatives get a gradient; the query, and a temperature tensor [], always do.
+
+    ValueError where shapes do not fit or there are no negatives to be had.
+    """
+    _check(query, key, form, ids, queue, hard, symmetric)
+    ids = _ids(ids, query, form)
+    sides = [_wide(query, form), _wide(key, form)]
+    more = Keys(_wide(hard.vectors, form), _ids(hard.ids, hard.vectors, form)) if hard is not None else None
+    with torch.no_grad():
+        step = _Step(sides, ids, more, queue, temperature, form, key_gradient, group)
+        turns = [step.direction(turn) for turn in ((0, 1) if symmetric else (0,))]
+        weight = 1 / (max(1, step.pairs) * len(turns))
+        report = Report.concatenate([turn.report for turn in turns])
+        loss = dist.sum_over_ranks(report.loss.sum() * weight, group)
+    tensors = [*sides, more.vectors if more is not None else None]
+    inputs = [(x, d) for x, d in zip(tensors, step.gradients, strict=True) if x is not None and d is not None]
+    if isinstance(temperature, Tensor):
+        inputs.append((temperature, torch.stack([turn.d_temperature for turn in turns]).sum()))
+    averaged = weight * dist.world_size(group)
+    return finished(loss, [(x, gradient.mul_(averaged)) for x, gradient in inputs]), report
+
+
+def contrast_with_keys(
+    query: Tensor,
     keys: Keys,
     own: Tensor,
+    temperature: float | Tensor,
+    form: Form = Form(),
     *,
-    ids: Tensor,
-    temperature: float,
+    ids: Tensor | None = None,
+    queue: Keys | None = None,
     total: int,
-    in_batch: bool,
-    queue: Keys | None,
-) -> tuple[Tensor, ContrastReport]:
-    """Contrast of query [b, D] with keys without gradient (MoCo's form): row i belongs to `keys[own[i]]`.
+    group: dist.Group = None,
+) -> tuple[Tensor, Report]:
+    """The contrast of query [b, D] with keys [n, D] that have no gradient and are gathered already (MoCo's form), of
+    which row i's is `keys[own[i]]`: a caller that holds a step in several parts makes its keys once.
 
-    `ids` [b, I] are the items' text ids; `in_batch` makes the other keys negatives; `queue` adds older ones. `total`
-    is N.
+    Returns this part's share, the sum over its own rows divided by `total`, and its report: shares and their gradients
+    add up over parts and ranks. Collective only where the queue is sharded. Otherwise as `contrast`.
     """
-    one = _direction(query.detach(), keys, own, ids, 1 / temperature, in_batch, queue)
-    share = with_gradients(one.report.loss.sum() / total, (query, one.gradient / total))
-    return share, one.report
+    target = Keys(keys.vectors[own], keys.ids[own])
+    _check(query, target.vectors, form, ids, queue, None, symmetric=False)
+    ids, wide = _ids(ids, query, form), _wide(query, form)
+    with torch.no_grad():
+        vectors = _wide(keys.vectors, form)
+        blocks = _blocks(form, Keys(vectors, _ids(keys.ids, vectors, form)), own, None, queue)
+        one = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
+    inputs = [(wide, one.gradient / total)]
+    if isinstance(temperature, Tensor):
+        inputs.append((temperature, one.d_temperature / total))
+    return finished(one.report.loss.sum() / total, inputs), one.report
 
 
-def contrast_gradients(
-    query: Tensor, key: Tensor, *, ids: Tensor, temperature: float, symmetric: bool, queue: Keys | None
-) -> tuple[Tensor, Tensor, Tensor, list[ContrastReport]]:
-    """The share and its gradients with respect to query and key, both [b, D], each rank with its own rows: row i of one
-    belongs to row i of the other, and the other pairs of all ranks are negatives. `symmetric`: the mean of both
-    directions.
-
-    Collectives: the vectors and ids are gathered, then one number a row and direction, which is all that a key's
-    gradient needs.
-    """
-    scale = 1 / temperature
-    all_query, all_key, all_ids = (dist.gather_rows(x.detach()) for x in (query, key, ids))
-    own = torch.arange(len(query), device=query.device) + dist.rank() * len(query)
-    sides = [(query.detach(), all_query, key.detach(), all_key)]
-    if symmetric:
-        sides.append((key.detach(), all_key, query.detach(), all_query))
-    wide = torch.promote_types(query.dtype, torch.float32)
-    d_sides = [torch.zeros_like(side, dtype=wide) for side in (query, key)]
-    reports, share = [], query.new_zeros((), dtype=wide)
-    weight = 1 / (len(all_query) * len(sides))
-    for turn, (anchor, all_anchor, target, all_target) in enumerate(sides):
-        one = _direction(anchor, Keys(all_target, all_ids), own, ids, scale, True, queue)
-        log_total = dist.gather_rows(one.log_total)
-        pushed = _pushed(Keys(target, ids), own, Keys(all_anchor, all_ids), log_total, scale)
-        d_sides[turn] += weight * one.gradient
-        d_sides[1 - turn] += weight * scale * (pushed - one.repelled[:, None] * anchor)
-        share = share + weight * one.report.loss.sum()
-        reports.append(one.report)
-    return share, d_sides[0], d_sides[1], reports
+QUERY, HARD = 0, 2  # numbers of gradients; the keys' is between
 
 
-def with_gradients(share: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """`share` as a loss: of each pair (tensor, gradient), backward hands the gradient times the incoming one to the
-    tensor."""
-    tensors, gradients = zip(*pairs, strict=True)
-    result: Tensor = _Finished.apply(share, len(pairs), *tensors, *gradients)  # type: ignore[no-untyped-call]
+class _Direction(NamedTuple):
+    """One direction's rows, and d (sum of its losses) / d anchors [b, D] and d temperature []. `attracted` [b]: how
+    much each anchor pulls its own target. `fate` [b, 3]: see `negatives.Fate`."""
+
+    report: Report
+    anchors: Anchors
+    gradient: Tensor
+    d_temperature: Tensor
+    attracted: Tensor
+    fate: Tensor
+
+
+class _Step:
+    """Pairs of all ranks, gathered where a direction needs them, and the gradients (of two sides and hard negatives) of
+    this rank's vectors with respect to the sum of all losses."""
+
+    def __init__(
+        self,
+        sides: list[Tensor],
+        ids: Tensor,
+        hard: Keys | None,
+        queue: Keys | None,
+        temperature: float | Tensor,
+        form: Form,
+        key_gradient: bool,
+        group: dist.Group,
+    ) -> None:
+        self._sides, self._ids, self._hard, self._queue = sides, ids, hard, queue
+        self._temperature, self._form, self._key_gradient, self._group = temperature, form, key_gradient, group
+        self._counts = dist.row_counts(ids, group)
+        self.pairs = sum(self._counts)
+        self._own = torch.arange(len(ids), device=ids.device) + sum(self._counts[: dist.rank(group)])
+        self._gathered: dict[int, Tensor] = {}
+        self._all_ids = self._gather(ids)
+        self._all_hard = self._hard_of_all_ranks()
+        self.gradients: list[Tensor | None] = [None, None, None]
+
+    def direction(self, turn: int) -> _Direction:
+        """From queries to keys (turn 0) or from keys to queries (turn 1). Adds to the gradients."""
+        form, target = self._form, self._sides[1 - turn]
+        keys = Keys(self._everyone(1 - turn), self._all_ids) if form.in_batch else None
+        blocks = _blocks(form, keys, self._own, self._all_hard if turn == 0 else None, self._queue)
+        one = _direct(self._sides[turn], target, self._ids, blocks, self._temperature, form, self._group)
+        self._add(turn, one.gradient)
+        if turn == 1 or self._key_gradient:
+            self._add(1 - turn, -one.attracted[:, None] * one.anchors.vectors)
+            self._push(turn, one)
+        return one
+
+    def _add(self, number: int, gradient: Tensor) -> None:
+        if number != QUERY and not self._key_gradient:
+            return
+        before = self.gradients[number]
+        self.gradients[number] = gradient if before is None else before.add_(gradient)
+
+    def _push(self, turn: int, one: _Direction) -> None:
+        """Gradients of the keys that the anchors of all ranks have as negatives or further positives."""
+        hard = self._hard if turn == 0 else None
+        if not self._form.in_batch and hard is None:
+            return
+        scale = 1 / _number(self._temperature, one.gradient)
+        columns = self._gather(torch.cat([one.fate, torch.stack([one.anchors.positive, one.anchors.cut], 1)], 1))
+        *fate, positive, cut = columns.unbind(1)
+        anchors = Anchors(scale * self._everyone(turn), self._all_ids, positive, cut)
+        margin, attracts = scale * self._form.margin, self._form.same_text == "positive"
+        if self._form.in_batch:
+            targets = Keys(self._sides[1 - turn], self._ids)
+            self._add(1 - turn, push(targets, self._own, anchors, Fate(*fate), margin, attracts))
+        if hard is not None:
+            self._add(HARD, push(hard, None, anchors, Fate(*fate), margin, attracts=False))
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        return dist.gather_rows(rows, self._counts, self._group)
+
+    def _everyone(self, side: int) -> Tensor:
+        if side not in self._gathered:
+            self._gathered[side] = self._gather(self._sides[side])
+        return self._gathered[side]
+
+    def _hard_of_all_ranks(self) -> Keys | None:
+        if self._hard is None:
+            return None
+        counts = dist.row_counts(self._hard.ids, self._group)
+        vectors, ids = (dist.gather_rows(column, counts, self._group) for column in self._hard[:2])
+        return Keys(vectors, ids)
+
+
+def _direct(
+    anchor: Tensor,
+    target: Tensor,
+    ids: Tensor,
+    blocks: list[Block],
+    temperature: float | Tensor,
+    form: Form,
+    group: dist.Group,
+) -> _Direction:
+    """Row i of anchor [b, D] with its positive, row i of target [b, D], against the negatives in the blocks."""
+    scale = 1 / _number(temperature, anchor)
+    margin, vectors = scale * form.margin, scale * anchor
+    positive = (vectors * target).sum(1)
+    cut = torch.full_like(positive, torch.inf)
+    if form.drop_within is not None:
+        rounding = 16 * torch.finfo(positive.dtype).eps * (1 + positive.abs())  # equal vectors are equal in any tile
+        cut = positive - scale * form.drop_within - rounding
+    anchors = Anchors(vectors, ids, positive, cut)
+    sums = sum_negatives(anchors, blocks, group)
+    away = sums.shift - positive + sums.mass.log() + margin  # how far the negatives outweigh the positive
+    loss, attracted = softplus(away, threshold=NEVER), torch.sigmoid(away)
+    repelled, share, mean_key = attracted, torch.ones_like(loss), sums.mean_key
+    pulled, positives = attracted * (positive - margin), torch.zeros_like(sums.shared)
+    gradient = (mean_key - target).mul_(attracted[:, None])  # differences first: at the start all vectors are similar
+    if form.same_text == "positive":
+        extra = attract(anchors, sums.log_sum, margin, blocks, group)
+        positives, share = extra.found, 1 / (1 + extra.found.to(loss.dtype))
+        loss, attracted, pulled = share * (loss + extra.loss), share * attracted, share * (pulled + extra.logit)
+        repelled = attracted + share * extra.repelled
+        gradient += extra.repelled[:, None] * mean_key - extra.pulled
+        gradient *= share[:, None]
+    log_total = torch.where(repelled > 0, sums.log_sum - repelled.log(), torch.inf)
+    d_log_scale = repelled @ torch.einsum("bd,bd->b", vectors, mean_key) - pulled.sum()
+    masked, negatives = sums.shared - positives, sums.keys - sums.shared - sums.dropped
+    report = Report(loss, repelled, positive, sums.hardest, negatives, masked, positives, sums.dropped, sums.above)
+    fate = torch.stack([sums.log_sum, log_total, share], 1)
+    return _Direction(report, anchors, gradient.mul_(scale), -scale * d_log_scale, attracted, fate)
+
+
+def _blocks(form: Form, keys: Keys | None, own: Tensor, hard: Keys | None, queue: Keys | None) -> list[Block]:
+    blocks = [Block(keys, own)] if keys is not None and form.in_batch else []
+    blocks += [Block(hard, attracts=False)] if hard is not None else []
+    if queue is not None:
+        ids = _ids(queue.ids, queue.vectors, form)
+        blocks.append(Block(Keys(queue.vectors, ids, queue.sharded), unit=form.cosine))
+    return blocks
+
+
+def _wide(x: Tensor, form: Form) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return normalize(x, dim=1) if form.cosine else x
+
+
+def _number(temperature: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
+
+
+def _ids(ids: Tensor | None, vectors: Tensor, form: Form) -> Tensor:
+    if ids is None or form.same_text == "ignore":
+        return torch.zeros(len(vectors), 0, dtype=torch.int64, device=vectors.device)
+    return ids
+
+
+def _check(
+    query: Tensor, key: Tensor, form: Form, ids: Tensor | None, queue: Keys | None, hard: Keys | None, symmetric: bool
+) -> None:
+    if query.ndim != 2 or query.shape != key.shape:
+        raise ValueError(f"query and key are both [pairs, width], not {list(query.shape)} and {list(key.shape)}")
+    if not form.in_batch and queue is None and (hard is None or symmetric):
+        raise ValueError("there are no negatives: give a queue or, for one direction, hard negatives, or set in_batch")
+    blocks = {"ids": (query, ids), "queue": queue, "hard": hard}
+    for name, block in blocks.items():
+        if block is None or block[1] is None:
+            continue
+        vectors, their_ids = block[0], block[1]
+        if vectors.ndim != 2 or vectors.shape[1] != query.shape[1]:
+            raise ValueError(f"{name}: vectors are [keys, {query.shape[1]}], not {list(vectors.shape)}")
+        if their_ids.shape[:1] != vectors.shape[:1] or their_ids.ndim != 2 or their_ids.dtype != torch.int64:
+            raise ValueError(
+                f"{name}: text ids are int64 [{len(vectors)}, texts], not {their_ids.dtype} {list(their_ids.shape)}"
+            )
+
+
+def finished(value: Tensor, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`value` as a loss whose gradients are known: of each input (tensor, gradient), backward hands the gradient times
+    the incoming one to the tensor."""
+    tensors, gradients = zip(*inputs, strict=True)
+    result: Tensor = _Finished.apply(value, len(inputs), *tensors, *gradients)  # type: ignore[no-untyped-call]
     return result
 
 
-def _direction(
-    query: Tensor, keys: Keys, own: Tensor, ids: Tensor, scale: float, in_batch: bool, queue: Keys | None
-) -> _Direction:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query, vectors = query.to(wide), keys.vectors.to(wide)
-    target = vectors[own]
-    positive = scale * (query * target).sum(1)
-    blocks = [(Keys(vectors, keys.ids), True)] if in_batch else []
-    blocks += [(queue, False)] if queue is not None else []
-    tiles = (slice(start, start + TILE_ROWS) for start in range(0, len(query), TILE_ROWS))
-    parts = [_rows(query[tile], ids[tile], own[tile], blocks, scale) for tile in tiles]
-    log_sum, mean_key, hardest, negatives, masked = (torch.cat(column) for column in zip(*parts, strict=True))
-    repelled = torch.sigmoid(log_sum - positive)
-    gradient = scale * repelled[:, None] * (mean_key - target)
-    report = ContrastReport(softplus(log_sum - positive, threshold=50), positive, hardest, negatives, masked)
-    return _Direction(report, gradient, repelled, torch.logaddexp(log_sum, positive))
-
-
-def _rows(
-    query: Tensor, ids: Tensor, own_rows: Tensor, blocks: Sequence[tuple[Keys, bool]], scale: float
-) -> tuple[Tensor, ...]:
-    """One tile of rows against all blocks, by the running maximum of flash attention with the keys as values."""
-    hardest = query.new_full((len(query),), -torch.inf)
-    mass, weighted = torch.zeros_like(hardest), torch.zeros_like(query)
-    negatives = torch.zeros_like(own_rows)
-    masked = torch.zeros_like(own_rows)
-    for keys, has_positive in blocks:
-        for start in range(0, len(keys.vectors), TILE_KEYS):
-            part = keys.vectors[start : start + TILE_KEYS].to(query.dtype)
-            excluded = shares_text(ids, keys.ids[start : start + TILE_KEYS])
-            if has_positive:
-                positive = _columns(own_rows, start, len(part))
-                masked += (excluded & ~positive).sum(1)
-                excluded |= positive
-            else:
-                masked += excluded.sum(1)
-            negatives += (~excluded).sum(1)
-            logits = torch.mm(query, part.t()).mul_(scale).masked_fill_(excluded, -torch.inf)
-            highest = torch.maximum(hardest, logits.amax(1))
-            shift = highest.nan_to_num(neginf=0.0)  # a row whose keys are all masked so far has no maximum
-            logits.sub_(shift[:, None]).exp_()
-            decay = (hardest - shift).exp()
-            mass = mass * decay + logits.sum(1)
-            weighted = torch.addmm(weighted * decay[:, None], logits, part)
-            hardest = highest
-    log_sum = hardest + mass.clamp_min(torch.finfo(mass.dtype).tiny).log()
-    mean_key = weighted / mass.clamp_min(torch.finfo(mass.dtype).tiny)[:, None]
-    return log_sum, mean_key, hardest, negatives, masked
-
-
-def _columns(own: Tensor, start: int, count: int) -> Tensor:
-    """Where columns start .. start + count of a block hold the rows' own positives, [b, count] bool."""
-    return own[:, None] == torch.arange(start, start + count, device=own.device)
-
-
-def _pushed(keys: Keys, own: Tensor, queries: Keys, log_total: Tensor, scale: float) -> Tensor:
-    """Sum over all queries i that have key j as a negative of softmax_ij q_i, [b, D]: how the anchors push the keys
-    away."""
-    wide = torch.promote_types(keys.vectors.dtype, torch.float32)
-    vectors, sums = keys.vectors.to(wide), []
-    for first in range(0, len(vectors), TILE_ROWS):
-        rows = slice(first, first + TILE_ROWS)
-        pushed = torch.zeros_like(vectors[rows])
-        for start in range(0, len(queries.vectors), TILE_KEYS):
-            part = queries.vectors[start : start + TILE_KEYS].to(wide)
-            same = shares_text(keys.ids[rows], queries.ids[start : start + TILE_KEYS])
-            same |= _columns(own[rows], start, len(part))
-            softmax = (scale * vectors[rows] @ part.t() - log_total[None, start : start + TILE_KEYS]).exp_()
-            pushed = torch.addmm(pushed, softmax.masked_fill_(same, 0.0), part)
-        sums.append(pushed)
-    return torch.cat(sums) if sums else torch.zeros_like(vectors)
-
-
-def shares_text(ids: Tensor, other: Tensor) -> Tensor:
-    """Whether item i of `ids` [m, I] and item j of `other` [n, I] have a text in common, [m, n] bool."""
-    same = torch.zeros(len(ids), len(other), dtype=torch.bool, device=ids.device)
-    for mine in ids.unbind(1):
-        for theirs in other.unbind(1):
-            same |= mine[:, None] == theirs[None, :]
-    return same
-
-
 class _Finished(torch.autograd.Function):
-    """A value whose gradients are known already."""
+    """`apply(value, n, *tensors, *gradients)` with n tensors and n gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
@@ -208,3 +354,19 @@ class _Finished(torch.autograd.Function):
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         return None, None, *(g * d_value.to(g.dtype) for g in gradients), *(None for _ in gradients)
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp to [lowest, highest]; the gradient passes unless following it leads further out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lowest: float, highest: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (lowest, highest)
+        return x.clamp(lowest, highest)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        (x,), (lowest, highest) = ctx.saved_tensors, ctx.bounds
+        outwards = ((x <= lowest) & (d_out > 0)) | ((x >= highest) & (d_out < 0))
+        return d_out.masked_fill(outwards, 0.0), None, None

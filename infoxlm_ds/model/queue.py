@@ -1,58 +1,101 @@
-"""The queue of negatives (MoCo; InfoXLM, section 3.2), the same on every rank.
+"""The queue of negatives (MoCo; InfoXLM, section 3.2): the same on every rank, or each rank's share of it.
 
 Legend: K queue, n new keys, D width, I text ids an item.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from infoxlm_ds import dist
 from infoxlm_ds.losses.contrast import Keys
+
+CHUNK = 8192  # rows that a checksum reads at once
+MIX = 0x1E3779B97F4A7C15  # odd, so that multiplying by it loses no bit
 
 
 class KeyQueue:
     """The newest K keys with the text ids of their items and the step each came from.
 
+    Key number p ever pushed lies in row p mod K; of a sharded queue, rank r of W holds the rows r, r + W, r + 2 W, ...
     It starts empty and is not read before it is full: until then `view()` is None and `filled` says how far it is.
     """
 
-    def __init__(self, size: int, width: int, n_ids: int, device: torch.device) -> None:
-        self.vectors = torch.zeros(size, width, device=device)
-        self.ids = torch.zeros(size, n_ids, dtype=torch.int64, device=device)
-        self.steps = torch.full((size,), -1, dtype=torch.int64, device=device)
-        self.pushed = 0  # keys ever pushed; the next goes to row `pushed % K`
+    def __init__(self, size: int, width: int, n_ids: int, device: torch.device, sharded: bool = False) -> None:
+        self.size, self.sharded = size, sharded and dist.world_size() > 1
+        self._first, self._every = (dist.rank(), dist.world_size()) if self.sharded else (0, 1)
+        held = len(range(self._first, size, self._every))
+        self.vectors = torch.zeros(held, width, device=device)
+        self.ids = torch.zeros(held, n_ids, dtype=torch.int64, device=device)
+        self.steps = torch.full((held,), -1, dtype=torch.int64, device=device)
+        self.start = 0  # number of the first key that was ever kept: above 0 after a change of size
+        self.pushed = 0
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return self.size
 
     @property
     def filled(self) -> float:
-        return min(1.0, self.pushed / len(self))
+        return min(1.0, (self.pushed - self.start) / self.size)
 
     def view(self) -> Keys | None:
-        """All keys, or None as long as some rows are empty."""
-        return Keys(self.vectors, self.ids) if self.pushed >= len(self) else None
+        """All keys (of a sharded queue, this rank's), or None as long as some rows are empty."""
+        return Keys(self.vectors, self.ids, self.sharded) if self.filled == 1.0 else None
 
     def push(self, keys: Keys, step: int) -> None:
-        """Overwrite the oldest rows with n new keys, first in first out. n may be above K."""
-        vectors, ids = keys
-        n = len(vectors)
-        kept = slice(max(0, n - len(self)), n)
-        rows = (self.pushed + torch.arange(n, device=vectors.device)[kept]) % len(self)
-        self.vectors[rows] = vectors[kept].to(self.vectors.dtype)
-        self.ids[rows] = ids[kept]
-        self.steps[rows] = step
-        self.pushed += n
+        """Overwrite the oldest rows with n new keys, first in first out. n may be above K. Every rank gives all n."""
+        numbers = torch.arange(self.pushed, self.pushed + len(keys.ids), device=self.ids.device)
+        self._put(numbers, keys.vectors, keys.ids, torch.full_like(numbers, step))
+        self.pushed += len(numbers)
+
+    def _put(self, numbers: Tensor, vectors: Tensor, ids: Tensor, steps: Tensor) -> None:
+        """Keys by their numbers, in rising order: the newest K of them, as far as this rank holds their rows."""
+        numbers, vectors, ids, steps = (x[-self.size :] for x in (numbers, vectors, ids, steps))
+        mine = numbers % self.size % self._every == self._first
+        rows = numbers[mine] % self.size // self._every
+        self.vectors[rows] = vectors[mine].to(self.vectors)
+        self.ids[rows], self.steps[rows] = ids[mine].to(self.ids), steps[mine].to(self.steps)
 
     def mean_age(self, step: int) -> float:
-        """Mean number of steps since the keys came in; only of a full queue."""
-        return step - float(self.steps.float().mean())
+        """Mean number of steps since the keys came in; only of a full queue. Collective where it is sharded."""
+        total = self.steps.sum()
+        return step - int(dist.sum_over_ranks(total) if self.sharded else total) / self.size
+
+    def checksum(self) -> int:
+        """A number of 64 bits that depends on every bit of every row and on where it stands, not on how the queue is
+        sharded. Collective where it is."""
+        total = torch.zeros((), dtype=torch.int64, device=self.ids.device)
+        for start in range(0, len(self.ids), CHUNK):
+            part = slice(start, start + CHUNK)
+            bits = torch.cat([self.vectors[part].view(torch.int32).long(), self.ids[part], self.steps[part, None]], 1)
+            column = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
+            row = (torch.arange(start, start + len(bits), device=bits.device) * self._every + self._first + 1) * MIX
+            mixed = (bits * column * MIX).sum(1) ^ row
+            total += ((mixed ^ (mixed >> 29)) * MIX).sum()
+        return int(dist.sum_over_ranks(total) if self.sharded else total)
+
+    def verify(self) -> None:
+        """RuntimeError unless all ranks hold the same queue. Collective."""
+        sums = dist.gather_objects((self.pushed, self.checksum()))
+        if len(set(sums)) > 1:
+            raise RuntimeError(f"the queues of the ranks differ: (keys pushed, checksum) by rank is {sums}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"vectors": self.vectors, "ids": self.ids, "steps": self.steps, "pushed": torch.tensor(self.pushed)}
+        """The rows that this rank holds and, for any other layout to find them, their keys' numbers."""
+        counts = {name: torch.tensor(getattr(self, name)) for name in ("size", "start", "pushed")}
+        rows = torch.arange(len(self.ids), device=self.ids.device) * self._every + self._first
+        numbers = self.pushed - 1 - (self.pushed - 1 - rows) % self.size  # the newest that belongs there
+        return counts | {"numbers": numbers, "vectors": self.vectors, "ids": self.ids, "steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name in ("vectors", "ids", "steps"):
-            getattr(self, name).copy_(state[name])
-        self.pushed = int(state["pushed"])
+    def load_state_dicts(self, parts: Iterable[dict[str, Tensor]]) -> None:
+        """Take over a queue, in as many parts as it was saved in, of any size and sharding. A smaller one gives all it
+        has, and the queue fills again."""
+        for part in parts:
+            size, start, self.pushed = (int(part[name]) for name in ("size", "start", "pushed"))
+            self.start = max(start, self.pushed - size) if size < self.size else start
+            numbers, order = part["numbers"].sort()
+            kept = order[numbers >= max(self.start, self.pushed - self.size)]
+            self._put(*(part[name][kept] for name in ("numbers", "vectors", "ids", "steps")))

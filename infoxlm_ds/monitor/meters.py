@@ -7,13 +7,25 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from infoxlm_ds import dist
 
 Scalars = dict[str, float]
+
+
+class Interval(NamedTuple):
+    """Sums over ranks by name; items by task and language; mean loss and accuracy of the contrast by language pair; and
+    how many seconds it took."""
+
+    sums: Scalars
+    languages: dict[str, dict[str, int]]
+    pairs: dict[str, dict[str, float]]
+    seconds: float
 
 
 class Meter:
@@ -30,24 +42,49 @@ class Meter:
         for task, counts in languages.items():
             self._languages.setdefault(task, Counter()).update(counts)
 
-    def collect(self) -> tuple[Scalars, dict[str, dict[str, int]], float]:
-        """Sums over ranks by name, items by task and language, and the seconds since the last call."""
+    def add_pairs(self, names: np.ndarray, columns: Tensor) -> None:
+        """Loss and hit [2, R] of the contrast's rows, and what language pairs their items are, [b, 1 or 2]; R is b, or
+        2 b where a second direction's rows follow."""
+        self._pairs.append((names, columns.detach()))
+
+    def collect(self) -> Interval:
         names = sorted(self._sums)
         sums = torch.tensor([float(self._sums[name]) for name in names], dtype=torch.float64, device=dist.device())
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
-        for counts in dist.gather_objects(self._languages):
-            assert isinstance(counts, dict)
+        pairs: dict[str, np.ndarray] = {}
+        for part in dist.gather_objects((self._languages, _by_pair(self._pairs))):
+            counts, found = cast(tuple[dict[str, Counter[str]], dict[str, np.ndarray]], part)
             for task, counter in counts.items():
                 languages.setdefault(task, Counter()).update(counter)
+            for name, values in found.items():
+                pairs[name] = pairs.get(name, 0) + values
         seconds = time.monotonic() - self._since
         self._clear()
-        return dict(zip(names, sums.tolist(), strict=True)), {t: dict(c) for t, c in languages.items()}, seconds
+        return Interval(
+            dict(zip(names, sums.tolist(), strict=True)),
+            {task: dict(counter) for task, counter in languages.items()},
+            {name: {"loss": loss / rows, "accuracy": hits / rows} for name, (rows, loss, hits) in pairs.items()},
+            seconds,
+        )
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._languages: dict[str, Counter[str]] = {}
+        self._pairs: list[tuple[np.ndarray, Tensor]] = []
         self._since = time.monotonic()
+
+
+def _by_pair(parts: list[tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
+    """Rows, loss and hits of each language pair."""
+    found: dict[str, np.ndarray] = {}
+    for names, columns in parts:
+        loss, hits = columns.double().cpu().numpy()
+        rows = np.resize(names, (len(loss), names.shape[1]))  # the second direction's rows repeat the items
+        for name in np.unique(rows):
+            its = (rows == name).any(1)
+            found[name] = found.get(name, 0) + np.array([its.sum(), loss[its].sum(), hits[its].sum()])
+    return found
 
 
 def scalars(sums: Scalars, vocabulary: int) -> Scalars:
@@ -63,12 +100,15 @@ def scalars(sums: Scalars, vocabulary: int) -> Scalars:
         if not items:
             continue
         out[f"{task}/loss"] = sums[f"{task}/loss"] / items
-        choices = vocabulary if task != "xlco" else 1 + sums["xlco/negatives"] / items
-        out[f"{task}/information_bound"] = math.log(choices) - out[f"{task}/loss"]
-    if pairs := sums.get("xlco/items", 0):
-        out["xlco/accuracy"] = sums["xlco/hits"] / pairs
-        for name in ("positive", "hardest", "negatives"):
-            out[f"xlco/{name}"] = sums[f"xlco/{name}"] / pairs
-        keys = sums["xlco/negatives"] + sums["xlco/masked"]
-        out["xlco/masked_share"] = sums["xlco/masked"] / max(keys, 1)
+        log_choices = sums["xlco/log_choices"] / items if task == "xlco" else math.log(vocabulary)
+        out[f"{task}/information_bound"] = log_choices - out[f"{task}/loss"]
+    if rows := sums.get("xlco/items", 0):
+        out["xlco/accuracy"] = sums["xlco/hits"] / rows
+        out["xlco/rank"] = 1 + sums["xlco/above"] / rows
+        out["xlco/gradient_share"] = sums["xlco/repelled"] / rows
+        for name in ("positive", "hardest", "negatives", "positives"):
+            out[f"xlco/{name}"] = sums[f"xlco/{name}"] / rows
+        keys = sum(sums[f"xlco/{name}"] for name in ("negatives", "masked", "dropped"))
+        for name in ("masked", "dropped"):
+            out[f"xlco/{name}_share"] = sums[f"xlco/{name}"] / max(keys, 1)
     return out

@@ -55,6 +55,8 @@ class Sinks:
 
     def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
         figures = " ".join(f"{short} {_short(values[name])}" for name, short in SHOWN.items() if name in values)
+        if (filled := values.get("queue/filled", 1.0)) < 1:
+            figures += f" queue {filled:.0%}"
         if self._bar:
             self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
         else:

@@ -61,7 +61,8 @@ def export(run: Path, out: Path) -> None:
 def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:
     lm = XLMRobertaForMaskedLM(XLMRobertaConfig.from_pretrained(run / "model", attn_implementation=PACKED))
     model = assemble(lm, recipe.model)
-    weights = {name.removeprefix("model."): value.float() for name, value in read_weights(latest).items()}
+    inside = "model."  # beside it the objective may hold a temperature
+    weights = {name[len(inside) :]: x.float() for name, x in read_weights(latest).items() if name.startswith(inside)}
     model.load_state_dict(weights)
     return model.eval()
 

@@ -83,9 +83,9 @@ def test_a_micro_batch_is_a_function_of_lane_and_step(corpus: Path, tmp_path: Pa
 
 def test_mixup_joins_two_pairs_crossed_and_flipped_by_chance(corpus: Path, tmp_path: Path) -> None:
     recipe = small_recipe(
-        corpus, tmp_path / "mixed", "contrast.mixup=paper", "batch.xlco_pairs=40", "contrast.queue_size=400"
+        corpus, tmp_path / "mixed", "contrast.mixup=paper", "batch.xlco_pairs=40", "contrast.queue.size=400"
     )
-    apart = small_recipe(corpus, tmp_path / "apart", "batch.xlco_pairs=80", "contrast.queue_size=400")
+    apart = small_recipe(corpus, tmp_path / "apart", "batch.xlco_pairs=80", "contrast.queue.size=400")
     mixed, pairs = _build(recipe), _build(apart)
     assert (mixed.text_ids.reshape(80, 3) == pairs.text_ids).all()
     sides = _split(pairs.tokens)[pairs.trunk :]
@@ -105,6 +105,26 @@ def test_mixup_joins_two_pairs_crossed_and_flipped_by_chance(corpus: Path, tmp_p
                     kinds.add((crossed, flips))
                     break
     assert len(kinds) == 8  # every way occurs
+
+
+def test_the_references_mixup_keeps_sides_in_one_language(corpus: Path, tmp_path: Path) -> None:
+    """Neighbours of the corpus, in an order by chance; a side is never code-switched if the two have two languages in
+    common."""
+    how = ("batch.xlco_pairs=40", "contrast.queue.size=400", "contrast.mixup=reference")
+    batch = _build(small_recipe(corpus, tmp_path / "run", *how))
+    made, ids = _split(batch.tokens)[batch.trunk :], batch.text_ids.reshape(40, 2, 3)
+    assert len(made) == 80 and len(np.unique(ids[:, :, 2])) == 80
+    same = [one == other for one, other in batch.pairs.tolist()]
+    assert sum(same) > 30  # the others have no two languages in common
+    again = _build(small_recipe(corpus, tmp_path / "again", *how))
+    assert (again.tokens.ids == batch.tokens.ids).all()
+
+
+def test_several_pairs_of_a_row_are_in_one_micro_batch(corpus: Path, tmp_path: Path) -> None:
+    how = ("contrast.same_text=positive", "contrast.pairs_per_row=2")
+    batch = _build(small_recipe(corpus, tmp_path / "run", *how))
+    assert (batch.text_ids[::2, 2] == batch.text_ids[1::2, 2]).all()
+    assert len(np.unique(batch.text_ids[:, 2])) == len(batch.text_ids) // 2
 
 
 def test_a_step_larger_than_the_corpus_is_refused_by_name(corpus: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ STEPS, LANES = 8, 8
 
 @pytest.fixture(scope="module")
 def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    batch = (f"batch.lanes={LANES}", "batch.xlco_pairs=4", "contrast.queue_size=64", "contrast.mixup=paper")
+    batch = (f"batch.lanes={LANES}", "batch.xlco_pairs=4", "contrast.queue.size=64", "contrast.mixup=paper")
     return small_recipe(corpus, tmp_path_factory.mktemp("loader") / "run", *batch)
 
 

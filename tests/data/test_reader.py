@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer
 from infoxlm_ds.data.packs import ROWS, Pack, write_source
-from infoxlm_ds.data.reader import Corpus, Rows, StreamReader
+from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader
 
 ID = 1000
 SOURCES: dict[str, tuple[Literal["mono", "para", "nway"], tuple[str, ...], int]] = {
@@ -251,6 +251,50 @@ def test_the_pivot_is_one_side_in_the_share_asked_for(marked: Corpus, share: flo
 def test_windows_are_shuffled_over_their_packs(marked: Corpus) -> None:
     rows = reader(marked, "tlm", window_packs=4).take(0, items=200)
     assert len(np.unique(rows.where[[0]] * 100 + rows.where[2] // ROWS)) >= 3
+
+
+def test_neighbours_stay_partners_for_ever_in_the_same_two_languages_where_they_can(marked: Corpus) -> None:
+    stream = reader(marked, "xlco", window_packs=1, grouping=Grouping(neighbours=True))
+    partners: dict[tuple[int, int], set[int]] = {}
+    same = differing = 0
+    epochs = set()
+    for _ in range(4000):
+        two = stream.take(0, items=2)
+        (source, _), epoch, (one, other) = two.where
+        assert other == one + 1 and one % ROWS % 2 == 0
+        partners.setdefault((int(source), int(one)), set()).add(int(other))
+        epochs.add(int(epoch[0]))
+        present = lengths_of(int(source), len(marked.sources[int(source)].languages), SOURCES["nway.talks"][2])
+        common = (present[:, one] > 0) & (present[:, other] > 0) if source == 2 else np.ones(2, bool)
+        if common.sum() >= 2:
+            same += 1
+            assert (two.languages[:, 0] == two.languages[:, 1]).all()
+        else:
+            differing += 1
+    assert len(epochs) >= 3 and same > 0 and differing > 0
+    assert all(len(found) == 1 for found in partners.values())
+
+
+def test_an_odd_last_row_goes_with_the_first() -> None:
+    rows, size = Grouping(neighbours=True).rows(5, 2)
+    assert (rows.tolist(), size) == ([0, 1, 2, 3, 4, 0], 2)
+    rows, size = Grouping(neighbours=True).rows(1, 2)
+    assert (rows.tolist(), size) == ([0, 0], 2)
+
+
+def test_several_pairs_of_a_row_come_one_after_the_other(marked: Corpus) -> None:
+    stream = reader(marked, "xlco", window_packs=2, grouping=Grouping(pairs_per_row=3))
+    assert stream.items == 3 * 1300 + 600
+    rows = stream.take(0, items=6000)
+    at = 0
+    different = 0
+    while at < len(rows) - 3:
+        size = 3 if rows.where[0, at] == 2 else 1
+        group = rows.select(slice(at, at + size))
+        assert len(set(group.text_ids[2].tolist())) == 1 and len(set(group.where[2].tolist())) == 1
+        different += len({tuple(sorted(pair)) for pair in group.languages.T.tolist()}) > 1
+        at += size
+    assert different > 100
 
 
 def test_a_stream_without_a_source_is_refused(tmp_path: Path) -> None:

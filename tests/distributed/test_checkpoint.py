@@ -36,7 +36,7 @@ def half_way(corpus: Path, tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoints" / "step-00000002"
 
 
-@pytest.mark.parametrize("pattern", ["queue.safetensors", "momentum-00001.safetensors", "*pp_rank_1_*optim_states.pt"])
+@pytest.mark.parametrize("pattern", ["queue-00000.*", "momentum-00001.safetensors", "*pp_rank_1_*optim_states.pt"])
 def test_a_flipped_bit_in_a_checkpoint_is_named_by_all_ranks(corpus: Path, half_way: Path, pattern: str) -> None:
     (damaged,) = half_way.glob(pattern)
     data = bytearray(damaged.read_bytes())
@@ -64,6 +64,33 @@ def test_a_run_folder_belongs_to_one_recipe(
         return
     with pytest.raises(UserError, match=words):
         check_inputs(recipe, 0, world)
+
+
+def _resized(rank: int, world: int, recipe: Recipe) -> tuple[list[float], list[int]]:
+    start_ranks()
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    assert state.queue is not None
+    filled = [state.queue.filled]
+    while state.step < 5:
+        assert train_step(state)
+        filled.append(state.queue.filled)
+    return filled, sorted(state.queue.steps.tolist())
+
+
+@pytest.mark.parametrize(("size", "sharded"), [(70, False), (70, True), (30, False), (40, True)])
+def test_a_queue_of_another_size_goes_on_with_the_newest_keys(
+    corpus: Path, tmp_path: Path, size: int, sharded: bool
+) -> None:
+    """24 keys a step: after two steps the queue of 40 is full."""
+    run_ranks(_stop_after_two, 2, small_recipe(corpus, tmp_path / "run"))
+    recipe = small_recipe(
+        corpus, tmp_path / "run", f"contrast.queue.size={size}", f"contrast.queue.sharded={str(sharded).lower()}"
+    )
+    results = run_ranks(_resized, 2, recipe)
+    expected = [min(1.0, (40 + 24 * step) / size) for step in range(4)]
+    assert [filled for filled, _ in results] == [expected, expected]
+    steps = sorted(step for _, held in (results if sharded else results[:1]) for step in held)
+    assert steps == sorted([5] * 24 + [4] * 24 + [3] * 24)[-size:]
 
 
 def test_another_number_of_ranks_is_refused_before_the_end(corpus: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from infoxlm_ds import dist
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.train import build, check_inputs
 from infoxlm_ds.trainer import TrainState, fit, train_step
 from tests.corpus import small_recipe
@@ -23,6 +24,17 @@ CONTRASTS = {
     "momentum_mixup": ["contrast.mixup=paper"],
     "gradient_in_batch": ["contrast.keys=gradient", "contrast.negatives=in_batch"],
     "gradient_both": ["contrast.keys=gradient"],
+    "momentum_sharded_queue": ["contrast.queue.sharded=true", "contrast.queue.size=37"],
+    "gradient_sharded_queue": ["contrast.keys=gradient", "contrast.queue.sharded=true"],
+    "momentum_learned_temperature": ["contrast.learn_temperature_within=[0.05, 0.3]", "contrast.margin=0.1"],
+    "gradient_learned_temperature": ["contrast.keys=gradient", "contrast.learn_temperature_within=[0.05, 0.3]"],
+    "gradient_several_positives": [
+        "contrast.keys=gradient",
+        "contrast.same_text=positive",
+        "contrast.pairs_per_row=2",
+        "contrast.drop_within=0.05",
+    ],
+    "momentum_mixup_reference": ["contrast.mixup=reference"],
     "reference_reduction": ["reduction=reference"],
     "xlco_alone": ["weights.mmlm=0", "weights.tlm=0"],
     "without_xlco": ["weights.xlco=0"],
@@ -39,8 +51,24 @@ def _whole_state(state: TrainState) -> dict[str, Tensor]:
     if state.momentum is not None:
         out |= {f"key.{name}": p.clone() for name, p in state.momentum.encoder.named_parameters()}
     if state.queue is not None:
-        out |= {f"queue.{name}": value.clone() for name, value in state.queue.state_dict().items()}
+        out |= {f"queue.{name}": value for name, value in _whole_queue(state.queue).items()}
+    if state.objective.temperature is not None:
+        out["temperature"] = state.objective.temperature().detach().clone()
     return out
+
+
+def _whole_queue(queue: KeyQueue) -> dict[str, Tensor]:
+    """All rows in order, of a sharded queue from all ranks."""
+    parts = dist.gather_objects(queue.state_dict()) if queue.sharded else [queue.state_dict()]
+    rows: dict[str, Tensor] = {}
+    for part in parts:
+        assert isinstance(part, dict)
+        order = part.pop("numbers")
+        assert int(part["pushed"]) >= queue.size
+        rows |= {name: torch.cat([rows.get(name, value[:0]), value]) for name, value in part.items() if value.ndim}
+        rows["numbers"] = torch.cat([rows.get("numbers", order[:0]), order])
+    order = rows["numbers"].argsort()
+    return {name: value[order].clone() for name, value in rows.items()}
 
 
 def _three_steps(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
@@ -48,8 +76,7 @@ def _three_steps(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
     losses = []
     for _ in range(3):
         assert train_step(state)
-        sums, _, _ = state.meter.collect()
-        losses.append(sums["loss"])
+        losses.append(state.meter.collect().sums["loss"])
     return _whole_state(state) | {"losses": torch.tensor(losses)}
 
 
@@ -64,11 +91,12 @@ def test_update_is_the_same_for_every_world_size(corpus: Path, tmp_path: Path, o
                 _close(value, alone[name], f"world {world}, rank {rank}, {name}")
 
 
+@pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both", "gradient_in_batch"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_update_is_the_same_for_stage_0_and_1(corpus: Path, tmp_path: Path, stage: int) -> None:
-    (alone,) = run_ranks(_three_steps, 1, small_recipe(corpus, tmp_path / "run"))
+def test_update_is_the_same_for_stage_0_and_1(corpus: Path, tmp_path: Path, stage: int, contrast: str) -> None:
+    (alone,) = run_ranks(_three_steps, 1, small_recipe(corpus, tmp_path / "run", *CONTRASTS[contrast]))
     engine = Path(__file__).parents[2] / "ds_configs" / f"zero{stage}_fp32.json"
-    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}")
+    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", *CONTRASTS[contrast])
     for result in run_ranks(_three_steps, 2, recipe):
         for name, value in result.items():
             _close(value, alone[name], name)
@@ -154,7 +182,7 @@ def _raise_signal_after(state: TrainState, step: int) -> None:
 
 
 @pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero1_bf16"])
-@pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both"])
+@pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both", "momentum_sharded_queue"])
 def test_a_stopped_run_goes_on_bit_equal(corpus: Path, tmp_path: Path, config: str, contrast: str) -> None:
     engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
     overrides = [f"engine={engine}", *CONTRASTS[contrast]]

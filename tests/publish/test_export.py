@@ -39,7 +39,8 @@ def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
 @pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero1_bf16"])
 def test_the_exported_folder_gives_the_trained_hidden_states(corpus: Path, tmp_path: Path, config: str) -> None:
     engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
-    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", "optimizer.steps=2", "model.projection=true")
+    overrides = ("optimizer.steps=2", "model.projection=true", "contrast.learn_temperature_within=[0.05, 0.2]")
+    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", *overrides)
     trained = run_ranks(_train, 2, recipe)[0]
     export(tmp_path / "run", tmp_path / "out")
     model, tokenizer = (

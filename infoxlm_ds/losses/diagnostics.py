@@ -1,0 +1,29 @@
+"""How representations lie in their space (Wang & Isola, 2020; Garrido et al., 2023). Pure functions, float32 inside.
+
+Legend: n vectors, D width. Vectors are divided by their norms first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def alignment(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared distance of the pairs (a [n, D], b [n, D]), []: 0 where translations coincide, 2 where they are
+    unrelated."""
+    return (normalize(a.float(), dim=1) - normalize(b.float(), dim=1)).square().sum(1).mean()
+
+
+def uniformity(x: Tensor) -> Tensor:
+    """Log of the mean of exp(-2 distance^2) over pairs of different vectors of x [n, D], n > 1, []: 0 where all
+    coincide, about -4 where they fill a sphere of many dimensions."""
+    return torch.pdist(normalize(x.float(), dim=1)).square().mul(-2).exp().mean().log()
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of x [n, D], [] (RankMe): how many dimensions are in use."""
+    values = torch.linalg.svdvals(normalize(x.float(), dim=1))
+    share = values / values.sum()
+    return torch.special.entr(share).sum().exp()

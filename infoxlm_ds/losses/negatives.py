@@ -1,0 +1,334 @@
+"""The tiles of the contrast: what a row needs of its many negatives, and what a key needs of its many anchors, without
+ever holding more than one tile of logits. Derivation: docs/contrast.md.
+
+Legend: b anchors, n keys of a block, m rows and t keys of a tile, D width, I text ids an item. Anchors come multiplied
+by the scale s = 1 / temperature, so that an inner product is a logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from infoxlm_ds import dist
+
+# Rows and keys of a tile. On a CPU a tile (2 MiB of float32) stays in the second-level cache; a GPU wants large ones.
+TILES = {"cpu": (512, 1024)}
+LARGE_TILES = (4096, 8192)
+HEADROOM = 40.0  # exp(40) times a billion keys is still far from the largest float32
+NEVER = 50.0  # torch's softplus is a straight line above 20 by default, an error of 2e-9
+
+
+class Keys(NamedTuple):
+    """Keys [n, D] and the text ids of their items [n, I], int64. `sharded`: each rank holds other keys of the set."""
+
+    vectors: Tensor
+    ids: Tensor
+    sharded: bool = False
+
+
+class Anchors(NamedTuple):
+    """Rows of one side: `vectors` [b, D] times the scale, text `ids` [b, I], the logit of each row's own `positive` [b]
+    without margin, and `cut` [b]: negatives with a logit from here on are dropped."""
+
+    vectors: Tensor
+    ids: Tensor
+    positive: Tensor
+    cut: Tensor
+
+    def rows(self, part: slice) -> Anchors:
+        return Anchors(*(column[part] for column in self))
+
+    def of_all_ranks(self, counts: list[int], group: dist.Group) -> Anchors:
+        return Anchors(*(dist.gather_rows(column, counts, group) for column in self))
+
+
+class Block:
+    """Keys that anchors are held against."""
+
+    def __init__(self, keys: Keys, own: Tensor | None = None, *, unit: bool = False, attracts: bool = True) -> None:
+        """`own` [b]: which of the keys is each anchor's positive, where the block holds them. `unit`: divide the keys
+        by their norms. `attracts`: keys that share a text may be further positives."""
+        self.vectors, self.ids, self.sharded = keys
+        self.own, self._unit, self.attracts = own, unit, attracts
+        found, order = self.ids.flatten().sort()
+        self._texts, self._key_of = found, order // max(1, self.ids.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def part(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Some of the keys, as wide as the anchors."""
+        vectors = self.vectors[which].to(dtype)
+        return normalize(vectors, dim=1) if self._unit else vectors
+
+    def sharing(self, ids: Tensor) -> Tensor:
+        """The keys that share a text with any of these items, in order. What is compared one by one are these few."""
+        wanted = ids.unique()
+        first = torch.searchsorted(self._texts, wanted)
+        count = torch.searchsorted(self._texts, wanted, right=True) - first
+        before = count.cumsum(0) - count
+        places = torch.arange(int(count.sum()), device=ids.device) + torch.repeat_interleave(first - before, count)
+        return self._key_of[places].unique()
+
+
+@dataclass
+class Sums:
+    """What rows [b] know of their negatives: sum of exp(logit - shift) is `mass`, the same times the key `weighted`
+    [b, D]; the `hardest` logit; counts of `keys`, of those that share a text (`shared`), lie `above` the positive, were
+    `dropped` by the cut."""
+
+    shift: Tensor
+    mass: Tensor
+    weighted: Tensor
+    hardest: Tensor
+    keys: Tensor
+    shared: Tensor
+    above: Tensor
+    dropped: Tensor
+
+    @staticmethod
+    def none(anchors: Anchors) -> Sums:
+        """No negative yet. The shift starts at the positive's logit, so that `log mass` is the difference that the loss
+        needs, without cancellation."""
+        zero, count = torch.zeros_like(anchors.positive), torch.zeros_like(anchors.positive, dtype=torch.int64)
+        counts = (count.clone() for _ in range(4))
+        lowest = torch.full_like(zero, -torch.inf)
+        return Sums(anchors.positive.clone(), zero, torch.zeros_like(anchors.vectors), lowest, *counts)
+
+    ADDED: ClassVar = ("mass", "weighted", "keys", "shared", "above", "dropped")
+
+    @property
+    def log_sum(self) -> Tensor:
+        """Log-sum-exp over the negatives, -inf where there is none."""
+        return self.shift + self.mass.log()
+
+    @property
+    def mean_key(self) -> Tensor:
+        """Mean of the negative keys under their softmax, [b, D]."""
+        return self.weighted / self.mass.clamp_min(torch.finfo(self.mass.dtype).tiny)[:, None]
+
+    def move(self, by: Tensor) -> None:
+        """Raise (or, while there is no mass, lower) the shift."""
+        factor = torch.where(self.mass > 0, (-by).exp(), 0.0)
+        self.shift, self.mass, self.weighted = self.shift + by, self.mass * factor, self.weighted * factor[:, None]
+
+    def move_to(self, shift: Tensor) -> None:
+        """Set the shift; where it is -inf (no negative anywhere) it stays."""
+        self.move(torch.where(shift == -torch.inf, 0.0, shift - self.shift))
+
+
+def sum_negatives(anchors: Anchors, blocks: list[Block], group: dist.Group = None) -> Sums:
+    """Sums over all blocks for all anchors. Collective where a block is sharded."""
+    sums = _sum_local(anchors, [block for block in blocks if not block.sharded])
+    for block in blocks:
+        if block.sharded:
+            sums = _merged(sums, _sum_sharded(anchors, block, group))
+    return sums
+
+
+def _sum_local(anchors: Anchors, blocks: list[Block]) -> Sums:
+    parts = [_sum_rows(anchors.rows(rows), rows, blocks) for rows in _row_tiles(anchors)]
+    return Sums(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+
+def _sum_rows(anchors: Anchors, rows: slice, blocks: list[Block]) -> Sums:
+    sums = Sums.none(anchors)
+    for block in blocks:
+        own = None if block.own is None else block.own[rows]
+        sharing = block.sharing(anchors.ids)
+        for part in _key_tiles(block):
+            keys = block.part(part, anchors.vectors.dtype)
+            logits = torch.addmm(sums.shift[:, None], anchors.vectors, keys.t(), beta=-1)
+            sums.shared += _leave_out(logits, anchors.ids, block, sharing, part, own)
+            _add(sums, logits, keys, anchors)
+        sums.keys += len(block) - (own is not None)
+    return sums
+
+
+def _leave_out(
+    logits: Tensor, ids: Tensor, block: Block, sharing: Tensor, part: slice, own: Tensor | None
+) -> Tensor | int:
+    """Take the rows' own positives and the keys that share a text out of a tile. Returns how many the latter are, a
+    row."""
+    count: Tensor | int = 0
+    ends = torch.searchsorted(sharing, torch.tensor([part.start, part.stop], device=ids.device)).tolist()
+    columns = sharing[slice(*ends)]
+    if len(columns):
+        same = _others_sharing(ids, block, columns, own)
+        count = same.sum(1)
+        logits[:, columns - part.start] = logits[:, columns - part.start].masked_fill_(same, -torch.inf)
+    if own is not None:
+        column = (own - part.start)[:, None]
+        inside, place = (column >= 0) & (column < logits.shape[1]), column.clamp(0, logits.shape[1] - 1)
+        logits.scatter_(1, place, logits.gather(1, place).masked_fill(inside, -torch.inf))
+    return count
+
+
+def _add(sums: Sums, logits: Tensor, keys: Tensor, anchors: Anchors) -> None:
+    """Add a tile of logits [m, t], from which the shift is taken off, to the sums. Overwrites the tile."""
+    top = logits.amax(1)
+    sums.hardest = torch.maximum(sums.hardest, top + sums.shift)
+    positive = anchors.positive - sums.shift
+    if bool((top >= positive).any()):
+        # Into a tensor of floats: a comparison that makes bools is three times as slow on a CPU.
+        sums.above += torch.ge(logits, positive[:, None], out=torch.empty_like(logits)).sum(1).long()
+    cut = anchors.cut - sums.shift
+    if bool((top >= cut).any()):
+        over = logits >= cut[:, None]
+        sums.dropped += over.sum(1)
+        top = logits.masked_fill_(over, -torch.inf).amax(1)
+    far = (top > HEADROOM) | ((top < -HEADROOM) & (top > -torch.inf) & (sums.mass == 0))
+    if bool(far.any()):
+        by = torch.where(far, top, 0.0)
+        sums.move(by)
+        logits.sub_(by[:, None])
+    logits.exp_()
+    sums.mass += logits.sum(1)
+    sums.weighted.addmm_(logits, keys)
+
+
+def _merged(one: Sums, other: Sums) -> Sums:
+    highest = torch.maximum(one.log_sum, other.log_sum)
+    for sums in (one, other):
+        sums.move_to(highest)
+    added = {name: getattr(one, name) + getattr(other, name) for name in Sums.ADDED}
+    return Sums(shift=one.shift, hardest=torch.maximum(one.hardest, other.hardest), **added)
+
+
+def _sum_sharded(anchors: Anchors, block: Block, group: dist.Group) -> Sums:
+    """Every rank holds the anchors of all against its part of the keys; the parts add up."""
+    counts = dist.row_counts(anchors.ids, group)
+    sums = _sum_local(anchors.of_all_ranks(counts, group), [block])
+    sums.move_to(dist.max_over_ranks(sums.log_sum, group))
+    dist.max_over_ranks(sums.hardest, group)
+    for name in Sums.ADDED:
+        dist.sum_over_ranks(getattr(sums, name), group)
+    first = sum(counts[: dist.rank(group)])
+    return Sums(*(column[first : first + len(anchors.ids)] for column in vars(sums).values()))
+
+
+class Attraction(NamedTuple):
+    """What rows [b] know of further positives, keys that share a text with them: how many, their losses' sum, each
+    one's 1 - p added up, the same times its logit and times its key [b, D]."""
+
+    found: Tensor
+    loss: Tensor
+    repelled: Tensor
+    logit: Tensor
+    pulled: Tensor
+
+    @staticmethod
+    def none(vectors: Tensor) -> Attraction:
+        zero = vectors.new_zeros(len(vectors))
+        return Attraction(zero.long(), zero, zero, zero, torch.zeros_like(vectors))
+
+
+def attract(
+    anchors: Anchors, log_sum: Tensor, margin: float | Tensor, blocks: list[Block], group: dist.Group = None
+) -> Attraction:
+    """Each further positive against the negatives alone, whose log-sum-exp is `log_sum` [b]; `margin` in logits.
+    Collective where a block is sharded."""
+    blocks = [block for block in blocks if block.attracts]
+    found = _attract_local(anchors, log_sum, margin, [block for block in blocks if not block.sharded])
+    for block in blocks:
+        if block.sharded:
+            counts = dist.row_counts(anchors.ids, group)
+            everyone = anchors.of_all_ranks(counts, group)
+            part = _attract_local(everyone, dist.gather_rows(log_sum, counts, group), margin, [block])
+            first = sum(counts[: dist.rank(group)])
+            own = slice(first, first + len(anchors.ids))
+            found = Attraction(*(a + dist.sum_over_ranks(b, group)[own] for a, b in zip(found, part, strict=True)))
+    return found
+
+
+def _attract_local(anchors: Anchors, log_sum: Tensor, margin: float | Tensor, blocks: list[Block]) -> Attraction:
+    parts = [_attract_rows(anchors.rows(rows), rows, log_sum[rows], margin, blocks) for rows in _row_tiles(anchors)]
+    return Attraction(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _attract_rows(
+    anchors: Anchors, rows: slice, log_sum: Tensor, margin: float | Tensor, blocks: list[Block]
+) -> Attraction:
+    found = Attraction.none(anchors.vectors)
+    for block in blocks:
+        own = None if block.own is None else block.own[rows]
+        sharing = block.sharing(anchors.ids)
+        for columns in sharing.split(_sizes(sharing)[1]):
+            same = _others_sharing(anchors.ids, block, columns, own)
+            keys = block.part(columns, anchors.vectors.dtype)
+            logits = anchors.vectors @ keys.t() - margin
+            away = log_sum[:, None] - logits
+            weight = torch.sigmoid(away).masked_fill(~same, 0.0)
+            losses = softplus(away, threshold=NEVER).masked_fill(~same, 0.0)
+            part = (same.sum(1), losses.sum(1), weight.sum(1), (weight * logits).sum(1), weight @ keys)
+            found = Attraction(*(a + b for a, b in zip(found, part, strict=True)))
+    return found
+
+
+class Fate(NamedTuple):
+    """What the keys must know of all anchors [N], beside their vectors: log-sum-exp over the negatives (`log_sum`), the
+    same less the log of what repels (`log_total`), and one over the number of positives."""
+
+    log_sum: Tensor
+    log_total: Tensor
+    share: Tensor
+
+
+def push(
+    keys: Keys, own: Tensor | None, anchors: Anchors, fate: Fate, margin: float | Tensor, attracts: bool
+) -> Tensor:
+    """d (sum of the anchors' losses) / d keys, [n, D], without what the own pair adds: `own` [n] says which of the
+    anchors [N] that is. Anchors have the keys as negatives, or where `attracts` as further positives."""
+    block = Block(Keys(anchors.vectors, anchors.ids), own)
+    vectors, sums = keys.vectors.to(anchors.vectors.dtype), []
+    for rows in _row_tiles(keys):
+        mine, sharing = None if own is None else own[rows], block.sharing(keys.ids[rows])
+        pushed = torch.zeros_like(vectors[rows])
+        for part in _key_tiles(block):
+            logits = vectors[rows] @ anchors.vectors[part].t()
+            _leave_out(logits, keys.ids[rows], block, sharing, part, mine)
+            logits.masked_fill_(logits >= anchors.cut[None, part], -torch.inf)
+            pushed.addmm_(logits.sub_(fate.log_total[None, part]).exp_(), anchors.vectors[part])
+        for columns in sharing.split(_sizes(sharing)[1]) if attracts else ():
+            same = _others_sharing(keys.ids[rows], block, columns, mine)
+            away = fate.log_sum[None, columns] - (vectors[rows] @ anchors.vectors[columns].t() - margin)
+            weight = (torch.sigmoid(away) * fate.share[None, columns]).masked_fill_(~same, 0.0)
+            pushed.addmm_(weight, anchors.vectors[columns], alpha=-1)
+        sums.append(pushed)
+    return torch.cat(sums)
+
+
+def shares_text(ids: Tensor, other: Tensor) -> Tensor:
+    """Whether item i of `ids` [m, I] and item j of `other` [n, I] have a text in common, [m, n] bool."""
+    same = torch.zeros(len(ids), len(other), dtype=torch.bool, device=ids.device)
+    for mine in ids.unbind(1):
+        for theirs in other.unbind(1):
+            same |= mine[:, None] == theirs[None, :]
+    return same
+
+
+def _others_sharing(ids: Tensor, block: Block, columns: Tensor, own: Tensor | None) -> Tensor:
+    """[m, len(columns)]: keys other than the rows' own positives that share a text with them."""
+    same = shares_text(ids, block.ids[columns])
+    return same if own is None else same & (own[:, None] != columns)
+
+
+def _sizes(tensor: Tensor) -> tuple[int, int]:
+    return TILES.get(tensor.device.type, LARGE_TILES)
+
+
+def _row_tiles(rows: Anchors | Keys) -> Iterator[slice]:
+    """At least one, for a rank may have no rows."""
+    size, count = _sizes(rows.ids)[0], len(rows.ids)
+    return (slice(start, min(count, start + size)) for start in range(0, max(1, count), size))
+
+
+def _key_tiles(block: Block) -> Iterator[slice]:
+    size, count = _sizes(block.ids)[1], len(block)
+    return (slice(start, min(count, start + size)) for start in range(0, count, size))
