@@ -2,9 +2,9 @@
 memory, precision of the gradient. One table. `python benchmarks/contrast.py`
 
 Each case is a process of its own with one thread. Time: both ways alternate in it, the ratio is the median of the
-ratios of CPU seconds of forward and backward. Memory: growth of the process' peak resident set. Both sides have the
-same queue, no gradient for the keys, and temperature 0.05; vectors are normalised; ours also masks by three text ids an
-item. Error: of the gradient's norm, against autograd in float64.
+ratios of CPU seconds of forward and backward. Memory: the process' peak resident set over what it was before the call.
+Both sides have the same queue, no gradient for the keys, and temperature 0.05; vectors are normalised; ours also masks
+by three text ids an item. Error: of the gradient's norm, against autograd in float64.
 """
 
 from __future__ import annotations
@@ -130,15 +130,14 @@ def _memory(who: str, n: int, k: int, width: int) -> tuple[float, float]:
     way = _ours if who == "ours" else _peer
     _seconds(way, _inputs(8, 16, width, 0.05))  # what torch loads and keeps at the first call is not the loss'
     inputs = _inputs(n, k, width, 0.05)
-    before = _peak()
+    before = _resident("VmRSS")
     seconds = _seconds(way, inputs)
-    return (_peak() - before) / 1024, seconds
+    return (_resident("VmHWM") - before) / 1024, seconds
 
 
-def _peak() -> int:
-    """KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+def _resident(which: str) -> int:
+    """The process' resident set as it is (VmRSS), or its peak (VmHWM), in KiB."""
+    return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
 
 
 def _precision(temperature: float) -> tuple[float, list[float]]:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,11 +18,13 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.utils import safe_get_local_fp32_param
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import Optimizer, UserError
-from infoxlm_ds.model.momentum import Fragment
+from infoxlm_ds.model.momentum import Fragment, write_whole
 
 # What a user may set in a ds_configs file. DeepSpeed itself accepts unknown top-level keys in silence.
 ALLOWED = {
@@ -43,6 +45,8 @@ OURS = {
     "steps_per_print": "log.every",
     "tensorboard": "log.tensorboard",
 }
+
+M = TypeVar("M", bound=nn.Module)
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -74,8 +78,13 @@ def load_engine_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {key} is not a known key: one of {', '.join(sorted(ALLOWED))}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     sixteen_bits = config.get("bf16", {}).get("enabled", False)
-    if stage not in (0, 1):
-        raise UserError(f"{path}: zero_optimization.stage {stage} is not supported: use 0 or 1")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage {stage} is not one of ZeRO's: use 0, 1, 2 or 3")
+    if config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) != 1:
+        raise UserError(
+            f"{path}: remove zero_optimization.zero_hpz_partition_size: its second copies of the weights would not "
+            "follow the momentum encoder"
+        )
     if stage == 0 and sixteen_bits:
         raise UserError(f"{path}: 16-bit training needs fp32 masters to average: set zero_optimization.stage to 1")
     if sixteen_bits and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
@@ -96,6 +105,7 @@ class Engine:
             "gradient_accumulation_steps": lanes // dist.world_size(),
             "gradient_clipping": optimizer.clip,
             "steps_per_print": 10**9,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too, without a build
         }
         adamw = torch.optim.AdamW(
             _groups(module, optimizer.weight_decay),
@@ -105,6 +115,7 @@ class Engine:
             fused=True,
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
+        self._config = config
         self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
 
     def forward(self, *args: Any) -> Any:
@@ -138,6 +149,8 @@ class Engine:
         """This rank's fragments of the fp32 masters of these parameters of the module."""
         if self.stage == 0:
             return [Fragment(i, 0, p.detach().flatten()) for i, p in enumerate(parameters)]
+        if self.stage == 3:
+            return [self._shard(i, p, safe_get_local_fp32_param(p)) for i, p in enumerate(parameters)]
         found = []
         for i, parameter in enumerate(parameters):
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # private in 0.19; None: this rank holds nothing of it
@@ -145,6 +158,33 @@ class Engine:
                 address = mapping.lp_fragment_address
                 found.append(Fragment(i, address.start, mapping.get_hp_fragment().flatten()))
         return found
+
+    def copy(self, module: M) -> M:
+        """The same for another module, in the engine's precision and layout, that is not trained."""
+        module = module.eval().requires_grad_(False)
+        if self.stage == 3:
+            # Persistent parameters stay gathered: what `write` puts into a shard would never reach them.
+            zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+            untrained = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
+            deepspeed.initialize(model=module, config=self._config | untrained)
+            return module
+        return module.to(dist.device(), self._engine.get_data_types()[0])
+
+    def write(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
+        """Set parameters of a `copy` from fragments such as `masters` gives. Stage 3 needs no collective: the copy is
+        cut into the same shards."""
+        if self.stage < 3:
+            write_whole(parameters, fragments, self.sharded)
+            return
+        for f in fragments:
+            shard: Tensor = parameters[f.parameter].ds_tensor  # type: ignore[attr-defined]  # stage 3's own
+            shard.data[: len(f.values)].copy_(f.values)
+
+    def _shard(self, number: int, parameter: nn.Parameter, values: Tensor) -> Fragment:
+        """Stage 3 cuts a parameter into equal parts and pads the last ones."""
+        start = dist.rank() * len(values)
+        size: int = parameter.ds_numel  # type: ignore[attr-defined]  # stage 3's own
+        return Fragment(number, start, values[: max(0, min(len(values), size - start))])
 
     def save(self, folder: Path, tag: str) -> None:
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
@@ -156,9 +196,12 @@ class Engine:
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The module's weights in a checkpoint folder that `Engine.save` wrote, in fp32 from the masters, on the CPU.
 
-    DeepSpeed's own reader does not know the shards of ZeRO 1 with fp32 gradient sums, so we put the fragments together.
-    Its shards are pickles: only read folders that you trust.
+    DeepSpeed's own reader knows ZeRO 3, but not the shards of ZeRO 1 with fp32 gradient sums: below 3 we put the
+    fragments together. Its shards are pickles: only read folders that you trust.
     """
+    if any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
+        whole: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+        return whole
     (states,) = (_unpickle(path) for path in checkpoint.glob("*model_states.pt"))
     weights: dict[str, Tensor] = states["module"]
     shards = sorted(checkpoint.glob("*optim_states.pt"), key=_rank)

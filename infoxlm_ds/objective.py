@@ -174,7 +174,9 @@ class Objective(nn.Module):
         encoder = self.model.sentence_encoder()
         with torch.no_grad():
             reps = [encoder(self._to_device(_queries(m))) for m in micros]
-        first, second = (torch.cat(side) for side in zip(*(r.chunk(2) for r in reps), strict=True))
+        # fp32 from here on: a loss scale comes on the gradients later.
+        wide = torch.promote_types(reps[0].dtype, torch.float32)
+        first, second = (torch.cat(side).to(wide) for side in zip(*(r.chunk(2) for r in reps), strict=True))
         learned = [x.detach() for x in self._learned()]
         inputs = [x.requires_grad_() for x in (first, second, *learned)]
         with torch.enable_grad():
@@ -226,9 +228,10 @@ class Objective(nn.Module):
         first = dist.gather_lanes([r[: len(m.text_ids)] for r, m in zip(reps, micros, strict=True)])[:SAMPLE]
         found = {
             "alignment": diagnostics.alignment(first, second),
-            "uniformity": diagnostics.uniformity(first),
             "effective_rank": diagnostics.effective_rank(first),
         }
+        if len(first) > 1:
+            found["uniformity"] = diagnostics.uniformity(first)
         if context.queue is not None:
             found["queue_effective_rank"] = diagnostics.effective_rank(context.queue.vectors[:SAMPLE])
         if self.temperature is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import shutil
@@ -107,7 +108,7 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     identity = Identity(recipe, engine_config, corpus.manifest.sha256)
     latest = checkpoints.latest_for(identity, world)
     longest = corpus.manifest.max_tokens + SPECIAL_ONE
-    probe = RetrievalProbe(recipe.probe, tokenizer, longest, rank, world) if recipe.probe else None
+    probe = RetrievalProbe(recipe.probe, tokenizer, longest) if recipe.probe else None
     finished = checkpoints.finished(recipe.optimizer.steps)
     if finished and rank == 0:
         print(f"{recipe.run}: finished at step {recipe.optimizer.steps}, nothing to do")
@@ -120,11 +121,15 @@ def build(inputs: Inputs) -> TrainState:
     vocabulary = inputs.corpus.manifest.tokenizer.vocab_size
     model = build_model(recipe.model, vocabulary, recipe.seed)
     objective = Objective(recipe, model)
+    follows = recipe.tasks["xlco"] and recipe.contrast.keys == "momentum"
+    copied = copy.deepcopy(model.sentence_encoder()) if follows else None  # before the engine cuts the model up
     engine = Engine(objective, inputs.identity.engine, recipe.optimizer, recipe.batch.lanes)
     momentum = queue = None
     contrast = recipe.contrast
-    if recipe.tasks["xlco"] and contrast.keys == "momentum":
-        momentum = MomentumEncoder(model.sentence_encoder(), engine.masters, contrast.momentum, engine.sharded)
+    if copied is not None:
+        momentum = MomentumEncoder(
+            model.sentence_encoder(), engine.copy(copied), engine.masters, engine.write, contrast.momentum
+        )
     if recipe.tasks["xlco"] and contrast.uses_queue:
         width = model.lm.config.hidden_size
         how = contrast.queue
@@ -143,12 +148,26 @@ def build(inputs: Inputs) -> TrainState:
     if inputs.latest is not None:
         saved = inputs.checkpoints.load(inputs.latest, engine, momentum, queue)
         state.step, state.consumed = saved.step, saved.consumed
+        _check_filling(recipe, state)
         inputs.loader.restore(saved.consumed, saved.cursors)
     elif dist.rank() == 0:
         # What an export needs beside the weights.
         shutil.copytree(recipe.corpus / "tokenizer", recipe.run / "model", dirs_exist_ok=True)
         model.lm.config.save_pretrained(recipe.run / "model")
     return state
+
+
+def _check_filling(recipe: Recipe, state: TrainState) -> None:
+    """UserError where a queue that was made larger would not fill in the steps that are left."""
+    queue, left = state.queue, recipe.optimizer.steps - state.step
+    if queue is None or queue.filled == 1 or left == 0:
+        return
+    coming = left * recipe.batch.lanes * recipe.batch.xlco_pairs
+    if coming <= round((1 - queue.filled) * queue.size):
+        raise UserError(
+            f"contrast.queue.size {queue.size}: the queue holds {queue.filled:.0%} and the {left} steps that are left "
+            f"bring {coming} pairs, so it would never be full: set a smaller one"
+        )
 
 
 def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) -> int:

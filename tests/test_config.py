@@ -76,7 +76,8 @@ def test_a_wrong_recipe_is_one_line_that_names_the_key(overrides: list[str], wor
     [
         ('{"zero_optimisation": {"stage": 1}}', ["zero_optimisation", "not a known key"]),
         ('{"gradient_clipping": 1.0}', ["gradient_clipping", "optimizer.clip"]),
-        ('{"zero_optimization": {"stage": 3}}', ["stage 3"]),
+        ('{"zero_optimization": {"stage": 4}}', ["stage 4"]),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', ["zero_hpz_partition_size", "momentum"]),
         ('{"bf16": {"enabled": true}}', ["stage to 1"]),
         ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}}', ["grad_accum_dtype"]),
         ("{", ["not JSON"]),

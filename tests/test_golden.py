@@ -6,10 +6,12 @@ is replayed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from infoxlm_ds.data.batch import JointBatch, Sequences
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.model.encoder import InfoXLM, Packed, embed, packed, run_layers
 from infoxlm_ds.model.heads import masked_lm_loss
-from infoxlm_ds.model.momentum import Fragment, MomentumEncoder
+from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, write_whole
 from infoxlm_ds.model.pretrained import build_model
 from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.objective import Objective
@@ -85,7 +87,13 @@ class Replay:
         slow = _model(names.ours(init, "model_slow."), init["proj_matrix_slow"][0])
         self.objective = Objective(RECIPE, self.model)
         self.queue = KeyQueue(24, 64, 2, torch.device("cpu"))
-        self.key = MomentumEncoder(self.model.sentence_encoder(), _masters, RECIPE.contrast.momentum, sharded=False)
+        self.key = MomentumEncoder(
+            self.model.sentence_encoder(),
+            copy.deepcopy(self.model.sentence_encoder()).requires_grad_(False),
+            _masters,
+            partial(write_whole, sharded=False),
+            RECIPE.contrast.momentum,
+        )
         self.key.load_state_dict(
             {f"{f.parameter}:0": f.values for f in _masters(list(slow.sentence_encoder().parameters()))}
         )

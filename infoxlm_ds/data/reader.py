@@ -217,7 +217,7 @@ class StreamReader:
             sides, shared = np.zeros((1, n), np.int64), text_ids[:0]
         else:
             generator = keyed_generator(*self._key, source.name, draw.epoch, draw.pack)
-            sides = self._pairs(source, lengths > 0, generator)
+            sides = self._pairs(source, lengths > 0, group, generator)
             first_present = np.argmax(lengths > 0, axis=0)[None]
             shared = np.take_along_axis(text_ids, first_present, axis=0)
         picked = [np.take_along_axis(table, sides, axis=0) for table in (starts, lengths, text_ids)]
@@ -225,17 +225,22 @@ class StreamReader:
         items = Rows(pack.ids, picked[0], picked[1], np.concatenate([picked[2], shared]), codes[sides], where)
         return items, np.full(n // group, group)
 
-    def _pairs(self, source: Source, present: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    def _pairs(self, source: Source, present: np.ndarray, group: int, generator: np.random.Generator) -> np.ndarray:
         """Two different sides that each row has, [2, n], in random order; the pivot is one of them in the share asked
-        for. Neighbours get the same two."""
-        couple = 2 if self._grouping.neighbours else 1
-        if couple == 2:
+        for. The items of a group share their draw: neighbours get the same two sides, pairs of one row the next two."""
+        neighbours = self._grouping.neighbours
+        if neighbours:
             common = np.repeat(present[:, ::2] & present[:, 1::2], 2, axis=1)
             present = np.where(common.sum(0) >= 2, common, present)
-        draws = present.shape[1] // couple
-        chance = np.repeat(generator.random((len(present), draws)), couple, axis=1)
-        first, second = np.argsort(-np.where(present, chance, -1.0), axis=0, kind="stable")[:2]
-        wanted, swapped = (np.repeat(generator.random(draws) < share, couple) for share in (self._pivot_share, 0.5))
+        items = present.shape[1]
+        chance = np.repeat(generator.random((len(present), items // group)), group, axis=1)
+        order = np.argsort(-np.where(present, chance, -1.0), axis=0, kind="stable")
+        at = 2 * (0 if neighbours else np.arange(items) % group)
+        first, second = (order[(at + side) % present.sum(0), np.arange(items)] for side in (0, 1))
+        couple = group if neighbours else 1
+        wanted, swapped = (
+            np.repeat(generator.random(items // couple) < share, couple) for share in (self._pivot_share, 0.5)
+        )
         if self._pivot in source.languages:
             pivot = source.languages.index(self._pivot)
             wanted = wanted & present[pivot] & (first != pivot)

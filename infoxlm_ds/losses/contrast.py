@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from infoxlm_ds import dist
 from infoxlm_ds.losses.negatives import NEVER, Anchors, Block, Fate, Keys, attract, push, sum_negatives
 
 __all__ = ["Form", "Keys", "Report", "Temperature", "contrast", "contrast_with_keys", "finished"]
+
+
+SameText = Literal["mask", "positive", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,21 @@ class Form:
     in_batch: bool = True
     margin: float = 0.0
     cosine: bool = False
-    same_text: Literal["mask", "positive", "ignore"] = "mask"
+    same_text: SameText = "mask"
     drop_within: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.same_text not in get_args(SameText):
+            raise ValueError(f"same_text is one of {', '.join(get_args(SameText))}, not {self.same_text!r}")
 
 
 class Report(NamedTuple):
     """Columns [R] without gradient, one row an anchor, the second direction's rows behind the first's.
 
     `loss` in nats; `repelled` 1 - p(positive), the share of the gradient that is left; logits of the `positive` (no
-    margin) and of the `hardest` negative; how many keys were `negatives`, `masked` because they share a text,
-    `positives` beside the own one, `dropped` by their score, and how many negatives lie `above` the positive, dropped
-    ones among them: 1 + above is the positive's rank.
+    margin) and of the `hardest` negative, be it dropped; how many keys were `negatives`, `masked` because they share a
+    text, `positives` beside the own one, `dropped` by their score, and how many negatives lie `above` the positive,
+    dropped ones among them: 1 + above is the positive's rank.
     """
 
     loss: Tensor
@@ -110,13 +117,13 @@ def contrast(
     symmetric: the mean with the same contrast from key to query, where hard negatives take no part.
     key_gradient: whether key and hard negatives get a gradient; the query, and a temperature tensor [], always do.
 
-    ValueError where shapes do not fit or there are no negatives to be had.
+    ValueError where shapes do not fit, a float temperature is not above 0, or there are no negatives to be had.
     """
-    _check(query, key, form, ids, queue, hard, symmetric)
+    _check(query, key, temperature, form, ids, queue, hard, symmetric)
     ids = _ids(ids, query, form)
     sides = [_wide(query, form), _wide(key, form)]
     more = Keys(_wide(hard.vectors, form), _ids(hard.ids, hard.vectors, form)) if hard is not None else None
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         step = _Step(sides, ids, more, queue, temperature, form, key_gradient, group)
         turns = [step.direction(turn) for turn in ((0, 1) if symmetric else (0,))]
         weight = 1 / (max(1, step.pairs) * len(turns))
@@ -148,10 +155,10 @@ def contrast_with_keys(
     Returns this part's share, the sum over its own rows divided by `total`, and its report: shares and their gradients
     add up over parts and ranks. Collective only where the queue is sharded. Otherwise as `contrast`.
     """
-    target = Keys(keys.vectors[own], keys.ids[own])
-    _check(query, target.vectors, form, ids, queue, None, symmetric=False)
+    _check_keys("keys", keys.vectors, keys.ids, query)
+    _check(query, keys.vectors[own], temperature, form, ids, queue, None, symmetric=False)
     ids, wide = _ids(ids, query, form), _wide(query, form)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         vectors = _wide(keys.vectors, form)
         blocks = _blocks(form, Keys(vectors, _ids(keys.ids, vectors, form)), own, None, queue)
         one = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
@@ -166,7 +173,7 @@ QUERY, HARD = 0, 2  # numbers of gradients; the keys' is between
 
 class _Direction(NamedTuple):
     """One direction's rows, and d (sum of its losses) / d anchors [b, D] and d temperature []. `attracted` [b]: how
-    much each anchor pulls its own target. `fate` [b, 3]: see `negatives.Fate`."""
+    much each anchor pulls its own target. `fate` [b, 4]: see `negatives.Fate`."""
 
     report: Report
     anchors: Anchors
@@ -266,7 +273,8 @@ def _direct(
     positive = (vectors * target).sum(1)
     cut = torch.full_like(positive, torch.inf)
     if form.drop_within is not None:
-        rounding = 16 * torch.finfo(positive.dtype).eps * (1 + positive.abs())  # equal vectors are equal in any tile
+        # Scores of equal vectors differ by rounding, from tile to tile: they are all at the cut, or all below.
+        rounding = 16 * torch.finfo(positive.dtype).eps * (1 + vectors.norm(dim=1) * target.norm(dim=1))
         cut = positive - scale * form.drop_within - rounding
     anchors = Anchors(vectors, ids, positive, cut)
     sums = sum_negatives(anchors, blocks, group)
@@ -282,11 +290,10 @@ def _direct(
         repelled = attracted + share * extra.repelled
         gradient += extra.repelled[:, None] * mean_key - extra.pulled
         gradient *= share[:, None]
-    log_total = torch.where(repelled > 0, sums.log_sum - repelled.log(), torch.inf)
     d_log_scale = repelled @ torch.einsum("bd,bd->b", vectors, mean_key) - pulled.sum()
     masked, negatives = sums.shared - positives, sums.keys - sums.shared - sums.dropped
     report = Report(loss, repelled, positive, sums.hardest, negatives, masked, positives, sums.dropped, sums.above)
-    fate = torch.stack([sums.log_sum, log_total, share], 1)
+    fate = torch.stack([sums.shift, sums.mass.log(), repelled.log(), share], 1)
     return _Direction(report, anchors, gradient.mul_(scale), -scale * d_log_scale, attracted, fate)
 
 
@@ -315,23 +322,38 @@ def _ids(ids: Tensor | None, vectors: Tensor, form: Form) -> Tensor:
 
 
 def _check(
-    query: Tensor, key: Tensor, form: Form, ids: Tensor | None, queue: Keys | None, hard: Keys | None, symmetric: bool
+    query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor,
+    form: Form,
+    ids: Tensor | None,
+    queue: Keys | None,
+    hard: Keys | None,
+    symmetric: bool,
 ) -> None:
-    if query.ndim != 2 or query.shape != key.shape:
-        raise ValueError(f"query and key are both [pairs, width], not {list(query.shape)} and {list(key.shape)}")
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            raise ValueError(f"a temperature tensor is a scalar [], not {list(temperature.shape)}")
+    elif not temperature > 0:
+        raise ValueError(f"the temperature is above 0, not {temperature}")
+    if query.ndim != 2 or query.shape != key.shape or query.dtype != key.dtype:
+        found = " and ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key))
+        raise ValueError(f"query and key are both [pairs, width] of one type, not {found}")
     if not form.in_batch and queue is None and (hard is None or symmetric):
         raise ValueError("there are no negatives: give a queue or, for one direction, hard negatives, or set in_batch")
-    blocks = {"ids": (query, ids), "queue": queue, "hard": hard}
-    for name, block in blocks.items():
-        if block is None or block[1] is None:
-            continue
-        vectors, their_ids = block[0], block[1]
-        if vectors.ndim != 2 or vectors.shape[1] != query.shape[1]:
-            raise ValueError(f"{name}: vectors are [keys, {query.shape[1]}], not {list(vectors.shape)}")
-        if their_ids.shape[:1] != vectors.shape[:1] or their_ids.ndim != 2 or their_ids.dtype != torch.int64:
-            raise ValueError(
-                f"{name}: text ids are int64 [{len(vectors)}, texts], not {their_ids.dtype} {list(their_ids.shape)}"
-            )
+    if ids is not None:
+        _check_keys("ids", query, ids, query)
+    for name, keys in (("queue", queue), ("hard", hard)):
+        if keys is not None:
+            _check_keys(name, keys.vectors, keys.ids, query)
+
+
+def _check_keys(name: str, vectors: Tensor, ids: Tensor, query: Tensor) -> None:
+    if vectors.ndim != 2 or vectors.shape[1] != query.shape[1]:
+        raise ValueError(f"{name}: vectors are [keys, {query.shape[1]}], not {list(vectors.shape)}")
+    if ids is None or ids.shape[:1] != vectors.shape[:1] or ids.ndim != 2 or ids.dtype != torch.int64:
+        found = "None" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"{name}: text ids are int64 [{len(vectors)}, texts], not {found}")
 
 
 def finished(value: Tensor, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -347,13 +369,15 @@ class _Finished(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*(g.to(t.dtype) for t, g in zip(tensors[:count], tensors[count:], strict=True)))
+        ctx.save_for_backward(*tensors[count:])
+        ctx.dtypes = [t.dtype for t in tensors[:count]]
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        return None, None, *(g * d_value.to(g.dtype) for g in gradients), *(None for _ in gradients)
+        # Cast last: before a loss scale is on it, a gradient may vanish in 16 bits.
+        scaled = [(g * d_value).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return None, None, *scaled, *(None for _ in scaled)
 
 
 class _Bounded(torch.autograd.Function):

@@ -42,6 +42,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight),
             torch.zeros_like(bias, dtype=wide),
         )
+        # Gradients are kept in units of the largest weight: one over thousands of rows would vanish in fp16 before a
+        # loss scale is on it.
+        unit = row_weights.abs().max() if len(row_weights) else row_weights.new_ones(())
+        unit = torch.where(unit > 0, unit, 1.0).to(wide)
         for start in range(0, len(labels), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = torch.addmm(bias, hidden[part], weight.t()).to(wide)  # [C, V]
@@ -50,16 +54,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows[part] = log_sum - logits.gather(1, picked)[:, 0]
             gradient = logits.sub_(log_sum[:, None]).exp_()
             gradient.scatter_add_(1, picked, gradient.new_full((1, 1), -1.0).expand_as(picked))
-            gradient.mul_(row_weights[part, None])
+            gradient.mul_(row_weights[part, None] / unit)
             d_bias += gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
             d_hidden[part] = gradient @ weight
             d_weight.addmm_(gradient.t(), hidden[part])
-        ctx.save_for_backward(d_hidden, d_weight, d_bias.to(bias.dtype))
+        ctx.save_for_backward(d_hidden, d_weight, d_bias.to(bias.dtype), unit)
         ctx.mark_non_differentiable(rows)
         return (rows * row_weights).sum(), rows
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, unit = ctx.saved_tensors
+        d_total = d_total * unit
         return d_hidden * d_total, d_weight.mul_(d_total), d_bias * d_total, None, None

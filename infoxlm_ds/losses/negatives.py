@@ -272,11 +272,12 @@ def _attract_rows(
 
 
 class Fate(NamedTuple):
-    """What the keys must know of all anchors [N], beside their vectors: log-sum-exp over the negatives (`log_sum`), the
-    same less the log of what repels (`log_total`), and one over the number of positives."""
+    """What the keys must know of all anchors [N], beside their vectors: log-sum-exp over the negatives as `shift` plus
+    `log_mass`, the log of what `repels` (1 - p), and one over the number of positives."""
 
-    log_sum: Tensor
-    log_total: Tensor
+    shift: Tensor
+    log_mass: Tensor
+    log_repels: Tensor
     share: Tensor
 
 
@@ -287,17 +288,21 @@ def push(
     anchors [N] that is. Anchors have the keys as negatives, or where `attracts` as further positives."""
     block = Block(Keys(anchors.vectors, anchors.ids), own)
     vectors, sums = keys.vectors.to(anchors.vectors.dtype), []
+    total = fate.log_mass.clamp_min(torch.finfo(fate.log_mass.dtype).min)  # of an anchor without negatives -inf
     for rows in _row_tiles(keys):
-        mine, sharing = None if own is None else own[rows], block.sharing(keys.ids[rows])
+        ids, mine, sharing = keys.ids[rows], None if own is None else own[rows], block.sharing(keys.ids[rows])
         pushed = torch.zeros_like(vectors[rows])
         for part in _key_tiles(block):
-            logits = vectors[rows] @ anchors.vectors[part].t()
-            _leave_out(logits, keys.ids[rows], block, sharing, part, mine)
-            logits.masked_fill_(logits >= anchors.cut[None, part], -torch.inf)
-            pushed.addmm_(logits.sub_(fate.log_total[None, part]).exp_(), anchors.vectors[part])
+            # In the layout of the rows, whose rounding this has to meet.
+            logits = torch.addmm(fate.shift[part, None], anchors.vectors[part], vectors[rows].t(), beta=-1)
+            _leave_out(logits.t(), ids, block, sharing, part, mine)
+            logits.masked_fill_(logits >= (anchors.cut - fate.shift)[part, None], -torch.inf)
+            logits.sub_(total[part, None]).clamp_max_(0.0)  # no term is above the sum, whatever its rounding
+            pushed.addmm_(logits.add_(fate.log_repels[part, None]).exp_().t(), anchors.vectors[part])
         for columns in sharing.split(_sizes(sharing)[1]) if attracts else ():
-            same = _others_sharing(keys.ids[rows], block, columns, mine)
-            away = fate.log_sum[None, columns] - (vectors[rows] @ anchors.vectors[columns].t() - margin)
+            same = _others_sharing(ids, block, columns, mine)
+            logits = torch.addmm(fate.shift[columns, None], anchors.vectors[columns], vectors[rows].t(), beta=-1)
+            away = fate.log_mass[None, columns] - logits.t() + margin
             weight = (torch.sigmoid(away) * fate.share[None, columns]).masked_fill_(~same, 0.0)
             pushed.addmm_(weight, anchors.vectors[columns], alpha=-1)
         sums.append(pushed)

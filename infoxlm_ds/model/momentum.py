@@ -2,13 +2,12 @@
 3.2; MoCo).
 
 Held in 16 bits the average stands still: with m = 0.9999 a move of one step is below half a unit in the last place. So
-each rank averages, in fp32, the fragment of the masters that the optimizer gave it, and one sum over ranks rebuilds the
-weights to compute with.
+each rank averages, in fp32, the fragment of the masters that the optimizer gave it, and hands the result to the weights
+to compute with: by one sum over ranks, or into its own shard of them where they are sharded alike.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,18 +29,21 @@ class Fragment:
 
 
 Masters = Callable[[Sequence[nn.Parameter]], list[Fragment]]
+Write = Callable[[Sequence[nn.Parameter], Sequence[Fragment]], None]
 
 
 class MomentumEncoder:
     """Embeddings, first K layers and projection, as a copy that follows `source`. It is no part of the engine's
     module."""
 
-    def __init__(self, source: SentenceEncoder, masters: Masters, momentum: float, sharded: bool) -> None:
-        """`masters` gives this rank's fragments of the fp32 masters of parameters; `sharded`: they differ between
-        ranks."""
+    def __init__(
+        self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, write: Write, momentum: float
+    ) -> None:
+        """`encoder` is a copy of `source`. `masters` gives this rank's fragments of the fp32 masters of parameters,
+        `write` sets parameters from the fragments of all ranks."""
         self._source = list(source.parameters())
-        self._masters, self.momentum, self._sharded = masters, momentum, sharded
-        self.encoder = copy.deepcopy(source).eval().requires_grad_(False)
+        self._masters, self._write, self.momentum = masters, write, momentum
+        self.encoder = encoder
         self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self._source)]
 
     @torch.no_grad()
@@ -57,21 +59,7 @@ class MomentumEncoder:
         assert [(f.parameter, f.start) for f in masters] == [(f.parameter, f.start) for f in self.shadow]
         if masters:
             torch._foreach_lerp_([f.values for f in self.shadow], [f.values for f in masters], 1 - self.momentum)
-        self.rebuild()
-
-    @torch.no_grad()
-    def rebuild(self) -> None:
-        """Write the average into the weights that `encode` computes with."""
-        parameters = list(self.encoder.parameters())
-        sizes = [p.numel() for p in parameters]
-        buffer = torch.zeros(sum(sizes), device=parameters[0].device)
-        flat = buffer.split(sizes)
-        for f in self.shadow:
-            flat[f.parameter][f.start : f.start + len(f.values)] = f.values
-        if self._sharded:
-            dist.sum_over_ranks(buffer)
-        for parameter, values in zip(parameters, flat, strict=True):
-            parameter.copy_(values.view_as(parameter))
+        self._write(list(self.encoder.parameters()), self.shadow)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's fragments, named `parameter:start`."""
@@ -80,4 +68,19 @@ class MomentumEncoder:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for f in self.shadow:
             f.values.copy_(state[f"{f.parameter}:{f.start}"])
-        self.rebuild()
+        self._write(list(self.encoder.parameters()), self.shadow)
+
+
+@torch.no_grad()
+def write_whole(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment], sharded: bool) -> None:
+    """Set parameters, which every rank holds whole, from fragments: this rank's, or where `sharded` those of all, by
+    one collective."""
+    sizes = [p.numel() for p in parameters]
+    buffer = torch.zeros(sum(sizes), device=parameters[0].device)
+    flat = buffer.split(sizes)
+    for f in fragments:
+        flat[f.parameter][f.start : f.start + len(f.values)] = f.values
+    if sharded:
+        dist.sum_over_ranks(buffer)
+    for parameter, values in zip(parameters, flat, strict=True):
+        parameter.copy_(values.view_as(parameter))

@@ -97,5 +97,5 @@ class KeyQueue:
             size, start, self.pushed = (int(part[name]) for name in ("size", "start", "pushed"))
             self.start = max(start, self.pushed - size) if size < self.size else start
             numbers, order = part["numbers"].sort()
-            kept = order[numbers >= max(self.start, self.pushed - self.size)]
+            kept = order[numbers >= self.pushed - self.size]  # parts hold newer and older keys alike
             self._put(*(part[name][kept] for name in ("numbers", "vectors", "ids", "steps")))

@@ -91,8 +91,8 @@ def scalars(sums: Scalars, vocabulary: int) -> Scalars:
     """Means and bounds, in nats, from an interval's sums.
 
     A loss L of guessing one of C equally likely answers bounds the mutual information from below by log C - L: log V
-    for a masked LM,
-    log(1 + negatives) for the contrast (InfoXLM, section 3; van den Oord et al., 2018).
+    for a masked LM, log(1 + negatives) for the contrast (InfoXLM, section 3; van den Oord et al., 2018), unless
+    negatives were left out by their scores or there were further positives.
     """
     out: Scalars = {}
     for task in ("mmlm", "tlm", "xlco"):
@@ -100,6 +100,8 @@ def scalars(sums: Scalars, vocabulary: int) -> Scalars:
         if not items:
             continue
         out[f"{task}/loss"] = sums[f"{task}/loss"] / items
+        if task == "xlco" and (sums["xlco/dropped"] or sums["xlco/positives"]):
+            continue  # then it bounds nothing
         log_choices = sums["xlco/log_choices"] / items if task == "xlco" else math.log(vocabulary)
         out[f"{task}/information_bound"] = log_choices - out[f"{task}/loss"]
     if rows := sums.get("xlco/items", 0):

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from infoxlm_ds import dist
 from infoxlm_ds.engine import Engine
+from infoxlm_ds.model.momentum import Fragment
 
 
 def whole_masters(engine: Engine, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The masters of these parameters, in their shapes. Collective."""
-    flat = [torch.zeros(p.numel()) for p in parameters]
-    for fragment in engine.masters(parameters):
+    return whole(engine.masters(parameters), parameters, engine.sharded)
+
+
+def whole(fragments: Sequence[Fragment], parameters: Sequence[nn.Parameter], sharded: bool) -> list[Tensor]:
+    """These parameters from the fragments of all ranks. Collective."""
+    shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]  # stage 3 keeps the shape beside an empty parameter
+    flat = [torch.zeros(shape.numel()) for shape in shapes]
+    for fragment in fragments:
         flat[fragment.parameter][fragment.start : fragment.start + len(fragment.values)] = fragment.values
-    whole = [dist.sum_over_ranks(values) if engine.sharded else values for values in flat]
-    return [values.view_as(p) for values, p in zip(whole, parameters, strict=True)]
+    summed = [dist.sum_over_ranks(values) if sharded else values for values in flat]
+    return [values.view(shape) for values, shape in zip(summed, shapes, strict=True)]

@@ -93,6 +93,12 @@ def test_a_queue_of_another_size_goes_on_with_the_newest_keys(
     assert steps == sorted([5] * 24 + [4] * 24 + [3] * 24)[-size:]
 
 
+def test_a_larger_queue_that_could_not_fill_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run_ranks(_stop_after_two, 2, small_recipe(corpus, tmp_path / "run"))
+    for message in run_ranks(_refused, 2, small_recipe(corpus, tmp_path / "run", "contrast.queue.size=143")):
+        assert "contrast.queue.size 143" in message and "4 steps" in message
+
+
 def test_another_number_of_ranks_is_refused_before_the_end(corpus: Path, tmp_path: Path) -> None:
     short = small_recipe(corpus, tmp_path / "run", "optimizer.steps=3")
     run_ranks(_stop_after_two, 2, short)

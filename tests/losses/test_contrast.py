@@ -12,7 +12,7 @@ import torch.distributed as torch_dist
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds.losses import negatives
 from infoxlm_ds.losses.contrast import Form, Keys, Report, Temperature, contrast, contrast_with_keys
@@ -227,6 +227,9 @@ def test_the_report_counts_what_the_loss_left_out(same_text: Any) -> None:
             "dropped": dropped.sum(1),
             "above": (free & (scores >= own)).sum(1),
         }
+        if same_text == "mask":
+            away = scores.masked_fill(~free | dropped, -torch.inf).logsumexp(1) - own[:, 0]
+            expected |= {"loss": softplus(away), "repelled": away.sigmoid()}
         assert int(dropped.sum()) > 0 and int(same.sum()) > 0
         for name, value in expected.items():
             ours = torch.cat([columns[Report._fields.index(name)][direction] for columns in results])
@@ -295,14 +298,19 @@ def _in_a_group(rank: int, world: int, case: Case) -> tuple[Tensor, list[Tensor]
     group = torch_dist.new_group([0, 2])
     if rank == 1:
         return None
-    step, own = _step(case), _range(case.pairs, (0, -1, 1)[rank])
-    loss, _ = contrast(step.query[own], step.key[own], step.temperature, ids=step.ids[own], symmetric=True, group=group)
+    place = rank // 2
+    step, own = _step(case), _range(case.pairs, place)
+    assert step.queue is not None
+    queue = Keys(step.queue.vectors[place::2], step.queue.ids[place::2], True)
+    loss, _ = contrast(
+        step.query[own], step.key[own], step.temperature, ids=step.ids[own], queue=queue, symmetric=True, group=group
+    )
     loss.backward()
     return loss.detach(), [torch.zeros_like(x) if x.grad is None else x.grad / 2 for x in step.leaves]
 
 
 def test_a_process_group_is_a_world_of_its_own() -> None:
-    case = Case(5, [3, 4], None, 0, False, 2, 1.0, True, True, Form(), (3, 5))
+    case = Case(5, [3, 4], None, 7, True, 2, 1.0, True, True, Form(), (3, 5))
     results = run_ranks(_in_a_group, 3, case)
     _compare(case, [result for result in results if result is not None])
 
@@ -332,21 +340,71 @@ def test_16_bit_vectors_with_logits_beyond_16_bits_give_a_finite_loss(dtype: tor
     g = torch.Generator().manual_seed(0)
     query, key = (300 * torch.randn(9, 64, generator=g).to(dtype) for _ in range(2))
     query.requires_grad_()
+    key.requires_grad_()
     loss, _ = contrast(query, key, 0.01)
     exact = oracle.mean_loss(query.double(), key.double(), 0.01, Form(), ids=torch.zeros(9, 0, dtype=torch.int64))
-    assert loss.dtype == torch.float32 and float(loss) > 65504
-    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+    largest = float(max(x.detach().abs().max() for x in (query, key)))
+    for side in torch.autograd.grad(loss, (query, key)):  # each row is at most s times a difference of two vectors
+        assert bool(side.isfinite().all()) and float(side.abs().max()) <= 1.01 * 100 * 2 * largest
+    assert loss.dtype == torch.float32 and float(loss.detach()) > 65504
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-6)
+
+
+def test_a_loss_scale_carries_the_gradient_of_16_bit_vectors() -> None:
+    """Each entry of the gradient is far below the smallest fp16 number."""
+    g = torch.Generator().manual_seed(0)
+    key = normalize(torch.randn(64, 128, generator=g), dim=1).half()
+    query = normalize(key.float() + 0.02 * torch.randn(64, 128, generator=g), dim=1).half().requires_grad_()
+    loss, _ = contrast(query, key, 0.05)
+    (d_query,) = torch.autograd.grad(loss * 2.0**16, query)
+    exact = query.detach().double().requires_grad_()
+    no_ids = torch.zeros(64, 0, dtype=torch.int64)
+    oracle.mean_loss(exact, key.double(), 0.05, Form(), ids=no_ids).backward()
+    assert exact.grad is not None and float(exact.grad.abs().max()) < 2**-16
+    assert float((d_query.double() / 2.0**16 - exact.grad).norm() / exact.grad.norm()) < 0.01
 
 
 def test_far_apart_logits_do_not_overflow_or_vanish() -> None:
     """Negatives a thousand nats below and above the positive, in one tile and in the next."""
     query = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    for level in (-1000.0, 1000.0, 0.0):
+    for level in (-1000.0, -95.0, 0.0, 60.0, 95.0, 1000.0):
         values = [level, level + 1, *[level - 5] * 8]
         queue = Keys(torch.tensor([[v, 0.0] for v in values]), torch.zeros(10, 0, dtype=torch.int64))
         loss, _ = contrast(query, torch.zeros(1, 2), 1.0, Form(in_batch=False), queue=queue)
         exact = torch.nn.functional.softplus(torch.tensor(values).double().logsumexp(0))
-        assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+        assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-6)
+
+
+def test_keys_gradients_keep_their_precision_at_large_logits() -> None:
+    """Inner products of several hundred, in float32 against float64."""
+    g = torch.Generator().manual_seed(0)
+    query, key = (4 * torch.randn(96, 256, generator=g) for _ in range(2))
+    exact = [x.double().requires_grad_() for x in (query, key)]
+    no_ids = torch.zeros(96, 0, dtype=torch.int64)
+    oracle.mean_loss(exact[0], exact[1], 0.25, Form(), ids=no_ids, symmetric=True).backward()
+    leaves = [x.clone().requires_grad_() for x in (query, key)]
+    loss, report = contrast(leaves[0], leaves[1], 0.25, symmetric=True)
+    assert float(report.hardest.max()) > 500
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), exact, strict=True):
+        assert theirs.grad is not None
+        assert float((ours - theirs.grad).norm() / theirs.grad.norm()) < 1e-4
+
+
+def test_equal_vectors_are_dropped_from_rows_and_columns_alike() -> None:
+    """Their scores differ by rounding only, and rows and columns round differently: a cut at the positive's own score
+    takes them all out, as masking them by their texts does."""
+    g = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(20, 64, generator=g).repeat(3, 1) for _ in range(2))
+    ids, form = torch.arange(20).repeat(3)[:, None], Form(cosine=True, drop_within=0.0)
+    gradients = []
+    for texts in (None, ids):
+        leaves = [x.clone().requires_grad_() for x in (query, key)]
+        loss, report = contrast(leaves[0], leaves[1], 0.05, form, ids=texts, symmetric=True)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        if texts is None:
+            assert int(report.dropped.min()) >= 2
+    for by_score, by_text in zip(*gradients, strict=True):
+        torch.testing.assert_close(by_score, by_text, rtol=1e-5, atol=1e-7)
 
 
 def test_a_learned_temperature_stays_within_its_bounds_and_comes_back() -> None:
@@ -357,9 +415,19 @@ def test_a_learned_temperature_stays_within_its_bounds_and_comes_back() -> None:
             optimizer.zero_grad()
             (push * temperature() * 10).backward()
             optimizer.step()
-        assert float(temperature()) == pytest.approx(bound)
+        assert float(temperature().detach()) == pytest.approx(bound)
     with pytest.raises(ValueError, match="lowest"):
         Temperature(0.3, 0.05, 0.2)
+
+
+def test_under_autocast_the_inside_stays_in_fp32() -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(9, 16, generator=g).requires_grad_() for _ in range(2))
+    expected = torch.autograd.grad(contrast(query, key, 0.1, symmetric=True)[0], (query, key))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = contrast(query, key, 0.1, symmetric=True)
+    for ours, theirs in zip(torch.autograd.grad(loss, (query, key)), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -370,6 +438,17 @@ def test_what_does_not_fit_is_named() -> None:
         contrast(x, x, 0.1, Form(in_batch=False))
     with pytest.raises(ValueError, match="queue: vectors"):
         contrast(x, x, 0.1, queue=Keys(x[:, :3], ids))
+    with pytest.raises(ValueError, match="query and key"):
+        contrast(x, x.double(), 0.1)
+    for temperature in (0.0, torch.ones(1)):
+        with pytest.raises(ValueError, match="temperature"):
+            contrast(x, x, temperature)
+    with pytest.raises(ValueError, match="same_text"):
+        Form(same_text="masked")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keys: text ids"):
+        contrast_with_keys(x, Keys(x, ids.float()), torch.arange(2), 0.1, ids=ids, total=2)
+    with pytest.raises(ValueError, match="queue: text ids"):
+        contrast(x, x, 0.1, ids=ids, queue=Keys(x, None))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ids: text ids"):
         contrast(x, x, 0.1, ids=ids.float())
 

@@ -34,3 +34,17 @@ def test_sixteen_bit_inputs_are_summed_in_fp32() -> None:
     exact = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, exact, rtol=1e-5, atol=0)
+
+
+def test_a_loss_scale_carries_gradients_that_16_bits_cannot_hold() -> None:
+    """Each row's weight is one over many thousand rows."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape).half().requires_grad_() for shape in ((60, 16), (80, 16), (80,))]
+    labels, weights = torch.randint(80, (60,)), torch.full((60,), 1e-7)
+    half_hidden, half_weight, half_bias = tensors
+    total, _ = module.masked_lm(half_hidden, half_weight, half_bias, labels, weights)
+    gradients = torch.autograd.grad(total * 2.0**20, tensors)
+    hidden, weight, bias = exact = [t.detach().double().requires_grad_() for t in tensors]
+    rows = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, labels, reduction="none")
+    for ours, theirs in zip(gradients, torch.autograd.grad((rows * weights).sum(), exact), strict=True):
+        assert float((ours.double() / 2.0**20 - theirs).norm() / theirs.norm()) < 0.01

@@ -61,6 +61,17 @@ def test_another_size_takes_over_the_newest_keys_and_fills_again(
         assert [number for number, _ in _held(queue)] == list(range(before.pushed + more - new, before.pushed + more))
 
 
+def test_a_queue_saved_while_it_fills_again_goes_on_filling() -> None:
+    """Its first rows were never written since it was made larger."""
+    larger, again = KeyQueue(12, 2, 1, CPU), KeyQueue(12, 2, 1, CPU)
+    larger.load_state_dicts([_filled(5, [20]).state_dict()])
+    larger.push(_numbered(20, 4), 1)
+    again.load_state_dicts([larger.state_dict()])
+    assert larger.filled == again.filled == 9 / 12 and again.view() is None
+    again.push(_numbered(24, 3), 2)
+    assert [number for number, _ in _held(again)] == list(range(15, 27))
+
+
 def test_state_comes_back_as_it_was() -> None:
     queue, other = KeyQueue(5, 3, 2, CPU), KeyQueue(5, 3, 2, CPU)
     queue.push(Keys(torch.randn(7, 3), torch.randint(9, (7, 2))), 4)

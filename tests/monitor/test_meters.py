@@ -35,9 +35,11 @@ def test_loss_and_accuracy_by_language_pair() -> None:
 def test_the_bound_counts_the_negatives_that_were_left() -> None:
     columns = {"repelled": 1.0, "positive": 8.0, "hardest": 4.0, "hits": 3, "above": 2, "positives": 0}
     sums = {f"xlco/{name}": value for name, value in columns.items()}
-    sums |= {"xlco/items": 4, "xlco/loss": 2.0, "xlco/negatives": 30, "xlco/masked": 8, "xlco/dropped": 2}
+    sums |= {"xlco/items": 4, "xlco/loss": 2.0, "xlco/negatives": 30, "xlco/masked": 10, "xlco/dropped": 0}
     sums["xlco/log_choices"] = 3 * math.log(1 + 9) + math.log(1 + 3)
     out = scalars(sums, 100)
     assert out["xlco/information_bound"] == pytest.approx(sums["xlco/log_choices"] / 4 - 0.5)
     assert (out["xlco/accuracy"], out["xlco/rank"], out["xlco/gradient_share"]) == (0.75, 1.5, 0.25)
-    assert (out["xlco/masked_share"], out["xlco/dropped_share"], out["xlco/negatives"]) == (0.2, 0.05, 7.5)
+    assert (out["xlco/masked_share"], out["xlco/dropped_share"], out["xlco/negatives"]) == (0.25, 0.0, 7.5)
+    for name in ("dropped", "positives"):  # then there is no bound
+        assert "xlco/information_bound" not in scalars(sums | {f"xlco/{name}": 1}, 100)
