@@ -59,6 +59,12 @@ def gather_rows(x: Tensor, counts: Sequence[int] | None = None, group: Group = N
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def own_rows(counts: Sequence[int], group: Group = None) -> slice:
+    """Where this rank's rows lie among those of all ranks."""
+    first = sum(counts[: rank(group)])
+    return slice(first, first + counts[rank(group)])
+
+
 def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
     """Each rank's rows of its lanes, lowest lane first, as the rows of all lanes in lane order: lane l runs on rank l
     mod W."""

@@ -129,18 +129,16 @@ class Objective(nn.Module):
         if context.cached is not None:
             return self._from_cache(reps, context.cached, slot)
         if self._contrast.keys == "gradient":
-            first, second = reps.chunk(2)
-            loss, rows = contrast(
-                first,
-                second,
-                self._temperature(),
-                self._form,
-                ids=self._ids(batch),
-                queue=context.queue,
-                symmetric=self._contrast.symmetric,
-            )
-            return loss / dist.world_size(), rows  # every rank has the whole loss, and gradients times their number
+            return self._between_sides(reps.chunk(2), self._temperature(), self._ids(batch), context.queue)
         return self._against_momentum_keys(reps, batch, context, slot)
+
+    def _between_sides(
+        self, sides: Sequence[Tensor], temperature: float | Tensor, ids: Tensor, queue: Keys | None
+    ) -> tuple[Tensor, ContrastReport]:
+        """This rank's share of the contrast of trained keys, first sides and second sides."""
+        symmetric = self._contrast.symmetric
+        loss, rows = contrast(sides[0], sides[1], temperature, self._form, ids=ids, queue=queue, symmetric=symmetric)
+        return loss / dist.world_size(), rows  # every rank has the whole loss, and gradients times their number
 
     def _against_momentum_keys(
         self, reps: Tensor, batch: JointBatch, context: StepContext, slot: int
@@ -179,17 +177,10 @@ class Objective(nn.Module):
         first, second = (torch.cat(side).to(wide) for side in zip(*(r.chunk(2) for r in reps), strict=True))
         learned = [x.detach() for x in self._learned()]
         inputs = [x.requires_grad_() for x in (first, second, *learned)]
+        temperature = learned[0] if learned else self._contrast.temperature
+        ids = torch.cat([self._ids(m) for m in micros])
         with torch.enable_grad():
-            loss, rows = contrast(
-                first,
-                second,
-                learned[0] if learned else self._contrast.temperature,
-                self._form,
-                ids=torch.cat([self._ids(m) for m in micros]),
-                queue=queue,
-                symmetric=self._contrast.symmetric,
-            )
-            share = loss / dist.world_size()
+            share, rows = self._between_sides((first, second), temperature, ids, queue)
             d_first, d_second, *d_temperature = torch.autograd.grad(share, inputs)
         sizes = [len(m.text_ids) for m in micros]
         gradients = tuple(torch.cat(both) for both in zip(d_first.split(sizes), d_second.split(sizes), strict=True))

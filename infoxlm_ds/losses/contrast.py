@@ -202,7 +202,7 @@ class _Step:
         self._temperature, self._form, self._key_gradient, self._group = temperature, form, key_gradient, group
         self._counts = dist.row_counts(ids, group)
         self.pairs = sum(self._counts)
-        self._own = torch.arange(len(ids), device=ids.device) + sum(self._counts[: dist.rank(group)])
+        self._own = torch.arange(self.pairs, device=ids.device)[dist.own_rows(self._counts, group)]
         self._gathered: dict[int, Tensor] = {}
         self._all_ids = self._gather(ids)
         self._all_hard = self._hard_of_all_ranks()

@@ -209,8 +209,8 @@ def _sum_sharded(anchors: Anchors, block: Block, group: dist.Group) -> Sums:
     dist.max_over_ranks(sums.hardest, group)
     for name in Sums.ADDED:
         dist.sum_over_ranks(getattr(sums, name), group)
-    first = sum(counts[: dist.rank(group)])
-    return Sums(*(column[first : first + len(anchors.ids)] for column in vars(sums).values()))
+    own = dist.own_rows(counts, group)
+    return Sums(*(column[own] for column in vars(sums).values()))
 
 
 class Attraction(NamedTuple):
@@ -241,8 +241,7 @@ def attract(
             counts = dist.row_counts(anchors.ids, group)
             everyone = anchors.of_all_ranks(counts, group)
             part = _attract_local(everyone, dist.gather_rows(log_sum, counts, group), margin, [block])
-            first = sum(counts[: dist.rank(group)])
-            own = slice(first, first + len(anchors.ids))
+            own = dist.own_rows(counts, group)
             found = Attraction(*(a + dist.sum_over_ranks(b, group)[own] for a, b in zip(found, part, strict=True)))
     return found
 
