@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from data_prep.clean import clean
 from data_prep.description import NAME, CorpusDescription, SourceDescription, load_description
 from data_prep.sources import jsonl, moses, text, tsv
-from data_prep.tokenizer import SPECIAL, load_fast, make_tokenizer, special_ids
+from data_prep.tokenizer import describe_tokenizer, load_fast, make_tokenizer
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
@@ -39,6 +39,13 @@ class Texts(NamedTuple):
     kind: str
     languages: tuple[str, ...]
     rows: list[tuple[str, ...]]
+
+
+class Pieces(NamedTuple):
+    """A tokenizer and the id of its unknown piece."""
+
+    fast: Tokenizer
+    unk: int
 
 
 @dataclass
@@ -100,7 +107,9 @@ def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out
         (sentence for of_language in documents.values() for document in of_language for sentence in document),
     )
     make_tokenizer(description.tokenizer, base, every_side, description.seed, out / "tokenizer")
-    tokenizer = load_fast(out / "tokenizer")
+    files = tuple(_file(out, path) for path in sorted((out / "tokenizer").iterdir()))
+    described = describe_tokenizer(out / "tokenizer", files)
+    tokenizer = Pieces(load_fast(out / "tokenizer"), described.special_ids["unk"])
     sources = []
     for texts in parallel:
         console.print(f"tokenising {texts.name}: {len(texts.rows):,} rows", highlight=False)
@@ -116,7 +125,7 @@ def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out
     manifest = Manifest(
         name=description.name,
         max_tokens=description.max_tokens,
-        tokenizer=_describe_tokenizer(out, tokenizer),
+        tokenizer=described,
         sources=tuple(sources),
         counts=dict(sorted(counts.items())),
         prep=prep,
@@ -182,7 +191,7 @@ def _read_documents(description: CorpusDescription, base: Path, parallel: list[T
     return documents
 
 
-def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
+def _parallel_table(texts: Texts, tokenizer: Pieces, longest: int, counts: Counter[str]) -> Table:
     """Rows with at least two sides of at most `longest` pieces, each once."""
     sides = len(texts.languages)
     flat = _tokenise([side for row in texts.rows for side in row], tokenizer, counts)
@@ -201,7 +210,7 @@ def _parallel_table(texts: Texts, tokenizer: Tokenizer, longest: int, counts: Co
     return Table(_flat(ids), lengths[kept], text_ids[kept])
 
 
-def _mono_table(documents: list[list[str]], tokenizer: Tokenizer, longest: int, counts: Counter[str]) -> Table:
+def _mono_table(documents: list[list[str]], tokenizer: Pieces, longest: int, counts: Counter[str]) -> Table:
     """Blocks of whole consecutive sentences of one document, at most `longest` pieces; a longer sentence is split.
     Each block once."""
     tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer, counts))
@@ -245,16 +254,16 @@ def _write_source(out: Path, texts: Texts, table: Table, description: CorpusDesc
     )
 
 
-def _tokenise(texts: list[str], tokenizer: Tokenizer, counts: Counter[str]) -> list[np.ndarray]:
+def _tokenise(texts: list[str], tokenizer: Pieces, counts: Counter[str]) -> list[np.ndarray]:
     """Each text's ids. A special token that a text spells out, like <mask> becomes <unk>: it is text, no command."""
-    added = tokenizer.get_added_tokens_decoder()
-    special = [number for number, token in added.items() if token.special and number != SPECIAL["unk"]]
+    added = tokenizer.fast.get_added_tokens_decoder()
+    special = [number for number, token in added.items() if token.special and number != tokenizer.unk]
     out: list[np.ndarray] = []
     for start in range(0, len(texts), CHUNK):
-        encoded = tokenizer.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
+        encoded = tokenizer.fast.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
         ids = np.array([number for one in encoded for number in one.ids], np.uint32)
         spelled = np.isin(ids, special)
-        ids[spelled] = SPECIAL["unk"]
+        ids[spelled] = tokenizer.unk
         counts["special_tokens_in_text"] += int(spelled.sum())
         out += np.split(ids, np.cumsum([len(one) for one in encoded])[:-1])
     return out
@@ -264,20 +273,12 @@ def _flat(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.uint32), *parts])
 
 
-def _describe_tokenizer(out: Path, tokenizer: Tokenizer) -> manifests.Tokenizer:
-    files = tuple(_file(out, path) for path in sorted((out / "tokenizer").iterdir()))
-    size = tokenizer.get_vocab_size()
-    return manifests.Tokenizer(
-        name="sentencepiece-unigram", vocab_size=size, special_ids=special_ids(out / "tokenizer"), files=files
-    )
-
-
 def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:
     """Name to sha256 of every input file. UserError for one that is missing."""
     folder = description.tokenizer.path
     paths = [path for s in description.sources for path in (s.path, *s.paths.values()) if path is not None]
-    if folder is not None:
-        paths += [folder / path.name for path in sorted((base / folder).glob("*token*"))]
+    if folder is not None:  # of a name on the hub, the copy's hashes are in the manifest
+        paths += [Path(folder) / path.name for path in sorted((base / folder).glob("*token*"))]
     try:
         return {str(path): sha256_of(base / path) for path in paths}
     except OSError as error:

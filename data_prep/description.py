@@ -19,10 +19,10 @@ class _Section(BaseModel):
 
 
 class TokenizerDescription(_Section):
-    """Either `path`, a Hugging Face folder whose tokenizer is reused, or a unigram model of `vocab_size` pieces in
-    all, trained here."""
+    """Either `path`, a Hugging Face folder or a name on its hub, whose tokenizer is reused, or a unigram model of
+    `vocab_size` pieces in all, trained here."""
 
-    path: Path | None = None
+    path: str | None = None
     vocab_size: int | None = Field(default=None, gt=5)
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
     sentences: int = Field(default=1_000_000, gt=0)  # at most so many are trained on, drawn by key

@@ -1,11 +1,14 @@
-"""The corpus' tokenizer, with XLM-R's ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, pieces, `<mask>` last."""
+"""The corpus' tokenizer: trained with XLM-R's ids (`<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, pieces, `<mask>` last), or
+an existing one of XLM-R's or BERT's way to put special tokens around texts."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -14,9 +17,11 @@ from tokenizers import Tokenizer
 
 from data_prep.description import TokenizerDescription
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data import manifest as manifests
+from infoxlm_ds.data.manifest import File
 
 THREADS = 2  # fixed: another number gives another model
-SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "unk": 3}  # the layout that the batch builder relies on
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def make_tokenizer(description: TokenizerDescription, base: Path, texts: Iterable[str], seed: int, out: Path) -> None:
@@ -27,16 +32,29 @@ def make_tokenizer(description: TokenizerDescription, base: Path, texts: Iterabl
         sample = _sample(texts, description.sentences, seed)
         _train(sample, description.vocab_size, description.character_coverage, out)
     else:
-        _copy(base / description.path, out)
+        _copy(description.path, base, out)
 
 
-def special_ids(folder: Path) -> dict[str, int]:
-    """bos, pad, eos, unk and mask of a tokenizer folder. UserError where they are not XLM-R's."""
+def _specials(folder: Path | str) -> dict[str, Any]:
+    """`special_ids` and `separators` of a tokenizer, as the manifest has them. UserError where one is missing, or where
+    it puts them otherwise around texts than the batch builder does."""
     tokenizer = _load(folder)
-    found = {name: getattr(tokenizer, f"{name}_token_id") for name in (*SPECIAL, "mask")}
-    if {name: found[name] for name in SPECIAL} != SPECIAL or found["mask"] is None:
-        raise UserError(f"{folder}: special tokens {found} are not those of an XLM-R tokenizer {SPECIAL} with a mask")
-    return found
+    names = {"bos": ("cls", "bos"), "pad": ("pad",), "eos": ("sep", "eos"), "unk": ("unk",), "mask": ("mask",)}
+    found = {
+        name: next((i for t in tried if (i := getattr(tokenizer, f"{t}_token_id", None)) is not None), None)
+        for name, tried in names.items()
+    }
+    if missing := [name for name, number in found.items() if number is None]:
+        raise UserError(f"{folder}: the tokenizer has no {', '.join(missing)} token: give one for a masked LM")
+    bos, eos, text = found["bos"], found["eos"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
+    separators = len(two) - 2 * len(text) - 2
+    if one != [bos, *text, eos] or two != [bos, *text, *[eos] * separators, *text, eos] or separators not in (1, 2):
+        raise UserError(
+            f"{folder}: the tokenizer makes {one} of one text and {two} of two: only <s> a </s></s> b </s> and "
+            "[CLS] a [SEP] b [SEP] are known"
+        )
+    return {"special_ids": found, "separators": separators}
 
 
 def load_fast(folder: Path) -> Tokenizer:
@@ -45,6 +63,13 @@ def load_fast(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()  # published tokenizers store the settings of their last use
     tokenizer.no_padding()
     return tokenizer
+
+
+def describe_tokenizer(folder: Path, files: tuple[File, ...]) -> manifests.Tokenizer:
+    """What the manifest says of a tokenizer folder."""
+    fast = load_fast(folder)
+    name = type(fast.model).__name__.lower()  # unigram, wordpiece, bpe
+    return manifests.Tokenizer(name=name, vocab_size=fast.get_vocab_size(), files=files, **_specials(folder))
 
 
 def _sample(texts: Iterable[str], count: int, seed: int) -> list[str]:
@@ -87,20 +112,25 @@ def _train(texts: list[str], vocab_size: int, coverage: float, out: Path) -> Non
     )
 
 
-def _copy(folder: Path, out: Path) -> None:
-    if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer.path: {folder} holds no tokenizer: give a Hugging Face folder")
-    special_ids(folder)  # refuses another layout before any text is tokenised
+def _copy(name: str, base: Path, out: Path) -> None:
+    folder: Path | str = base / name
+    if not (base / name).is_dir() and HUB_NAME.fullmatch(name):
+        folder = name
+    elif not (base / name / "tokenizer_config.json").is_file() and not (base / name / "tokenizer.json").is_file():
+        raise UserError(
+            f"tokenizer.path: {folder} holds no tokenizer: give a Hugging Face folder, or a name on its hub"
+        )
+    _specials(folder)  # refuses another layout before any text is tokenised
     _load(folder).save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
         raise UserError(f"tokenizer.path: {folder} has no fast tokenizer")
 
 
-def _load(folder: Path):  # type: ignore[no-untyped-def]
+def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=isinstance(folder, Path))
     except Exception as error:  # each kind of tokenizer file has its own
-        reason = " ".join(f"{type(error).__name__} {error}".split())
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise UserError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None

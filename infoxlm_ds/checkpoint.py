@@ -28,7 +28,7 @@ from infoxlm_ds.model.queue import KeyQueue
 
 # What may differ between the start of a run and its continuation. Corpus and engine are known by what is in them,
 # wherever they lie; a preset by its values.
-FREE = {"preset", "run", "corpus", "engine", "log", "checkpoint", "probe"}
+FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "probe"}
 
 
 @dataclass(frozen=True)

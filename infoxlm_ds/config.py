@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -27,7 +27,8 @@ class Section(BaseModel):
 class Model(Section):
     """The encoder's shape (XLM-R's own names and meanings) and where its sentence representations come from."""
 
-    init: Path | None = None  # a Hugging Face folder with weights; its shape then wins over the five numbers below
+    init: str | None = None  # a Hugging Face folder or a name on its hub; its shape then wins over the next six
+    type: Literal["xlm-roberta", "xlm-roberta-xl", "bert", "modernbert"] = "xlm-roberta"
     layers: Positive = 12
     width: Positive = 768
     heads: Positive = 12
@@ -37,6 +38,48 @@ class Model(Section):
     pooling: Literal["cls", "mean"] = "cls"
     projection: bool = True
     normalize: bool = False  # L2, before the dot product
+
+
+Factor = Annotated[float, Field(ge=0, le=1)]  # 1 is a key encoder that stands still
+
+
+class Constant(Section):
+    schedule: Literal["constant"]
+    value: Factor
+
+
+class ConstantWithRefresh(Section):
+    schedule: Literal["constant_with_refresh"]
+    value: Factor
+    every: Positive  # updates; each time the key encoder becomes a copy
+
+
+class Linear(Section):
+    """From the first value to the second between two numbers of updates, constant outside."""
+
+    schedule: Literal["linear"]
+    updates: tuple[int, int]
+    values: tuple[Factor, Factor]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if not 0 <= self.updates[0] < self.updates[1]:
+            raise ValueError("updates: give [first, last] with 0 <= first < last")
+        return self
+
+
+class Exponential(Section):
+    """1 - n^-power at update n, kept between two bounds."""
+
+    schedule: Literal["exponential"]
+    power: float = Field(gt=0)
+    within: tuple[Factor, Factor]
+
+
+Momentum = Annotated[
+    Annotated[Constant | ConstantWithRefresh | Linear | Exponential, Field(discriminator="schedule")],
+    BeforeValidator(lambda x: {"schedule": "constant", "value": x} if isinstance(x, int | float) else x),
+]
 
 
 class Queue(Section):
@@ -58,7 +101,7 @@ class Contrast(Section):
     drop_within: float | None = None  # negatives that score above the positive less this are left out; null: none
     pairs_per_row: Positive = 1  # of an n-way row, with same_text: positive
     queue: Queue = Queue()
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    momentum: Momentum = Constant(schedule="constant", value=0.9999)  # a number, or one of the reference's schedules
     mixup: Literal["off", "paper", "reference"] = "off"
 
     @model_validator(mode="after")
@@ -135,6 +178,20 @@ class Optimizer(Section):
     clip: float = Field(default=1.0, ge=0)  # global gradient norm; 0 leaves it alone
     steps: Positive
     warmup: int = Field(ge=0)
+    most_skipped: Positive = 20  # steps in a row that were not finite and so not applied; then the run ends
+
+
+class Memory(Section):
+    activation_checkpointing: bool = False  # keep each layer's input only, and compute the layer again in backward
+    dry_run: bool | None = None  # one step with the longest batch, not applied, before the first; null: on GPUs
+
+
+class Timeout(Section):
+    """Seconds that a rank waits for the others before it ends: `start` up to the first step, `step` from then on, with
+    the longest save in it."""
+
+    start: Positive = 3600
+    step: Positive = 900
 
 
 class Log(Section):
@@ -172,6 +229,8 @@ class Recipe(Section):
     weights: Weights = Weights()
     reduction: Literal["per_task", "reference"] = "per_task"
     optimizer: Optimizer
+    memory: Memory = Memory()
+    timeout: Timeout = Timeout()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
     probe: Probe | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
@@ -34,6 +35,13 @@ def local_rank() -> int:
 def device() -> torch.device:
     """Where this rank computes, and what its collectives run on."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_timeout(seconds: int) -> None:
+    """How long a collective waits for other ranks from now on, before it fails."""
+    if active():
+        for group in list(torch_dist.distributed_c10d._world.pg_map):  # DeepSpeed makes groups of its own
+            torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def barrier() -> None:

@@ -1,58 +1,38 @@
-"""The only file that knows DeepSpeed: configuration, start, micro-steps, whether a step was applied, fp32 masters.
+"""DeepSpeed: start, micro-steps, whether a step was applied, fp32 masters. Beside it only engine_config.py knows it.
 
 DeepSpeed traps that this file answers are told in docs/design.md ("The engine").
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+from infoxlm_ds.engine_config import stage_of  # tells DeepSpeed the device, before that is imported
 
-# Before DeepSpeed is imported: it guesses the device at import, with a warning where there is no GPU.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
+# isort: split
 import deepspeed
+import torch
 from deepspeed.utils import safe_get_local_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
-from infoxlm_ds.config import Optimizer, UserError
+from infoxlm_ds.config import Optimizer
 from infoxlm_ds.model.momentum import Fragment, write_whole
-
-# What a user may set in a ds_configs file. DeepSpeed itself accepts unknown top-level keys in silence.
-ALLOWED = {
-    "zero_optimization",
-    "bf16",
-    "data_types",
-    "communication_data_type",
-    "comms_logger",
-    "wall_clock_breakdown",
-}
-OURS = {
-    "train_batch_size": "batch.lanes",
-    "train_micro_batch_size_per_gpu": "batch",
-    "gradient_accumulation_steps": "batch.lanes and the number of ranks",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.steps and optimizer.warmup",
-    "steps_per_print": "log.every",
-    "tensorboard": "log.tensorboard",
-}
 
 M = TypeVar("M", bound=nn.Module)
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
-def start_ranks() -> None:
-    """Join the ranks of the launcher, or be the only one."""
+def start_ranks(timeout: int = 1800) -> None:
+    """Join the ranks of the launcher, or be the only one. `timeout`: seconds to wait for the others."""
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.local_rank())
     else:
@@ -60,39 +40,11 @@ def start_ranks() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
 
 
-def load_engine_config(path: Path) -> dict[str, Any]:
-    """A ds_configs JSON, checked: UserError names a key that is unknown, or that the recipe decides."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"engine: no such file: {path}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"engine: {path} is not JSON: {error}") from None
-    for key in config:
-        if key in OURS:
-            raise UserError(f"{path}: remove {key}: the recipe decides it, by {OURS[key]}")
-        if key not in ALLOWED:
-            raise UserError(f"{path}: {key} is not a known key: one of {', '.join(sorted(ALLOWED))}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    sixteen_bits = config.get("bf16", {}).get("enabled", False)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage {stage} is not one of ZeRO's: use 0, 1, 2 or 3")
-    if config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) != 1:
-        raise UserError(
-            f"{path}: remove zero_optimization.zero_hpz_partition_size: its second copies of the weights would not "
-            "follow the momentum encoder"
-        )
-    if stage == 0 and sixteen_bits:
-        raise UserError(f"{path}: 16-bit training needs fp32 masters to average: set zero_optimization.stage to 1")
-    if sixteen_bits and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-        raise UserError(
-            f'{path}: 16-bit training adds up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
-        )
-    assert isinstance(config, dict)
-    return config
+class NotFinite(RuntimeError):
+    """Steps that are not finite, and no way on."""
 
 
 class Engine:
@@ -115,30 +67,66 @@ class Engine:
             fused=True,
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
-        self._config = config
-        self.stage: int = config.get("zero_optimization", {}).get("stage", 0)
+        self._config, self.stage = config, stage_of(config)
+        self._whole_norm = math.nan  # of stage 0, which DeepSpeed does not tell
 
     def forward(self, *args: Any) -> Any:
         return self._engine(*args)
 
     def backward(self, share: Tensor) -> None:
         """Backward of one lane's share of the loss. DeepSpeed averages over ranks and micro-steps; shares are to be
-        added up."""
-        self._engine.backward(share * self._lanes)
+        added up. A share that is not finite leaves no gradient finite, so that no rank applies the step."""
+        poison = share.detach() * 0 + 1  # 1, or nan
+        self._engine.backward(share * (self._lanes * poison))
 
     def step(self, done: int) -> bool:
         """After each micro-step. `done`: optimizer steps applied so far. True where this call applied one."""
         for group in self._adamw.param_groups:
             group["lr"] = self._recipe.learning_rate * schedule(done + 1, self._recipe)
         at_boundary = self._engine.is_gradient_accumulation_boundary()
-        self._engine.step()
+        if at_boundary and self.stage == 0 and not self._finite():  # which DeepSpeed would apply
+            self._engine.zero_grad()
+            self._engine.set_gradient_accumulation_boundary(False)
+            self._engine.step()  # counts, and no more
+            self._engine.set_gradient_accumulation_boundary(None)
+            return False
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise NotFinite("gradients overflow fp16 even at the smallest loss scale") from None
         return bool(at_boundary and self._engine.was_step_applied())
+
+    def _finite(self) -> bool:
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        self._whole_norm = float(nn.utils.get_total_norm(gradients))
+        return math.isfinite(self._whole_norm)
+
+    def rehearse(self, shares: Iterable[Tensor]) -> None:
+        """A whole step, one share of the loss a lane, of which nothing stays: it is marked as not finite."""
+        scaler = copy.copy(getattr(self._engine.optimizer, "loss_scaler", None))
+        for share in shares:
+            self.backward(share * math.nan)
+            self.step(0)
+        if scaler is not None:
+            self._engine.optimizer.loss_scaler = scaler
 
     @property
     def gradient_norm(self) -> float:
-        """Global norm of the last step before clipping; nan where DeepSpeed does not tell (stage 0 in fp32)."""
+        """Global norm of the last step before clipping."""
         norm = self._engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        return self._whole_norm if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss with; 1 in other precisions."""
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+
+    @property
+    def adapts_loss_scale(self) -> bool:
+        """Whether a step whose gradients overflowed may succeed with the next loss scale."""
+        return self._engine.fp16_enabled() and bool(self._engine.dynamic_loss_scale())
 
     @property
     def sharded(self) -> bool:
@@ -165,10 +153,13 @@ class Engine:
         if self.stage == 3:
             # Persistent parameters stay gathered: what `write` puts into a shard would never reach them.
             zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+            zero.pop("offload_optimizer", None)
             untrained = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
             deepspeed.initialize(model=module, config=self._config | untrained)
             return module
-        return module.to(dist.device(), self._engine.get_data_types()[0])
+        for parameter in module.parameters():  # buffers, such as the frequencies of rotary positions, stay in fp32
+            parameter.data = parameter.to(self._engine.get_data_types()[0])
+        return module.to(dist.device())
 
     def write(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
         """Set parameters of a `copy` from fragments such as `masters` gives. Stage 3 needs no collective: the copy is

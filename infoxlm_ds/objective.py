@@ -56,10 +56,12 @@ class StepContext:
 
 @dataclass
 class Report:
-    """Of one lane: `sums` over masked rows and pairs by `task/name`, left on the device for the log to add up; and for
-    each row of the contrast (one direction's behind the other's) its `contrast` [2, R], loss and hit."""
+    """Of one lane: `sums` over masked rows and pairs by `task/name`, left on the device for the log to add up; each
+    masked row's loss [M]; and for each row of the contrast (one direction's behind the other's) its `contrast` [2, R],
+    loss and hit."""
 
     sums: dict[str, Tensor | int]
+    masked: Tensor
     contrast: Tensor | None = None
 
 
@@ -100,8 +102,7 @@ class Objective(nn.Module):
         gradient."""
         tokens, trunk = self._to_device(batch.tokens), pack(batch.tokens.lengths[: batch.trunk]).to(self._device)
         hidden, reps = self.model(tokens, trunk, batch.trunk)
-        report = Report({})
-        loss = self._masked_lm(hidden, batch, context, report.sums)
+        loss, report = self._masked_lm(hidden, batch, context)
         if self._tasks["xlco"]:
             share, rows = self._xlco(reps, batch, context, slot)
             weight = self._weights.xlco * context.pairs / context.denominators["xlco"]
@@ -111,17 +112,16 @@ class Objective(nn.Module):
                 report.contrast = torch.stack([rows.loss, (rows.above == 0).to(rows.loss)])
         return loss, report, reps.detach()
 
-    def _masked_lm(
-        self, hidden: Tensor, batch: JointBatch, context: StepContext, sums: dict[str, Tensor | int]
-    ) -> Tensor:
+    def _masked_lm(self, hidden: Tensor, batch: JointBatch, context: StepContext) -> tuple[Tensor, Report]:
         rows, labels = (torch.from_numpy(x).to(self._device) for x in (batch.rows, batch.labels))
         weights = torch.full((len(rows),), self._weights.tlm / context.denominators["tlm"], device=self._device)
         weights[: batch.mmlm] = self._weights.mmlm / context.denominators["mmlm"]
         loss, each = masked_lm_loss(self.model.lm, hidden[rows], labels, weights)
+        report = Report({}, each)
         for task, part in (("mmlm", each[: batch.mmlm]), ("tlm", each[batch.mmlm :])):
             if self._tasks[task]:
-                sums |= {f"{task}/loss": part.sum(), f"{task}/items": len(part)}
-        return loss
+                report.sums |= {f"{task}/loss": part.sum(), f"{task}/items": len(part)}
+        return loss, report
 
     def _xlco(
         self, reps: Tensor, batch: JointBatch, context: StepContext, slot: int

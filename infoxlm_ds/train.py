@@ -23,10 +23,11 @@ import torch
 from infoxlm_ds import dist, trainer
 from infoxlm_ds.checkpoint import Checkpoints, Identity
 from infoxlm_ds.config import Recipe, UserError, load_recipe
-from infoxlm_ds.data.batch import N_TEXTS, SPECIAL_ONE, longest_sequence
+from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.data.reader import Corpus
-from infoxlm_ds.engine import Engine, load_engine_config, start_ranks
+from infoxlm_ds.engine import Engine, NotFinite, start_ranks
+from infoxlm_ds.engine_config import load_engine_config, precision_of
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model, check_fit
 from infoxlm_ds.model.queue import KeyQueue
@@ -47,10 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # DeepSpeed's start-up chatter and announcements of renames are not the user's.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW!" not in record.getMessage())  # we say why
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        start_ranks()
+        start_ranks(recipe.timeout.start)
         inputs = check_inputs(recipe, dist.rank(), dist.world_size())
         if inputs.finished:
             return 0
@@ -74,9 +76,13 @@ def _fit(state: TrainState) -> int:
             sinks.say(_summary(state))
         try:
             done = trainer.fit(state, sinks)
-        except UserError as error:  # a damaged pack, which only the rank that reads it knows of
+        except UserError as error:  # a damaged pack or too little memory, which only its rank knows of
             print(f"infoxlm: {error}", file=sys.stderr, flush=True)
             return 2
+        except NotFinite as error:  # the same on every rank
+            if first:
+                print(f"infoxlm: {error}", file=sys.stderr, flush=True)
+            return 1
         if sinks is not None and not done:
             sinks.say(f"stopped on request at step {state.step}, saved: run the same command again to go on")
     state.loader.close()
@@ -107,7 +113,7 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     checkpoints = Checkpoints(recipe.run, recipe.checkpoint.keep)
     identity = Identity(recipe, engine_config, corpus.manifest.sha256)
     latest = checkpoints.latest_for(identity, world)
-    longest = corpus.manifest.max_tokens + SPECIAL_ONE
+    longest = corpus.manifest.max_tokens + corpus.manifest.tokenizer.overhead(1)
     probe = RetrievalProbe(recipe.probe, tokenizer, longest) if recipe.probe else None
     finished = checkpoints.finished(recipe.optimizer.steps)
     if finished and rank == 0:
@@ -118,8 +124,11 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
 def build(inputs: Inputs) -> TrainState:
     """Everything `fit` needs, from scratch or from the run's newest checkpoint."""
     recipe = inputs.identity.recipe
-    vocabulary = inputs.corpus.manifest.tokenizer.vocab_size
-    model = build_model(recipe.model, vocabulary, recipe.seed)
+    tokenizer = inputs.corpus.manifest.tokenizer
+    vocabulary = tokenizer.vocab_size
+    model = build_model(recipe.model, vocabulary, recipe.seed, tokenizer.special_ids)
+    if recipe.memory.activation_checkpointing:  # ZeRO 2 and 3 fail with the reentrant kind
+        model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(recipe, model)
     follows = recipe.tasks["xlco"] and recipe.contrast.keys == "momentum"
     copied = copy.deepcopy(model.sentence_encoder()) if follows else None  # before the engine cuts the model up
@@ -205,10 +214,12 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
 
 
 def _summary(state: TrainState) -> str:
-    recipe, parameters = state.recipe, sum(p.numel() for p in state.objective.parameters())
+    recipe = state.recipe
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.objective.parameters())  # stage 3's are cut up
     tasks = "+".join(task for task, used in recipe.tasks.items() if used)
     where = (
-        f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}"
+        f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}, "
+        f"{precision_of(state.identity.engine)}"
     )
     queue = state.queue
     filling = ""

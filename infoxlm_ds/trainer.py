@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import math
+import resource
 import signal
 import time
 from dataclasses import dataclass, field
@@ -11,20 +11,21 @@ from types import FrameType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint import Checkpoints, Identity, Saved
-from infoxlm_ds.config import Recipe
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.engine import Engine, schedule
+from infoxlm_ds.engine import Engine, NotFinite, schedule
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.monitor.faults import explain, find_faults
 from infoxlm_ds.monitor.meters import Meter, Scalars, scalars
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.monitor.sinks import Sinks
-from infoxlm_ds.objective import Objective
-
-MOST_SKIPPED = 20  # in a row
+from infoxlm_ds.objective import Objective, Report, StepContext
 
 
 @dataclass
@@ -44,7 +45,9 @@ class TrainState:
     step: int = 0
     consumed: int = 0
     meter: Meter = field(default_factory=Meter)
-    geometry: Scalars = field(default_factory=dict)  # the last pass's, until it is logged
+    observed: Scalars = field(default_factory=dict)  # of single steps, until they are logged
+    skipped: list[str] = field(default_factory=list)  # why each step since the last applied one was not applied
+    again: list[JointBatch] | None = None  # a step's batches that only the loss scale kept from being applied
 
     @property
     def recipe(self) -> Recipe:
@@ -53,14 +56,18 @@ class TrainState:
 
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
     """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is
-    saved. RuntimeError after MOST_SKIPPED steps in a row that were not applied.
+    saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied.
 
     `sinks`: rank 0's, None elsewhere.
     """
     recipe, stop = state.recipe, _StopOnSignal()
+    wanted = recipe.memory.dry_run
+    if wanted if wanted is not None else dist.device().type == "cuda":
+        peak = rehearse(state)
+        if sinks is not None:
+            sinks.say(f"a step with the longest batch took {peak:.1f} GiB at its peak")
     started, first = time.monotonic(), state.step
     saved = logged = state.step
-    skipped = 0
 
     def log() -> None:
         nonlocal logged
@@ -68,14 +75,10 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
         logged = state.step
 
     while state.step < recipe.optimizer.steps and not stop.agreed():
-        if not train_step(state):
-            skipped += 1
-            if skipped == MOST_SKIPPED:
-                raise RuntimeError(
-                    f"after step {state.step}, {skipped} steps in a row had gradients that are not finite"
-                )
-            continue
-        skipped = 0
+        while not train_step(state):
+            _report_skip(state, sinks)
+        if state.step == first + 1:
+            dist.set_timeout(recipe.timeout.step)
         saving = _due(state, recipe.checkpoint.every)
         if saving or _due(state, recipe.log.every):  # no interval spans a checkpoint, so going on loses none
             log()
@@ -95,32 +98,90 @@ def train_step(state: TrainState) -> bool:
     """One global batch: keys and counts of the whole step, one pass a lane, one update. True if the update was
     applied."""
     waited = time.monotonic()
-    micros = next(state.loader)
+    micros = state.again or next(state.loader)
     state.meter.add({"data_wait": time.monotonic() - waited})
-    state.consumed += 1
+    state.consumed += state.again is None
+    state.again = None
     queue = state.queue.view() if state.queue is not None else None
     context = state.objective.prepare(micros, state.momentum, queue)
-    reps, applied = [], False
+    scale, reports, reps, applied = state.engine.loss_scale, [], [], False
     for slot, micro in enumerate(micros):
         share, report, lane_reps = state.engine.forward(micro, context, slot)
         state.engine.backward(share)
         applied = state.engine.step(state.step)
+        report.sums["loss"] = share.detach()
+        reports.append(report)
         reps.append(lane_reps)
-        state.meter.add(report.sums | {"loss": share.detach(), "tokens": len(micro.tokens.ids)})
+    if applied:
+        _after_update(state, context, micros, reports, reps)
+    else:
+        state.meter.add({"skipped": 1})
+        faults = find_faults(state.loader.lanes, micros, reports, reps)
+        state.skipped.append(explain(faults, scale, state.engine.loss_scale))
+        if not faults and state.engine.adapts_loss_scale:  # how often depends on the cluster, the data must not
+            state.again = micros
+    return applied
+
+
+def rehearse(state: TrainState) -> float:
+    """A step of which nothing stays, with the longest batch that the recipe can make on every lane. Returns the rank's
+    peak of memory, in GiB. UserError where a GPU's memory does not suffice."""
+    micros = [state.loader.longest_batch()] * len(state.loader.lanes)
+    try:
+        context = state.objective.prepare(micros, state.momentum, state.queue.view() if state.queue else None)
+        state.engine.rehearse(state.engine.forward(m, context, slot)[0] for slot, m in enumerate(micros))
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            "a step with the longest batch does not fit into the GPU's memory: set a smaller batch.mmlm_tokens, "
+            "batch.tlm_tokens or batch.xlco_pairs (and more batch.lanes), memory.activation_checkpointing=true, or an "
+            f"engine configuration of a higher ZeRO stage; `infoxlm plan` estimates. {str(error).splitlines()[0]}"
+        ) from None
+    return peak_memory()
+
+
+def _after_update(
+    state: TrainState, context: StepContext, micros: list[JointBatch], reports: list[Report], reps: list[Tensor]
+) -> None:
+    """What moves with the weights: the count, the key encoder, the queue, the figures."""
+    state.step += 1
+    state.skipped.clear()
+    state.meter.add({"steps": 1})
+    for micro, report in zip(micros, reports, strict=True):
+        state.meter.add(report.sums | {"tokens": len(micro.tokens.ids)})
         if report.contrast is not None:
             of = micros if context.cached is not None else [micro]
-            state.meter.add_pairs(np.concatenate([m.pairs for m in of]), report.contrast)
-        state.meter.count_languages(micro.languages)
-    state.meter.add({"skipped": int(not applied), "steps": 1})
-    if applied:
-        state.step += 1
-        if state.momentum is not None:
-            state.momentum.update()
-        if state.queue is not None:
-            state.queue.push(state.objective.new_keys(context, micros, reps), state.step)
-        if _due(state, state.recipe.log.geometry):
-            state.geometry = state.objective.geometry(context, micros, reps)
-    return applied
+            state.meter.add_pairs(np.concatenate([m.names["xlco"] for m in of]), report.contrast)
+        state.meter.count_languages(micro.names)
+    if state.momentum is not None and _due(state, state.recipe.log.every):
+        state.observed |= state.momentum.follow(state.step)
+    elif state.momentum is not None:
+        state.momentum.update(state.step)
+    if state.queue is not None:
+        state.queue.push(state.objective.new_keys(context, micros, reps), state.step)
+    if _due(state, state.recipe.log.geometry):
+        state.observed |= state.objective.geometry(context, micros, reps)
+
+
+def peak_memory() -> float:
+    """The most memory this rank has held so far, in GiB: a GPU's, else the process' resident memory."""
+    if dist.device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _report_skip(state: TrainState, sinks: Sinks | None) -> None:
+    """Say why the last step was not applied; end the run where that was one too many in a row."""
+    why, times = state.skipped[-1], len(state.skipped)
+    if sinks is not None:
+        sinks.write(state.step, {}, {"skipped": why})
+        sinks.say(f"the step after {state.step} was not applied ({times} in a row): {why}")
+    if times == state.recipe.optimizer.most_skipped:
+        good = state.checkpoints.latest()
+        raise NotFinite(
+            f"{times} steps in a row after step {state.step} were not applied: {why}. "
+            + (f"The last good checkpoint is {good}" if good else "There is no checkpoint yet")
+            + ": lower optimizer.learning_rate, or look into that data"
+        )
 
 
 def _due(state: TrainState, every: int) -> bool:
@@ -139,19 +200,21 @@ def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
     values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
     values |= {
+        "optimizer/gradient_norm": state.engine.gradient_norm,
         "optimizer/learning_rate": state.recipe.optimizer.learning_rate * schedule(state.step, state.recipe.optimizer),
-        "optimizer/skipped_steps": sums["skipped"] / world,
+        "optimizer/skipped_steps": sums.get("skipped", 0) / world,
+        "memory/peak": peak_memory(),
         "speed/tokens": sums["tokens"] / seconds,
         "speed/data_wait_share": sums["data_wait"] / world / seconds,
     }
-    if not math.isnan(norm := state.engine.gradient_norm):
-        values["optimizer/gradient_norm"] = norm
+    if state.engine.loss_scale != 1:
+        values["optimizer/loss_scale"] = state.engine.loss_scale
     if state.queue is not None:
         values["queue/filled"] = state.queue.filled
         if state.queue.filled == 1.0:
             values["queue/mean_age"] = state.queue.mean_age(state.step)
-    values |= state.geometry
-    state.geometry = {}
+    values |= state.observed
+    state.observed = {}
     if sinks is not None:
         sinks.write(state.step, values, {"languages": languages, "pairs": pairs, "seconds": seconds})
         sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)

@@ -1,6 +1,7 @@
 """One thread, the CPU as DeepSpeed's device, and no model hub, for this process and all that it starts."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +39,31 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.corpus import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed refuses fp16 on a CPU, where it computes right but slowly: enough to check numbers."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+HubCache = Callable[[str], Path]
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
+    """Gives the folder where a model of this name lies in the hub's cache, as a download would have left it."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def folder(name: str) -> Path:
+        model = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (model / "refs").mkdir(parents=True)
+        (model / "refs" / "main").write_text("abc")
+        (model / "snapshots" / "abc").mkdir(parents=True)
+        return model / "snapshots" / "abc"
+
+    return folder

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForMaskedLM
 
 from infoxlm_ds.config import UserError, load_recipe
-from infoxlm_ds.engine import load_engine_config
+from infoxlm_ds.engine_config import load_engine_config
+from infoxlm_ds.model.pretrained import shape_of
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -20,8 +23,23 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
-def test_every_shipped_engine_config_loads(path: Path) -> None:
+def test_every_shipped_engine_config_loads(path: Path, fp16_on_cpu: None) -> None:
     load_engine_config(path)
+    assert f"`{path.name}`" in (ROOT / "ds_configs" / "README.md").read_text()
+
+
+def test_fp16_is_refused_where_deepspeed_refuses_it() -> None:
+    with pytest.raises(UserError, match="fp16 on GPUs only"):
+        load_engine_config(ROOT / "ds_configs" / "zero1_fp16.json")
+
+
+@pytest.mark.parametrize(("name", "millions"), [("base", 278.3), ("large", 560.1), ("xl", 3480)])
+def test_shipped_recipes_have_the_sizes_of_xlm_r(name: str, millions: float) -> None:
+    """As published, without a sentence head."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", ["model.init=null"])
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(shape_of(recipe.model, 250002))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=5e-4)
 
 
 def test_overrides_win_over_the_file_and_take_its_types() -> None:
@@ -76,7 +94,16 @@ def test_a_wrong_recipe_is_one_line_that_names_the_key(overrides: list[str], wor
     [
         ('{"zero_optimisation": {"stage": 1}}', ["zero_optimisation", "not a known key"]),
         ('{"gradient_clipping": 1.0}', ["gradient_clipping", "optimizer.clip"]),
-        ('{"zero_optimization": {"stage": 4}}', ["stage 4"]),
+        ('{"zero_optimization": {"stage": 4}}', ["stage 4", "0, 1, 2 or 3"]),
+        ('{"zero_optimization": {"stag": 1}}', ["zero_optimization: stag is not a known key"]),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', ["offload_param", "stage 3"]),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', ["nvme", "set cpu"]),
+        ('{"zero_optimization": {"stage": 3, "compute_grad_norm": false}}', ["compute_grad_norm", "not finite"]),
+        ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', ["both enabled"]),
+        ('{"activation_checkpointing": {}}', ["memory.activation_checkpointing"]),
+        ('{"data_types": {"param_dtype": "bf16"}}', ["data_types.param_dtype"]),
+        ('{"bf16": true}', ["bf16", "keys and values"]),
+        ("[]", ["no JSON object"]),
         ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', ["zero_hpz_partition_size", "momentum"]),
         ('{"bf16": {"enabled": true}}', ["stage to 1"]),
         ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}}', ["grad_accum_dtype"]),

@@ -19,15 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import XLMRobertaForMaskedLM
 
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch, Sequences
 from infoxlm_ds.losses.contrast import Keys
-from infoxlm_ds.model.encoder import InfoXLM, Packed, embed, packed, run_layers
+from infoxlm_ds.model.encoder import InfoXLM, Packed, packed
 from infoxlm_ds.model.heads import masked_lm_loss
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, write_whole
-from infoxlm_ds.model.pretrained import build_model
+from infoxlm_ds.model.pretrained import build_model, strip_vocabulary
 from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.objective import Objective
 
@@ -155,16 +154,16 @@ def test_the_packed_encoder_gives_the_hidden_states_of_the_reference() -> None:
     if not path.is_file():
         pytest.skip("tiny_perloss.safetensors is not in the folder: too large to come with the project")
     golden, replay = load_file(path), Replay()
-    body = replay.model.lm.roberta
+    body = replay.model.body
 
     for name in ("mlm", "tlm"):
         tokens = golden[f"in.{name}.input"]
         batch = _packed(tokens)
-        hidden = embed(body.embeddings, batch)
+        hidden = body.embed(batch)
         for depth in range(5):
             expected = golden[f"hidden.fast.{name}"][depth][tokens != PAD]
             torch.testing.assert_close(hidden, expected, atol=5e-6, rtol=0)
-            hidden = run_layers(body.encoder.layer[depth : depth + 1], hidden, batch.packing)
+            hidden = body.run(hidden, batch.positions, batch.packing, depth, depth + 1)
 
 
 def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # type: ignore[no-untyped-def, type-arg]
@@ -194,7 +193,7 @@ def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # ty
     trained = [p for p in replay.model.parameters() if p is not replay.untrained]
     norm = torch.nn.utils.clip_grad_norm_(trained, stated["clip_norm"])
     replay.adam.step(stated["lr"])
-    replay.key.update()
+    replay.key.update(1)
     ours |= _reference_names(replay, "after.", lambda p: p.detach().clone())
     ours |= {f"after.{k}": v for k, v in _key_names(replay).items()}
     ours["after.queue"] = replay.queue.vectors.clone()
@@ -216,8 +215,8 @@ def _reference_names(replay: Replay, prefix: str, of):  # type: ignore[no-untype
 def _key_names(replay: Replay) -> dict[str, Tensor]:
     """The key encoder's tensors: embeddings, two layers, projection."""
     key = replay.key.encoder
-    by_name = {f"roberta.embeddings.{n}": p.clone() for n, p in key.embeddings.named_parameters()}
-    by_name |= {f"roberta.encoder.layer.{n}": p.clone() for n, p in key.layers.named_parameters()}
+    by_name = {f"roberta.embeddings.{n}": p.clone() for n, p in key.body.embeddings.named_parameters()}
+    by_name |= {f"roberta.encoder.layer.{n}": p.clone() for n, p in key.body.layers.named_parameters()}
     out = {f"model_slow.{theirs}": by_name[ours] for theirs, ours in Names()._map.items() if ours in by_name}
     assert len(out) == 4 + 2 * 16 and key.head.projection is not None
     return out | {"proj_matrix_slow": key.head.projection.weight.t()[None].clone()}
@@ -225,7 +224,7 @@ def _key_names(replay: Replay) -> dict[str, Tensor]:
 
 def _model(weights: dict[str, Tensor], projection: Tensor) -> InfoXLM:
     model = build_model(RECIPE.model, 1000, seed=0)
-    lm: XLMRobertaForMaskedLM = model.lm
+    lm = strip_vocabulary(model.lm)
     missing, unexpected = lm.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) == {
         "roberta.embeddings.token_type_embeddings.weight",
@@ -272,8 +271,7 @@ def _joint(golden: dict[str, Tensor], prefix: str) -> JointBatch:
         len(labels[0]),
         _sequences(golden[f"{prefix}xlco.key_tokens"]),
         np.zeros((len(query), 2), np.int64),
-        np.full((len(query), 1), "one-other"),
-        {},
+        {"xlco": np.full((len(query), 1), "one-other")},
     )
 
 

@@ -3,22 +3,22 @@
 Legend: T tokens, S sequences, M masked rows, B pairs, I text ids an item.
 
 Layout of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer.
-XLM-R's formats: `<s> a </s>` and `<s> a </s></s> b </s>`.
+In XLM-R's format they are `<s> a </s>` and `<s> a </s></s> b </s>`; other tokenizers have their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from infoxlm_ds.config import Contrast, Recipe, UserError
+from infoxlm_ds.data.manifest import Tokenizer
 from infoxlm_ds.data.masking import Masked, mask_pieces
 from infoxlm_ds.data.plan import keyed_generator
 from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader, runs
 
-BOS, EOS = 0, 2
-SPECIAL_ONE, SPECIAL_TWO = 2, 4  # special tokens of a sequence with one text, with two
 # Text ids an item, by mixup: two sides and what all translations of the row share.
 N_TEXTS = {"off": 3, "paper": 6, "reference": 6}
 
@@ -40,9 +40,8 @@ class JointBatch:
 
     `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first
     sides first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder
-    reads, [B] second sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `pairs` [B, 1], or
-    [B, 2] of mixed ones: names of the language pairs of the XlCo items. `languages`: items a stream and language (or
-    pair), for the report.
+    reads, [B] second sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `names`: by task
+    each item's language or pair of languages; XlCo's are [B, 1], or [B, 2] of mixed pairs.
     """
 
     tokens: Sequences
@@ -52,8 +51,7 @@ class JointBatch:
     mmlm: int
     keys: Sequences | None
     text_ids: np.ndarray
-    pairs: np.ndarray
-    languages: dict[str, dict[str, int]]
+    names: dict[str, np.ndarray]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -90,23 +88,21 @@ class BatchBuilder:
 
     def build(self, lane: int, step: int) -> JointBatch:
         """The micro-batch of `lane` at `step`; masks and mixup are keyed by both."""
-        trunk, masked, languages = [], [], {}
+        trunk, masked, names = [], [], {}
         sizes = {
-            "mmlm": (self._recipe.batch.mmlm_tokens, SPECIAL_ONE),
-            "tlm": (self._recipe.batch.tlm_tokens, SPECIAL_TWO),
+            "mmlm": (self._recipe.batch.mmlm_tokens, self._tokenizer.overhead(1)),
+            "tlm": (self._recipe.batch.tlm_tokens, self._tokenizer.overhead(2)),
         }
         for task, (tokens, overhead) in sizes.items():
             if task not in self.readers:
                 continue
             rows = self.readers[task].take(lane, tokens=tokens, overhead=overhead)
-            trunk.append(assemble(rows.pool, rows.starts, rows.lengths))
+            trunk.append(assemble(rows.pool, rows.starts, rows.lengths, self._tokenizer))
             masked.append((task, self._mask(trunk[-1].ids, self._generator(task, lane, step))))
-            languages[task] = self._count_languages(rows)
+            names[task] = self._names(rows)
         queries, keys, text_ids, rows_of_pairs = self._pairs(lane, step)
-        names = np.zeros((len(text_ids), 1), object)
         if rows_of_pairs is not None:
-            languages["xlco"] = self._count_languages(rows_of_pairs)
-            names = self._names(rows_of_pairs).reshape(len(text_ids), -1)
+            names["xlco"] = self._names(rows_of_pairs).reshape(len(text_ids), -1)
         shift = np.cumsum([0] + [len(one.ids) for one in trunk])
         rows_at = [m.rows + shift[i] for i, (_, m) in enumerate(masked)]
         tokens_in = _concatenate(
@@ -121,7 +117,37 @@ class BatchBuilder:
             keys,
             text_ids,
             names,
-            languages,
+        )
+
+    def longest(self) -> JointBatch:
+        """A micro-batch that takes as much memory as any of the recipe's can: budgets used up, pairs of the longest
+        texts, as many masked pieces as chance ever gives. Its contents mean nothing."""
+        one, two = _longest(self._corpus, 1), _longest(self._corpus, 2)
+        recipe = self._recipe
+        batch, tasks, probability = recipe.batch, recipe.tasks, recipe.masking.probability
+        trunk, masked = [], []
+        for task, budget, longest in (("mmlm", batch.mmlm_tokens, one), ("tlm", batch.tlm_tokens, two)):
+            filled = max(budget, longest) if tasks[task] else 0
+            trunk += [longest] * (filled // longest) + [filled % longest] * (filled % longest > 0)
+            often = probability * filled + 5 * (probability * filled) ** 0.5  # five standard deviations
+            masked.append(min(filled, int(often)))
+        pairs = batch.xlco_pairs if tasks["xlco"] else 0
+        contrast = recipe.contrast
+        side = np.full(pairs, one if contrast.mixup == "off" else two)
+        queries = np.tile(side, 2 if contrast.keys == "gradient" or contrast.symmetric else 1)
+        lengths = np.concatenate([np.array(trunk, np.int64), queries])
+        keys = None if contrast.keys == "gradient" else np.tile(side, 2 if contrast.symmetric else 1)
+        piece = self._tokenizer.special_ids["unk"]
+        n_ids = N_TEXTS[contrast.mixup]
+        return JointBatch(
+            _filled(lengths, piece),
+            len(trunk),
+            np.arange(sum(masked)) % max(1, sum(trunk)),
+            np.full(sum(masked), piece),
+            masked[0],
+            None if keys is None else _filled(keys, piece),
+            np.arange(pairs * n_ids).reshape(pairs, n_ids),
+            {},
         )
 
     def _check_size(self) -> None:
@@ -149,7 +175,7 @@ class BatchBuilder:
             text_ids = text_ids.reshape(pairs, -1)
         else:
             sides = [(starts[side : side + 1], lengths[side : side + 1]) for side in (0, 1)]
-        first, second = (assemble(rows.pool, *side) for side in sides)
+        first, second = (assemble(rows.pool, *side, self._tokenizer) for side in sides)
         both = _concatenate([first, second])
         gradient = contrast.keys == "gradient"
         queries = both if gradient or contrast.symmetric else first
@@ -162,10 +188,6 @@ class BatchBuilder:
     def _generator(self, use: str, lane: int, step: int) -> np.random.Generator:
         return keyed_generator(self._recipe.seed, use, lane, step)
 
-    def _count_languages(self, rows: Rows) -> dict[str, int]:
-        names, counts = np.unique(self._names(rows), return_counts=True)
-        return {str(name): int(n) for name, n in zip(names, counts, strict=True)}
-
     def _names(self, rows: Rows) -> np.ndarray:
         """Each item's language or, whatever its direction, pair of languages."""
         names = np.array(self._corpus.languages)[np.sort(rows.languages, axis=0)]
@@ -176,16 +198,17 @@ def _grouping(contrast: Contrast) -> Grouping:
     return Grouping(contrast.pairs_per_row, neighbours=contrast.mixup == "reference")
 
 
-def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> Sequences:
     """Sequences from one or two texts each, which lie in `pool` at `starts` [1 or 2, S] with `lengths` [1 or 2, S]."""
     two = len(starts) == 2
-    total = lengths.sum(0) + (SPECIAL_TWO if two else SPECIAL_ONE)
+    total = lengths.sum(0) + tokenizer.overhead(2 if two else 1)
     begin = np.cumsum(total) - total
-    ids = np.full(int(total.sum()), EOS, np.int64)
-    ids[begin] = BOS
+    ids = np.full(int(total.sum()), tokenizer.special_ids["eos"], np.int64)
+    ids[begin] = tokenizer.special_ids["bos"]
     ids[runs(begin + 1, lengths[0])] = pool[runs(starts[0], lengths[0])]
     if two:
-        ids[runs(begin + 3 + lengths[0], lengths[1])] = pool[runs(starts[1], lengths[1])]
+        second = begin + 1 + lengths[0] + tokenizer.separators
+        ids[runs(second, lengths[1])] = pool[runs(starts[1], lengths[1])]
     return Sequences(ids, total.astype(np.int64))
 
 
@@ -219,5 +242,13 @@ def _concatenate(parts: list[Sequences]) -> Sequences:
 
 def longest_sequence(recipe: Recipe, corpus: Corpus) -> int:
     """Tokens of the longest sequence a recipe can make of a corpus, special tokens included."""
-    one = corpus.manifest.max_tokens
-    return 2 * one + SPECIAL_TWO if recipe.tasks["tlm"] or recipe.contrast.mixup != "off" else one + SPECIAL_ONE
+    two = recipe.tasks["tlm"] or recipe.contrast.mixup != "off"
+    return _longest(corpus, 2 if two else 1)
+
+
+def _longest(corpus: Corpus, texts: Literal[1, 2]) -> int:
+    return texts * corpus.manifest.max_tokens + corpus.manifest.tokenizer.overhead(texts)
+
+
+def _filled(lengths: np.ndarray, piece: int) -> Sequences:
+    return Sequences(np.full(int(lengths.sum()), piece), lengths.astype(np.int64))

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infoxlm_ds.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 
@@ -43,12 +43,18 @@ class Source(_Part):
 
 
 class Tokenizer(_Part):
-    """`special_ids`: bos, pad, eos, unk and mask by name."""
+    """`special_ids`: bos, pad, eos, unk and mask by name; bos begins every sequence and eos ends every text.
+    `separators`: how many eos stand between two texts, two of XLM-R's and one of BERT's."""
 
     name: str
     vocab_size: int
     special_ids: dict[str, int]
+    separators: Literal[1, 2] = 2
     files: tuple[File, ...]
+
+    def overhead(self, texts: Literal[1, 2]) -> int:
+        """Special tokens of a sequence of one text or of two."""
+        return 2 if texts == 1 else 2 + self.separators
 
 
 class Manifest(_Part):

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.model.families import family_of, part, positions_of
 
 Vectors = npt.NDArray[np.float32]
 
@@ -46,9 +47,18 @@ class SentenceEmbedder:
         config = self.model.config
         self.layers = _chosen_layers(layers, config, folder)
         self.pooling: Pooling = getattr(config, "sentence_pooling", "mean") if pooling is None else pooling
-        self.max_tokens = min(self.tokenizer.model_max_length, config.max_position_embeddings - config.pad_token_id - 1)
-        del self.model.encoder.layer[self.layers[-1] :]
+        self.max_tokens = min(self.tokenizer.model_max_length, positions_of(config))
+        self._outputs = self._outputs_by_layer()
         self.model.to(self.device).eval()
+
+    def _outputs_by_layer(self) -> list[torch.nn.Module]:
+        """What gives `hidden_states[i]`. Takes the layers out that nobody asked for."""
+        family = family_of(self.model.config)
+        layers = part(self.model, family.layers)
+        norm = part(self.model, family.norm) if self.layers[-1] == len(layers) else None
+        del layers[self.layers[-1] :]
+        outputs = [self.model.embeddings, *layers]
+        return outputs if norm is None else [*outputs[:-1], norm]
 
     def embed(self, sentences: list[str], batch_size: int = 64, description: str = "embedding") -> Vectors:
         """L2-normalised vectors [L, n, D] in the order of `sentences`; a bar with `description` runs on a terminal."""
@@ -86,8 +96,7 @@ class SentenceEmbedder:
 
             return hook
 
-        modules = [self.model.embeddings, *self.model.encoder.layer]
-        handles = [modules[layer].register_forward_hook(pool_output_of(layer)) for layer in self.layers]
+        handles = [self._outputs[layer].register_forward_hook(pool_output_of(layer)) for layer in self.layers]
         try:
             self.model(input_ids=padded["input_ids"], attention_mask=mask)
         finally:
@@ -106,7 +115,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
-    """The encoder (fp32, no pooler) and tokenizer of a Hugging Face folder."""
+    """The encoder (fp32) and tokenizer of a Hugging Face folder."""
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not there"
         raise UserError(f"model folder {folder} {what}: give one that `infoxlm export` wrote")
@@ -115,16 +124,16 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = AutoModel.from_pretrained(
-            folder, add_pooling_layer=False, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        family_of(model.config, f"model folder {folder}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model folder {folder} cannot be loaded: {' '.join(str(error).split())}") from error
     # Without its file an XLM-R tokenizer loads all the same, with nothing but special tokens.
     vocabulary_files = tokenizer.vocab_files_names.values()
     if not any((folder / name).is_file() for name in vocabulary_files):
         raise UserError(f"model folder {folder} has no tokenizer: expected one of {', '.join(vocabulary_files)}")
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
         raise UserError(
             f"model folder {folder} lacks {len(missing)} weights of its encoder, such as {missing[0]}: export it again"
         )

@@ -8,6 +8,7 @@ the peak is one chunk, and the vocabulary matrix gets one gradient buffer for al
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,23 +18,24 @@ CHUNK_ROWS = 1024  # a chunk of 16 rows reads V x D for almost nothing; 1,024 ro
 
 
 def masked_lm(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor, vocabulary: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of cross-entropies and each row's own cross-entropy in nats.
 
     hidden [M, D]; weight [V, D]; bias [V]; labels [M] int64; row_weights [M] (a task's weight over its global count,
-    which makes
-    the sum over lanes and ranks the weighted mean of the task). Returns a scalar with gradient and [M] without. M may
-    be 0.
+    which makes the sum over lanes and ranks the weighted mean of the task). Returns a scalar with gradient and [M]
+    without. M may be 0. `vocabulary`: only the first so many rows of `weight` are pieces; the others pad.
     """
-    total, rows = _LinearCrossEntropy.apply(hidden, weight, bias, labels, row_weights)  # type: ignore[no-untyped-call]
+    total, rows = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, row_weights, vocabulary or len(weight)
+    )
     return total, rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor, vocabulary: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = torch.zeros(len(labels), dtype=wide, device=hidden.device)
@@ -49,6 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = torch.addmm(bias, hidden[part], weight.t()).to(wide)  # [C, V]
+            logits[:, vocabulary:] = -math.inf
             log_sum = torch.logsumexp(logits, dim=1)
             picked = labels[part, None]
             rows[part] = log_sum - logits.gather(1, picked)[:, 0]
@@ -67,4 +70,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, unit = ctx.saved_tensors
         d_total = d_total * unit
-        return d_hidden * d_total, d_weight.mul_(d_total), d_bias * d_total, None, None
+        return d_hidden * d_total, d_weight.mul_(d_total), d_bias * d_total, None, None, None

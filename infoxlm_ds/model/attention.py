@@ -84,30 +84,49 @@ def pack(lengths: np.ndarray) -> Packing:
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface on one flat row: query, key, value [1, H, T, D] to [1, T, H, D]."""
-    packing = kwargs["packing"]
+    """transformers' attention interface on one flat row: query, key, value [1, H, T, D] to [1, T, H, D].
+
+    `sliding_window` w among the kwargs: a token attends to those less than w away.
+    """
+    packing, scale, window = kwargs["packing"], kwargs.get("scaling"), kwargs.get("sliding_window")
     assert isinstance(packing, Packing) and attention_mask is None and not kwargs.get("dropout")
+    assert isinstance(scale, float | None) and isinstance(window, int | None)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(q, k, v, packing)[None], None
+        return _varlen(q, k, v, packing, scale, window)[None], None
     padded = [x.index_select(0, packing.gather) for x in (q, k, v)]  # [P, H, D]
-    parts = [_dense(group, *(x[group.start : group.stop] for x in padded)) for group in packing.groups]
+    parts = [
+        _dense(group, *(x[group.start : group.stop] for x in padded), scale=scale, window=window)
+        for group in packing.groups
+    ]
     return torch.cat(parts).index_select(0, packing.scatter)[None], None
 
 
-def _dense(group: Group, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _dense(
+    group: Group, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+) -> Tensor:
     def heads_first(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, group.length)).transpose(1, 2)  # [count, H, length, D]
 
-    out = scaled_dot_product_attention(heads_first(query), heads_first(key), heads_first(value), attn_mask=group.mask)
-    return out.transpose(1, 2).flatten(0, 1)
+    mask = group.mask
+    if window is not None and window < group.length:
+        at = torch.arange(group.length, device=query.device)
+        near = (at[:, None] - at).abs() < window
+        mask = near if mask is None else mask & near
+        # Padded queries may see no real key; any will do, nobody reads them.
+        mask = mask | torch.eye(group.length, dtype=torch.bool, device=query.device)
+    q, k, v = (heads_first(x) for x in (query, key, value))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(0, 1)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # needs CUDA to import fully
 
     cu, longest = packing.cu_seqlens, packing.longest
-    out = varlen_attn(query, key, value, cu, cu, longest, longest)
+    near = (-1, -1) if window is None else (window - 1, window - 1)
+    out = varlen_attn(query, key, value, cu, cu, longest, longest, scale=scale, window_size=near)
     assert isinstance(out, Tensor)
     return out
 

@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize
-from transformers import XLMRobertaForMaskedLM
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
 
 from infoxlm_ds.losses.masked_lm import masked_lm
+from infoxlm_ds.model.families import family_of
 
 Pooling = Literal["cls", "mean"]
 
@@ -48,9 +49,9 @@ def pool(hidden: Tensor, sequence: Tensor, lengths: Tensor, how: Pooling) -> Ten
     return (sums / lengths[:, None]).to(hidden.dtype)
 
 
-def masked_lm_loss(lm: XLMRobertaForMaskedLM, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """XLM-R's head on the masked rows [M, D] only: the weighted sum of cross-entropies, and each row's own [M] in
-    nats."""
-    head = lm.lm_head
-    features = head.layer_norm(gelu(head.dense(rows)))
-    return masked_lm(features, head.decoder.weight, head.bias, labels, weights)
+def masked_lm_loss(lm: PreTrainedModel, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The masked LM head on the masked rows [M, D] only: the weighted sum of cross-entropies, and each row's own [M] in
+    nats. The vocabulary matrix may have more rows than the vocabulary, see `pad_vocabulary`."""
+    decoder = lm.get_output_embeddings()
+    features = family_of(lm.config).features(lm, rows)
+    return masked_lm(features, decoder.weight, decoder.bias, labels, weights, lm.config.vocab_size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
+from infoxlm_ds.config import Constant, ConstantWithRefresh, Exponential, Linear
 from infoxlm_ds.model.encoder import Packed, SentenceEncoder
 
 
@@ -28,6 +29,7 @@ class Fragment:
     values: Tensor
 
 
+Schedule = Constant | ConstantWithRefresh | Linear | Exponential
 Masters = Callable[[Sequence[nn.Parameter]], list[Fragment]]
 Write = Callable[[Sequence[nn.Parameter], Sequence[Fragment]], None]
 
@@ -37,12 +39,12 @@ class MomentumEncoder:
     module."""
 
     def __init__(
-        self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, write: Write, momentum: float
+        self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, write: Write, schedule: Schedule
     ) -> None:
         """`encoder` is a copy of `source`. `masters` gives this rank's fragments of the fp32 masters of parameters,
         `write` sets parameters from the fragments of all ranks."""
         self._source = list(source.parameters())
-        self._masters, self._write, self.momentum = masters, write, momentum
+        self._masters, self._write, self._schedule = masters, write, schedule
         self.encoder = encoder
         self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self._source)]
 
@@ -53,13 +55,28 @@ class MomentumEncoder:
         return out
 
     @torch.no_grad()
-    def update(self) -> None:
-        """key = m key + (1 - m) query, after an optimizer step that was applied."""
+    def update(self, number: int) -> None:
+        """key = m key + (1 - m) query, after applied optimizer step `number` (1 is the first)."""
         masters = self._masters(self._source)
         assert [(f.parameter, f.start) for f in masters] == [(f.parameter, f.start) for f in self.shadow]
         if masters:
-            torch._foreach_lerp_([f.values for f in self.shadow], [f.values for f in masters], 1 - self.momentum)
+            weight = 1 - momentum_at(self._schedule, number)
+            torch._foreach_lerp_([f.values for f in self.shadow], [f.values for f in masters], weight)
         self._write(list(self.encoder.parameters()), self.shadow)
+
+    @torch.no_grad()
+    def follow(self, number: int) -> dict[str, float]:
+        """`update`, and what it did: the share of weights that changed as the encoder computes with them, and how far
+        they are from the query encoder's, relative to those. Collective."""
+        dtype = next(self.encoder.parameters()).dtype
+        before = [f.values.to(dtype, copy=True) for f in self.shadow]
+        self.update(number)
+        sums = torch.zeros(4, dtype=torch.float64, device=dist.device())
+        for old, new, query in zip(before, self.shadow, self._masters(self._source), strict=True):
+            changed, apart = (old != new.values.to(dtype)).sum(), (new.values - query.values).square().sum()
+            sums += torch.stack([changed, torch.tensor(old.numel()), apart, query.values.square().sum()]).to(sums)
+        changed, weights, apart, length = dist.sum_over_ranks(sums).tolist()
+        return {"momentum/changed_share": changed / weights, "momentum/distance": (apart / length) ** 0.5}
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's fragments, named `parameter:start`."""
@@ -69,6 +86,19 @@ class MomentumEncoder:
         for f in self.shadow:
             f.values.copy_(state[f"{f.parameter}:{f.start}"])
         self._write(list(self.encoder.parameters()), self.shadow)
+
+
+def momentum_at(schedule: Schedule, number: int) -> float:
+    """The momentum of update `number`, 1 being the first (the reference's `get_xlco_momentum`)."""
+    match schedule:
+        case Constant(value=value):
+            return value
+        case ConstantWithRefresh(value=value, every=every):
+            return 0.0 if number % every == 0 else value
+        case Linear(updates=(first, last), values=(start, end)):
+            return start + (end - start) * min(max((number - first) / (last - first), 0), 1)
+        case Exponential(power=power, within=(lowest, highest)):
+            return min(max(1 - max(number, 1) ** -power, lowest), highest)
 
 
 @torch.no_grad()

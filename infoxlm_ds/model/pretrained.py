@@ -1,38 +1,61 @@
-"""From a recipe to a model: a fresh XLM-R of the given shape, or the weights of a Hugging Face folder."""
+"""From a recipe to a model: a fresh encoder of the given shape, or the weights of a Hugging Face folder or name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
+from infoxlm_ds import dist
 from infoxlm_ds.config import Model, UserError
 from infoxlm_ds.model.attention import PACKED
-from infoxlm_ds.model.encoder import PADDING_ID, InfoXLM
+from infoxlm_ds.model.encoder import InfoXLM
+from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
 from infoxlm_ds.model.heads import SentenceHead
 
 PROJECTION = "projection.safetensors"  # beside the weights of a Hugging Face folder
+VOCABULARY_MULTIPLE = 64  # matrices of other heights miss the GPU's fast kernels
+XLM_R = {"bos": 0, "pad": 1, "eos": 2}
 
 
-def build_model(model: Model, vocabulary: int, seed: int) -> InfoXLM:
+def build_model(model: Model, vocabulary: int, seed: int, special_ids: Mapping[str, int] = XLM_R) -> InfoXLM:
     """The model of a recipe for a vocabulary of this size. Random weights depend on `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        built = assemble(_load(model) if model.init else XLMRobertaForMaskedLM(_shape(model, vocabulary)), model)
-    assert built.lm.config.vocab_size == vocabulary, "check_fit compares the tokenizers"
-    projection = model.init / PROJECTION if model.init else None
+        lm = _load(model.init) if model.init else _empty(shape_of(model, vocabulary, special_ids))
+        assert lm.config.vocab_size >= vocabulary, "check_fit compares the tokenizers"
+        built = assemble(lm, model)
+        pad_vocabulary(lm)  # last, for it draws random numbers
+    projection = Path(model.init) / PROJECTION if model.init else None
     if projection is not None and projection.is_file() and built.head.projection is not None:
         built.head.projection.load_state_dict(load_file(projection))
-    return built
+    return built.train()
 
 
-def assemble(lm: XLMRobertaForMaskedLM, model: Model) -> InfoXLM:
-    """An XLM-R with the sentence head of a recipe."""
+def assemble(lm: PreTrainedModel, model: Model) -> InfoXLM:
+    """A masked LM with the sentence head of a recipe."""
     head = SentenceHead(lm.config.hidden_size, model.pooling, model.projection, model.normalize)
     return InfoXLM(lm, head, model.universal_layer)
+
+
+def saved_shape(folder: Path, model: Model) -> InfoXLM:
+    """An untrained model, as `build_model` made it when a run saved its configuration to `folder`."""
+    return assemble(pad_vocabulary(_empty(AutoConfig.from_pretrained(folder))), model)
+
+
+def pad_vocabulary(lm: PreTrainedModel) -> PreTrainedModel:
+    """Rows of zeros up to a multiple of VOCABULARY_MULTIPLE; `config.vocab_size` goes on counting the pieces."""
+    return _resize(lm, -(-lm.config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
+
+
+def strip_vocabulary(lm: PreTrainedModel) -> PreTrainedModel:
+    """What `pad_vocabulary` added, taken off."""
+    return _resize(lm, lm.config.vocab_size)
 
 
 def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
@@ -42,22 +65,17 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
     """
     positions = model.positions
     if model.init:
-        if not (model.init / "config.json").is_file():
-            raise UserError(f"model.init {model.init}: no config.json there: give a Hugging Face folder")
-        if not any(model.init.glob("*.safetensors")) and not any(model.init.glob("*.bin")):
-            raise UserError(f"model.init {model.init}: no *.safetensors and no *.bin there: give a whole model folder")
-        config = XLMRobertaConfig.from_pretrained(model.init)
+        config = init_config(model.init)
         if model.universal_layer > config.num_hidden_layers:
             raise UserError(
                 f"model.universal_layer {model.universal_layer} is above the {config.num_hidden_layers} layers of "
                 f"{model.init}"
             )
-        positions = config.max_position_embeddings - PADDING_ID - 1
-        ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (tokenizer_folder, model.init))
-        if ours != theirs:
+        positions = positions_of(config)
+        if AutoTokenizer.from_pretrained(tokenizer_folder).get_vocab() != _tokenizer_of(model.init):
             raise UserError(
                 f"the corpus was prepared with another tokenizer than {model.init} has: set tokenizer.path to that "
-                "folder in the corpus description and run `infoxlm prep build` again"
+                "name in the corpus description and run `infoxlm prep build` again"
             )
     if longest > positions:
         raise UserError(
@@ -66,28 +84,93 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
         )
 
 
-def _shape(model: Model, vocabulary: int) -> XLMRobertaConfig:
-    return XLMRobertaConfig(
+def init_config(init: str) -> PreTrainedConfig:
+    """The configuration of `model.init`. UserError where there is none, or its encoder cannot run packed."""
+    folder = Path(init)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.init {init}: no config.json there: give a Hugging Face folder")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise UserError(f"model.init {init}: no *.safetensors and no *.bin there: give a whole model folder")
+    try:
+        config = AutoConfig.from_pretrained(init)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.init {init}: neither a model folder nor a name that the hub gives: {reason}") from None
+    family_of(config, f"model.init {init}")
+    return config
+
+
+def shape_of(model: Model, vocabulary: int, special_ids: Mapping[str, int] = XLM_R) -> PreTrainedConfig:
+    """The configuration of a fresh model."""
+    family = FAMILIES[model.type]
+    special: dict[str, float]
+    if family.rotary:
+        special = {"cls_token_id": special_ids["bos"], "sep_token_id": special_ids["eos"]}
+    else:
+        special = {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+        special |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return AutoConfig.for_model(
+        model.type,
         vocab_size=vocabulary,
         hidden_size=model.width,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
         intermediate_size=model.feed_forward,
-        max_position_embeddings=model.positions + PADDING_ID + 1,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        bos_token_id=0,
-        pad_token_id=PADDING_ID,
-        eos_token_id=2,
-        attn_implementation=PACKED,
+        max_position_embeddings=model.positions + (special_ids["pad"] + 1 if family.counts_from_padding else 0),
+        bos_token_id=special_ids["bos"],
+        pad_token_id=special_ids["pad"],
+        eos_token_id=special_ids["eos"],
+        **special,
     )
 
 
-def _load(model: Model) -> XLMRobertaForMaskedLM:
-    lm = XLMRobertaForMaskedLM.from_pretrained(model.init, attn_implementation=PACKED, dtype=torch.float32)
-    for module in lm.modules():  # InfoXLM trains without dropout; the configuration keeps its own for what comes after
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    return _without_dropout(AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32))
+
+
+def _load(init: str) -> PreTrainedModel:
+    """Weights of a folder or of the hub: safetensors or the older .bin, whole or in parts. A masked LM head that is not
+    there starts at random, and says so."""
+    if dist.rank() > 0:
+        disable_progress_bar()
+    lm, report = AutoModelForMaskedLM.from_pretrained(
+        init, attn_implementation=PACKED, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if lost := [name for name in missing if name.startswith(lm.base_model_prefix + ".")]:
+        raise UserError(f"model.init {init} lacks {len(lost)} weights of its encoder, such as {lost[0]}")
+    if missing and dist.rank() == 0:
+        print(f"model.init {init} has no {', '.join(missing)}: they start at random")
+    return _without_dropout(lm)
+
+
+def _without_dropout(lm: PreTrainedModel) -> PreTrainedModel:
+    """InfoXLM trains without dropout; the configuration keeps its own for what comes after."""
+    for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     return lm
+
+
+def _resize(lm: PreTrainedModel, rows: int) -> PreTrainedModel:
+    pieces = lm.config.vocab_size
+    lm.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[pieces:] = 0
+        decoder = lm.get_output_embeddings()
+        decoder.weight[pieces:] = 0
+        decoder.bias[pieces:] = 0
+    lm.config.vocab_size = pieces
+    return lm
+
+
+def _tokenizer_of(init: str) -> dict[str, int]:
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(init).get_vocab()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.init {init} has no tokenizer that loads: {reason}") from None
+    return vocabulary

@@ -38,9 +38,10 @@ class Meter:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
-    def count_languages(self, languages: dict[str, dict[str, int]]) -> None:
-        for task, counts in languages.items():
-            self._languages.setdefault(task, Counter()).update(counts)
+    def count_languages(self, names: dict[str, np.ndarray]) -> None:
+        """By task the language, or pair of languages, of each item."""
+        for task, of_task in names.items():
+            self._languages.setdefault(task, Counter()).update(of_task.ravel().tolist())
 
     def add_pairs(self, names: np.ndarray, columns: Tensor) -> None:
         """Loss and hit [2, R] of the contrast's rows, and what language pairs their items are, [b, 1 or 2]; R is b, or

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, XLMRobertaConfig, XLMRobertaForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from infoxlm_ds.checkpoint import Checkpoints
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.engine import read_weights
-from infoxlm_ds.model.attention import PACKED
-from infoxlm_ds.model.encoder import InfoXLM, embed, packed, run_layers
-from infoxlm_ds.model.pretrained import PROJECTION, assemble
+from infoxlm_ds.model.encoder import InfoXLM, packed
+from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
 
 TOLERANCE = 1e-4  # of hidden states of order 1, in fp32: padded and packed attention add up in another order
 SAMPLE = [
@@ -59,11 +58,11 @@ def export(run: Path, out: Path) -> None:
 
 
 def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:
-    lm = XLMRobertaForMaskedLM(XLMRobertaConfig.from_pretrained(run / "model", attn_implementation=PACKED))
-    model = assemble(lm, recipe.model)
+    model = saved_shape(run / "model", recipe.model)
     inside = "model."  # beside it the objective may hold a temperature
     weights = {name[len(inside) :]: x.float() for name, x in read_weights(latest).items() if name.startswith(inside)}
     model.load_state_dict(weights)
+    strip_vocabulary(model.lm)
     return model.eval()
 
 
@@ -84,10 +83,10 @@ def _difference(model: InfoXLM, folder: Path) -> float:
     real = padded["attention_mask"].bool()
     states = loaded(**padded, output_hidden_states=True).hidden_states
     tokens = packed(padded["input_ids"][real].numpy(), real.sum(1).numpy().astype(np.int64))
-    hidden = embed(model.lm.roberta.embeddings, tokens)
+    hidden = model.body.embed(tokens)
     worst = _largest(hidden - states[0][real])
-    for layer, expected in zip(model.lm.roberta.encoder.layer, states[1:], strict=True):
-        hidden = run_layers([layer], hidden, tokens.packing)
+    for layer, expected in enumerate(states[1:]):
+        hidden = model.body.run(hidden, tokens.positions, tokens.packing, layer, layer + 1)
         worst = max(worst, _largest(hidden - expected[real]))
     return worst
 

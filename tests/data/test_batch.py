@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.data.batch import BOS, EOS, N_TEXTS, BatchBuilder, JointBatch, Sequences, assemble
+from infoxlm_ds.data.batch import N_TEXTS, BatchBuilder, JointBatch, Sequences, assemble
+from infoxlm_ds.data.manifest import Tokenizer
 from infoxlm_ds.data.reader import Corpus
 from tests.corpus import small_recipe
 
 LANES = [0, 1, 2, 3]
+BOS, EOS = 0, 2
 
 
 def _split(sequences: Sequences) -> list[list[int]]:
@@ -25,12 +27,16 @@ def _build(recipe: Recipe, lane: int = 1, step: int = 3) -> JointBatch:
     return BatchBuilder(recipe, Corpus(recipe.corpus), LANES).build(lane, step)
 
 
-def test_layout_is_xlm_rs_for_one_text_and_for_two() -> None:
+def test_layout_is_the_tokenizers_for_one_text_and_for_two() -> None:
     pool = np.arange(10, 20, dtype=np.uint32)
-    one = assemble(pool, np.array([[0, 4]]), np.array([[3, 1]]))
+    xlm_r = Tokenizer(name="x", vocab_size=20, special_ids={"bos": BOS, "eos": EOS}, files=())
+    one = assemble(pool, np.array([[0, 4]]), np.array([[3, 1]]), xlm_r)
     assert _split(one) == [[BOS, 10, 11, 12, EOS], [BOS, 14, EOS]]
-    two = assemble(pool, np.array([[0, 4], [7, 5]]), np.array([[3, 1], [2, 4]]))
+    texts = np.array([[0, 4], [7, 5]]), np.array([[3, 1], [2, 4]])
+    two = assemble(pool, *texts, xlm_r)
     assert _split(two) == [[BOS, 10, 11, 12, EOS, EOS, 17, 18, EOS], [BOS, 14, EOS, EOS, 15, 16, 17, 18, EOS]]
+    bert = Tokenizer(name="b", vocab_size=20, special_ids={"bos": 8, "eos": 9}, separators=1, files=())
+    assert _split(assemble(pool, *texts, bert)) == [[8, 10, 11, 12, 9, 17, 18, 9], [8, 14, 9, 15, 16, 17, 18, 9]]
 
 
 def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
@@ -56,7 +62,7 @@ def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
         "xlco": recipe.batch.xlco_pairs,
     }
     assert batch.text_ids.shape == (recipe.batch.xlco_pairs, N_TEXTS["off"])
-    assert sum(batch.languages["xlco"].values()) == recipe.batch.xlco_pairs
+    assert len(batch.names["xlco"]) == recipe.batch.xlco_pairs
 
 
 def test_queries_and_keys_are_the_sides_of_the_same_pairs(corpus: Path, tmp_path: Path) -> None:
@@ -114,7 +120,7 @@ def test_the_references_mixup_keeps_sides_in_one_language(corpus: Path, tmp_path
     batch = _build(small_recipe(corpus, tmp_path / "run", *how))
     made, ids = _split(batch.tokens)[batch.trunk :], batch.text_ids.reshape(40, 2, 3)
     assert len(made) == 80 and len(np.unique(ids[:, :, 2])) == 80
-    same = [one == other for one, other in batch.pairs.tolist()]
+    same = [one == other for one, other in batch.names["xlco"].tolist()]
     assert sum(same) > 30  # the others have no two languages in common
     again = _build(small_recipe(corpus, tmp_path / "again", *how))
     assert (again.tokens.ids == batch.tokens.ids).all()

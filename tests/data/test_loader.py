@@ -35,7 +35,8 @@ def content(micro: JointBatch) -> bytes:
     """All that a step can depend on."""
     assert micro.keys is not None
     arrays = (micro.tokens.ids, micro.tokens.lengths, micro.keys.ids, micro.rows, micro.labels, micro.text_ids)
-    return b"".join(array.tobytes() for array in arrays) + repr((micro.trunk, micro.mmlm, micro.languages)).encode()
+    names = {task: of_task.tolist() for task, of_task in micro.names.items()}
+    return b"".join(array.tobytes() for array in arrays) + repr((micro.trunk, micro.mmlm, names)).encode()
 
 
 def read(recipe: Recipe, world: int, steps: range, cursors: Cursors) -> list[list[bytes]]:

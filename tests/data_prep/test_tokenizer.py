@@ -7,18 +7,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, BertTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, XLMRobertaConfig
 
 from data_prep.build import build
 from data_prep.clean import clean
 from data_prep.tokenizer import load_fast
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.batch import assemble
 from infoxlm_ds.data.packs import text_id
 from infoxlm_ds.data.reader import Corpus
+from tests.conftest import HubCache
 from tests.corpus import LANGUAGES
 from tests.data_prep.small import bag, describe, prepare, read_rows, stored, write_rows
 
@@ -104,12 +108,45 @@ def test_truncation_and_padding_stored_in_a_tokenizer_do_not_change_the_ids(corp
     assert tables[0] == tables[1]
 
 
-def test_a_tokenizer_of_another_layout_is_refused_by_its_own_folder(corpus: Path, tmp_path: Path) -> None:
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5}
-    BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / "bert" / "tokenizer")
+VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "one": 5, "a": 6, "say": 7}
+
+
+def test_a_bert_tokenizer_is_reused_with_its_own_layout(tmp_path: Path) -> None:
+    bert = BertTokenizer(vocab=VOCABULARY)
+    bert.save_pretrained(tmp_path / "bert" / "tokenizer")
+    (tmp_path / "t.txt").write_text("one a\nsay [MASK] one\n", encoding="utf-8")
+    corpus = prepare(tmp_path, tmp_path / "bert", [TEXT])
+    tokenizer = corpus.manifest.tokenizer
+    assert tokenizer.special_ids == {"bos": 2, "pad": 0, "eos": 3, "unk": 1, "mask": 4}
+    assert tokenizer.separators == 1 and tokenizer.name == "wordpiece"
+    assert [row["en"][0] for row in stored(corpus, "mono.en")] == [[5, 6, 7, 1, 5]]
+    pool = np.array([5, 6, 7, 5], np.uint32)
+    pair = assemble(pool, np.array([[0], [2]]), np.array([[2], [2]]), tokenizer)
+    assert pair.ids.tolist() == bert("one a", "say one")["input_ids"]
+
+
+def test_a_name_of_the_hub_is_found_in_its_cache(corpus: Path, tmp_path: Path, hub_cache: HubCache) -> None:
+    folder = hub_cache("some/name")
+    shutil.copytree(corpus / "tokenizer", folder, dirs_exist_ok=True)
+    XLMRobertaConfig().save_pretrained(folder)
     (tmp_path / "t.txt").write_text("one\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"bert/tokenizer: special tokens .* are not those of an XLM-R tokenizer"):
-        prepare(tmp_path, tmp_path / "bert", [TEXT])
+    build(describe(tmp_path, {"path": "some/name"}, [TEXT]), tmp_path / "corpus")
+    assert Corpus(tmp_path / "corpus").manifest.tokenizer.vocab_size == 800
+    with pytest.raises(UserError, match="some/other: the tokenizer cannot be loaded"):
+        build(describe(tmp_path, {"path": "some/other"}, [TEXT]), tmp_path / "other")
+
+
+def test_a_tokenizer_that_cannot_serve_is_refused_by_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("one\n", encoding="utf-8")
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes" / "tokenizer")
+    with pytest.raises(UserError, match=r"bytes/tokenizer: the tokenizer has no bos, mask token"):
+        prepare(tmp_path, tmp_path / "bytes", [TEXT])
+    backend = BertTokenizer(vocab=VOCABULARY).backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path / "layout" / "tokenizer")
+    with pytest.raises(UserError, match=r"layout/tokenizer: the tokenizer makes \[6, 3\] of one text"):
+        prepare(tmp_path, tmp_path / "layout", [TEXT])
     with pytest.raises(UserError, match=r"none/tokenizer holds no tokenizer"):
         prepare(tmp_path, tmp_path / "none", [TEXT])
     (tmp_path / "broken" / "tokenizer").mkdir(parents=True)

@@ -17,11 +17,14 @@ def whole_masters(engine: Engine, parameters: Sequence[nn.Parameter]) -> list[Te
     return whole(engine.masters(parameters), parameters, engine.sharded)
 
 
+@torch.no_grad()
 def whole(fragments: Sequence[Fragment], parameters: Sequence[nn.Parameter], sharded: bool) -> list[Tensor]:
     """These parameters from the fragments of all ranks. Collective."""
     shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]  # stage 3 keeps the shape beside an empty parameter
-    flat = [torch.zeros(shape.numel()) for shape in shapes]
+    buffer = torch.zeros(sum(shape.numel() for shape in shapes))
+    flat = buffer.split([shape.numel() for shape in shapes])
     for fragment in fragments:
         flat[fragment.parameter][fragment.start : fragment.start + len(fragment.values)] = fragment.values
-    summed = [dist.sum_over_ranks(values) if sharded else values for values in flat]
-    return [values.view(shape) for values, shape in zip(summed, shapes, strict=True)]
+    if sharded:
+        dist.sum_over_ranks(buffer)
+    return [values.view(shape) for values, shape in zip(flat, shapes, strict=True)]

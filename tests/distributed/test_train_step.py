@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import deepspeed
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.train import build, check_inputs
-from infoxlm_ds.trainer import TrainState, fit, train_step
+from infoxlm_ds.trainer import TrainState, fit, rehearse, train_step
 from tests.corpus import small_recipe
 from tests.distributed.masters import whole, whole_masters
 from tests.distributed.ranks import run_ranks
@@ -49,13 +48,13 @@ def _start(recipe: Recipe) -> TrainState:
     return build(check_inputs(recipe, dist.rank(), dist.world_size()))
 
 
-def _whole_state(state: TrainState) -> dict[str, Tensor]:
+def _whole_state(state: TrainState, queue: bool = True) -> dict[str, Tensor]:
     names, parameters = zip(*state.objective.model.named_parameters(prefix="model"), strict=True)
     out = dict(zip(names, whole_masters(state.engine, parameters), strict=True))
     if state.momentum is not None:
         names, parameters = zip(*state.momentum.encoder.named_parameters(prefix="key"), strict=True)
         out |= zip(names, whole(state.momentum.shadow, parameters, state.engine.sharded), strict=True)
-    if state.queue is not None:
+    if queue and state.queue is not None:
         out |= {f"queue.{name}": value for name, value in _whole_queue(state.queue).items()}
     if state.objective.temperature is not None:
         out["temperature"] = state.objective.temperature().detach().clone()
@@ -96,6 +95,7 @@ def test_update_is_the_same_for_every_world_size(corpus: Path, tmp_path: Path, o
                 _close(value, alone[name], f"world {world}, rank {rank}, {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both", "gradient_in_batch"])
 def test_update_is_the_same_for_every_stage_and_world_size(corpus: Path, tmp_path: Path, contrast: str) -> None:
     """Four lanes: one, two or four micro-steps a rank."""
@@ -119,52 +119,119 @@ def _close(value: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
 
 
-def _diverge(rank: int, world: int, recipe: Recipe) -> str:
-    state = _start(recipe)
-    with pytest.raises(RuntimeError) as caught:
-        fit(state, None)
-    return str(caught.value)
+def test_lanes_without_a_masked_token_count_for_nothing(corpus: Path, tmp_path: Path) -> None:
+    """Few masked tokens: some lanes have none of TLM's, some steps none of MMLM's on a whole rank."""
+    sizes = ("batch.tlm_tokens=20", "batch.mmlm_tokens=20", "masking.probability=0.06")
+    recipe = small_recipe(corpus, tmp_path / "run", *sizes)
+    loader = check_inputs(recipe, 0, 1).loader
+    counts = [[micro.counts["tlm"] for micro in next(loader)] for _ in range(3)]
+    loader.close()
+    assert any(0 in step for step in counts) and any(map(sum, counts))
+    (alone,) = run_ranks(_three_steps, 1, recipe)
+    for engine in ENGINE[1:]:
+        for result in run_ranks(_three_steps, 4, small_recipe(corpus, tmp_path / "run", *sizes, engine)):
+            for name, value in result.items():
+                _close(value, alone[name], f"{engine}, {name}")
 
 
-def test_steps_that_are_never_applied_stop_the_run(corpus: Path, tmp_path: Path) -> None:
-    recipe = small_recipe(corpus, tmp_path / "run", "optimizer.learning_rate=1e30", "optimizer.clip=0")
-    for message in run_ranks(_diverge, 2, recipe):
-        assert "after step" in message and "not finite" in message
+# How far apart splits may be after three steps, as a share of how far training moved the weights: 16 bits round sums
+# that are taken in another order. Measured: .0036 and .0015. The precision itself is .066 and .006 away from fp32.
+BOUNDS = {"bf16": 0.006, "fp16": 0.003}
 
 
-def _follow(rank: int, world: int, recipe: Recipe) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """fp32 masters of the query side and key weights after each step."""
-    state = _start(recipe)
-    assert state.momentum is not None
-    queries, keys = [], []
-    for step in range(4):
-        if step:
-            train_step(state)
-        encoder = state.objective.model.sentence_encoder()
-        names = [name for name, _ in encoder.named_parameters()]
-        queries.append(dict(zip(names, whole_masters(state.engine, list(encoder.parameters())), strict=True)))
-        with deepspeed.zero.GatheredParameters(list(state.momentum.encoder.parameters())):
-            keys.append({name: p.float().clone() for name, p in state.momentum.encoder.named_parameters()})
-    return queries, keys
-
-
-@pytest.mark.parametrize(
-    ("config", "tolerance"),
-    [("zero1_fp32", 1e-6), ("zero3_fp32", 1e-6), ("zero1_bf16", 2**-8), ("zero2_bf16", 2**-8), ("zero3_bf16", 2**-8)],
-)
-def test_key_encoder_is_the_fp32_average_of_the_masters(
-    corpus: Path, tmp_path: Path, config: str, tolerance: float
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_splits_in_16_bits_stay_within_their_rounding(
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, precision: str
 ) -> None:
-    """In bf16 the compute copy is the fp32 average rounded once, however small the moves were."""
-    engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
-    recipe = small_recipe(corpus, tmp_path / "run", f"engine={engine}", "contrast.momentum=0.99")
-    for queries, keys in run_ranks(_follow, 2, recipe):
-        average = queries[0]
-        for query, key in zip(queries[1:], keys[1:], strict=True):
-            average = {name: 0.99 * average[name] + 0.01 * value for name, value in query.items()}
-            for name, value in average.items():
-                torch.testing.assert_close(key[name], value, atol=1e-7, rtol=tolerance, msg=name)
-        assert any(not torch.equal(queries[0][name], queries[-1][name]) for name in queries[0])
+    def states(config: str, world: int, steps: int = 3) -> list[dict[str, Tensor]]:
+        engine = f"engine={CONFIGS / config}.json"
+        return run_ranks(_steps, world, small_recipe(corpus, tmp_path / "run", engine), steps)
+
+    (start,), (stage_1,) = states(f"zero1_{precision}", 1, 0), states(f"zero1_{precision}", 1)
+    others = [f"zero2_{precision}", f"zero3_{precision}"]
+    others += ["zero2_bf16_offload", "zero3_bf16_offload"] if precision == "bf16" else []
+    for config, world in [(f"zero1_{precision}", 2), *((config, world) for config in others for world in (1, 2, 4))]:
+        for state in states(config, world):
+            apart, moved = _distance(state, stage_1), _distance(stage_1, start)
+            assert moved > 0 and apart < BOUNDS[precision] * moved, f"{config}, world {world}: {apart / moved:.1e}"
+
+
+def _steps(rank: int, world: int, recipe: Recipe, applied: int) -> dict[str, Tensor]:
+    """Masters and key weights after so many applied steps; fp16 begins with some that are not."""
+    state = _start(recipe)
+    if recipe.memory.dry_run:
+        assert rehearse(state) > 0
+    while state.step < applied:
+        train_step(state)
+    return {name: value for name, value in _whole_state(state, queue=False).items() if value.is_floating_point()}
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return sum(float((one[name] - other[name]).square().sum()) for name in other) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero1_fp16", "zero2_fp16", "zero3_bf16", "zero3_bf16_offload"]
+)
+@pytest.mark.parametrize("keys", ["momentum", "gradient"])
+def test_recomputing_activations_and_a_dry_run_change_no_bit(
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, config: str, keys: str
+) -> None:
+    overrides = [f"engine={CONFIGS / config}.json", f"contrast.keys={keys}"]
+    memory = "memory={activation_checkpointing: true, dry_run: true}"
+    plain = run_ranks(_steps, 2, small_recipe(corpus, tmp_path / "run", *overrides), 2)
+    changed = run_ranks(_steps, 2, small_recipe(corpus, tmp_path / "run", *overrides, memory), 2)
+    for expected, found in zip(plain, changed, strict=True):
+        for name in expected:
+            assert torch.equal(found[name], expected[name]), name
+
+
+def _saved_bytes(rank: int, world: int, recipe: Recipe) -> int:
+    """What autograd keeps of a lane for the backward pass, beside the parameters."""
+    state = _start(recipe)
+    found: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in state.objective.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    micros = next(state.loader)
+    context = state.objective.prepare(micros, state.momentum, None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        held = state.engine.forward(micros[0], context, 0)
+    assert held[0].requires_grad
+    return sum(size for at, size in found.items() if at not in own)
+
+
+def test_activation_checkpointing_keeps_little_more_than_the_inputs_of_layers(corpus: Path, tmp_path: Path) -> None:
+    shape = (
+        "model.layers=6",
+        "model.universal_layer=4",
+        "weights.mmlm=0",
+        "weights.xlco=1",
+        "contrast.negatives=queue",
+    )
+    sizes = [
+        run_ranks(_saved_bytes, 1, small_recipe(corpus, tmp_path / "run", *shape, *more))[0]
+        for more in ([], ["memory.activation_checkpointing=true"])
+    ]
+    assert sizes[1] < 0.3 * sizes[0], sizes
+
+
+def test_the_longest_batch_is_as_long_as_any(corpus: Path, tmp_path: Path) -> None:
+    """No lane of the first steps has more tokens, pairs or, but for rare chance, masked pieces."""
+    for overrides in ([], ["contrast.mixup=paper"], ["contrast.keys=gradient"], ["weights.tlm=0"]):
+        inputs = check_inputs(small_recipe(corpus, tmp_path / "run", *overrides), 0, 1)
+        longest = inputs.loader.longest_batch()
+        for micro in (micro for _ in range(20) for micro in next(inputs.loader)):
+            assert len(micro.tokens.ids) <= len(longest.tokens.ids)
+            assert len(micro.rows) <= len(longest.rows) and micro.text_ids.shape == longest.text_ids.shape
+            assert (micro.keys is None) == (longest.keys is None)
+            assert micro.keys is None or longest.keys is None or len(micro.keys.ids) <= len(longest.keys.ids)
+        inputs.loader.close()
 
 
 def _train(rank: int, world: int, recipe: Recipe, stop_after: int | None) -> tuple[dict[str, Tensor], int]:
@@ -191,9 +258,18 @@ def _raise_signal_after(state: TrainState, step: int) -> None:
     state.engine.step = stepping  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_fp32", "zero3_bf16"])
-@pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both", "momentum_sharded_queue"])
-def test_a_stopped_run_goes_on_bit_equal(corpus: Path, tmp_path: Path, config: str, contrast: str) -> None:
+EVERY_CONFIG = ["zero0_fp32", *(f"zero{stage}_{kind}" for stage in (1, 2, 3) for kind in ("fp32", "bf16", "fp16"))]
+RESUMED = [(config, "momentum_both") for config in [*EVERY_CONFIG, "zero3_bf16_offload"]]
+RESUMED += [("zero1_fp32", "gradient_both"), ("zero3_bf16", "gradient_both")]
+RESUMED += [("zero1_bf16", "momentum_sharded_queue"), ("zero3_fp32", "momentum_sharded_queue")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "contrast"), RESUMED)
+def test_a_stopped_run_goes_on_bit_equal(
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, config: str, contrast: str
+) -> None:
+    """With a dry run before it goes on, which leaves nothing behind."""
     engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
     overrides = [f"engine={engine}", *CONTRASTS[contrast]]
     whole = run_ranks(_train, 2, small_recipe(corpus, tmp_path / "whole", *overrides), None)
@@ -201,7 +277,7 @@ def test_a_stopped_run_goes_on_bit_equal(corpus: Path, tmp_path: Path, config: s
     stopped = run_ranks(_train, 2, recipe, 3)
     assert all(step == 3 for _, step in stopped)
     assert (tmp_path / "stopped" / "checkpoints" / "latest").read_text() == "step-00000003"
-    resumed = run_ranks(_train, 2, recipe, None)
+    resumed = run_ranks(_train, 2, small_recipe(corpus, tmp_path / "stopped", *overrides, "memory.dry_run=true"), None)
     for (expected, _), (value, step) in zip(whole, resumed, strict=True):
         assert step == 6
         for name in expected:

@@ -99,6 +99,16 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
     assert compared.returncode == 0 and "home_assistant.dev" in compared.stdout
 
 
+def test_a_run_that_diverges_ends_with_one_line_and_code_1(corpus: Path, tmp_path: Path) -> None:
+    wild = {"learning_rate": 1e30, "clip": 0.0, "steps": 40, "warmup": 1, "most_skipped": 3}
+    done = _run("train", _recipe(corpus, tmp_path / "run", optimizer=wild, checkpoint={"every": 1}))
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("infoxlm: ")]
+    good = (tmp_path / "run" / "checkpoints" / "latest").read_text()
+    assert "3 steps in a row" in line and good in line and "Traceback" not in done.stderr
+    assert done.stdout.count("was not applied") == 3
+
+
 def test_the_plain_launcher_command_trains(corpus: Path, tmp_path: Path) -> None:
     recipe = _recipe(corpus, tmp_path / "run", optimizer={"learning_rate": 1e-2, "steps": 2, "warmup": 1})
     deepspeed = Path(sys.executable).with_name("deepspeed")

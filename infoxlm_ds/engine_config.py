@@ -1,0 +1,142 @@
+"""A DeepSpeed configuration, checked: what is the user's, what the recipe decides, what would go wrong in silence.
+
+ds_configs/README.md is this file for users.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Before DeepSpeed is imported: it guesses the device at import, with a warning where there is no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
+from infoxlm_ds.config import UserError
+
+# DeepSpeed itself accepts unknown top-level keys in silence.
+ALLOWED = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "comms_logger",
+    "wall_clock_breakdown",
+)
+OURS = {
+    "train_batch_size": "batch.lanes",
+    "train_micro_batch_size_per_gpu": "batch",
+    "gradient_accumulation_steps": "batch.lanes and the number of ranks",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.steps and optimizer.warmup",
+    "steps_per_print": "log.every",
+    "tensorboard": "log.tensorboard",
+    "activation_checkpointing": "memory.activation_checkpointing",
+}
+SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+# section, key, the only value that works here, why
+ONLY = (
+    ("zero_optimization", "zero_hpz_partition_size", 1, "second copies of the weights miss the momentum encoder"),
+    ("zero_optimization", "compute_grad_norm", True, "a step that is not finite would be applied"),
+    ("bf16", "check_grad_overflow", True, "a step that is not finite would be applied"),
+    ("bf16", "immediate_grad_update", False, "it was never tried with the joint pass"),
+    ("fp16", "fp16_master_weights_and_grads", False, "the momentum encoder averages fp32 masters"),
+    ("bf16", "bf16_master_weights_and_grads", False, "the momentum encoder averages fp32 masters"),
+    ("fp16", "auto_cast", False, "the batch holds token ids and no numbers to cast"),
+)
+
+
+def load_engine_config(path: Path) -> dict[str, Any]:
+    """A ds_configs JSON. UserError names a key that is unknown, that the recipe decides, or whose value cannot work."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"engine: no such file: {path}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"engine: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"engine: {path} is no JSON object")
+    for key in config:
+        if key in OURS:
+            raise UserError(f"{path}: remove {key}: the recipe decides it, by {OURS[key]}")
+        if key not in ALLOWED:
+            raise UserError(f"{path}: {key} is not a known key: one of {', '.join(ALLOWED)}")
+    for section in (*SECTIONS, "data_types"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: {section} is no object of keys and values")
+    for section, key, value, why in ONLY:
+        if config.get(section, {}).get(key, value) != value:
+            raise UserError(f"{path}: remove {section}.{key}: {why}")
+    if (stage := stage_of(config)) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage {stage} is not one of ZeRO's: use 0, 1, 2 or 3")
+    for section, keys in SECTIONS.items():
+        try:
+            keys(**config.get(section, {}))
+        except ValidationError as error:
+            raise UserError(f"{path}: {section}: {_first(error)}") from None
+    _check_precision(config, path)
+    _check_offload(config, path)
+    return config
+
+
+def stage_of(config: dict[str, Any]) -> int:
+    stage: int = config.get("zero_optimization", {}).get("stage", 0)
+    return stage
+
+
+def precision_of(config: dict[str, Any]) -> str:
+    """fp32, bf16 or fp16."""
+    return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled", False)), "fp32")
+
+
+def offloaded(config: dict[str, Any], what: str) -> bool:
+    """Whether `optimizer` or `param` lies in the host's memory."""
+    section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return bool(section.get("device", "none") != "none")
+
+
+def _check_precision(config: dict[str, Any], path: Path) -> None:
+    precision = precision_of(config)
+    if all(config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
+        raise UserError(f"{path}: bf16 and fp16 are both enabled: remove one")
+    if unknown := sorted(config.get("data_types", {}).keys() - {"grad_accum_dtype"}):
+        raise UserError(f"{path}: remove data_types.{unknown[0]}: only grad_accum_dtype is known to work")
+    if precision == "fp32":
+        return
+    if stage_of(config) == 0:
+        raise UserError(f"{path}: 16-bit training needs fp32 masters to average: set zero_optimization.stage to 1")
+    if config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        raise UserError(
+            f'{path}: 16-bit training adds up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
+        )
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(f"{path}: DeepSpeed runs fp16 on GPUs only: take bf16 or fp32 on this machine")
+
+
+def _check_offload(config: dict[str, Any], path: Path) -> None:
+    zero = config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise UserError(f"{path}: zero_optimization.{key}.device {device} is not supported: set cpu")
+    if offloaded(config, "optimizer") and stage_of(config) == 0:
+        raise UserError(f"{path}: offload_optimizer needs ZeRO: set zero_optimization.stage to 1, 2 or 3")
+    if offloaded(config, "param") and stage_of(config) != 3:
+        raise UserError(f"{path}: offload_param needs zero_optimization.stage 3")
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    key = ".".join(str(part) for part in found["loc"])
+    message = "is not a known key" if found["type"] == "extra_forbidden" else str(found["msg"])
+    return f"{key} {message}".strip()

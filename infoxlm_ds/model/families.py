@@ -1,0 +1,80 @@
+"""Which of transformers' encoders can run packed, and where each keeps its parts.
+
+A family needs transformers' attention interface and a stack of layers that takes one flat row of tokens; one line in
+FAMILIES adds it, and tests/model/test_families.py holds every line against transformers on padded batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import gelu
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from infoxlm_ds.config import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute paths below the base model, and the masked LM head up to the vocabulary matrix: rows [M, D] to
+    [M, D]."""
+
+    features: Callable[[Any, Tensor], Tensor]
+    layers: str = "encoder.layer"
+    norm: str | None = None  # behind the last layer, of families that normalise before each block
+    rotary: str | None = None  # positions enter in the layers, not in the embeddings
+    counts_from_padding: bool = False  # position ids begin behind the padding id
+
+
+def _roberta_features(lm: Any, rows: Tensor) -> Tensor:
+    head = lm.lm_head
+    out: Tensor = head.layer_norm(gelu(head.dense(rows)))
+    return out
+
+
+FAMILIES = {
+    "xlm-roberta": Family(_roberta_features, counts_from_padding=True),
+    "roberta": Family(_roberta_features, counts_from_padding=True),
+    "camembert": Family(_roberta_features, counts_from_padding=True),
+    "xlm-roberta-xl": Family(_roberta_features, norm="encoder.LayerNorm", counts_from_padding=True),
+    "bert": Family(lambda lm, rows: lm.cls.predictions.transform(rows)),
+    "modernbert": Family(lambda lm, rows: lm.head(rows), layers="layers", norm="final_norm", rotary="rotary_emb"),
+}
+
+
+def family_of(config: PreTrainedConfig, where: str = "the model") -> Family:
+    """UserError with the reason where a model cannot run packed; `where` is what the user calls it."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise UserError(f"{where} is a {kind}: {_reason(kind, config)}; known are {', '.join(FAMILIES)}")
+    if getattr(config, "is_decoder", False):
+        raise UserError(f"{where} is a decoder, which sees no later tokens: set is_decoder to false in its config.json")
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        raise UserError(
+            f"{where} has position_embedding_type {config.position_embedding_type}, which transformers no longer runs"
+        )
+    return FAMILIES[kind]
+
+
+def _reason(kind: str, config: PreTrainedConfig) -> str:
+    if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "transformers has no masked LM head for it"
+    if not MODEL_FOR_MASKED_LM_MAPPING[type(config)]._supports_attention_backend:
+        return "it computes attention outside transformers' attention interface, so its sequences cannot be packed"
+    return "nobody has told where its parts are; a line in infoxlm_ds/model/families.py does"
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence that the model takes."""
+    taken = config.pad_token_id + 1 if family_of(config).counts_from_padding else 0
+    return int(config.max_position_embeddings - taken)
+
+
+def part(model: PreTrainedModel, path: str | None) -> Any:
+    """The module at an attribute path, None where the family has none."""
+    return None if path is None else attrgetter(path)(model)

@@ -1,0 +1,69 @@
+"""Why a step was not applied: whose losses were not finite, and in which languages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infoxlm_ds import dist
+from infoxlm_ds.data.batch import JointBatch
+from infoxlm_ds.objective import Report
+
+SHOWN = 4  # lanes of a message, languages of a lane
+
+
+def find_faults(
+    lanes: Sequence[int], micros: Sequence[JointBatch], reports: Sequence[Report], reps: Sequence[Tensor]
+) -> list[str]:
+    """Tasks of the step whose losses are not finite, with rank, lane and languages: the same list on every rank, empty
+    where only gradients are not finite. Collective."""
+    own = [
+        f"{task} on rank {dist.rank()}, lane {lane}{languages}"
+        for lane, micro, report, lane_reps in zip(lanes, micros, reports, reps, strict=True)
+        for task, languages in _faults(micro, report, lane_reps).items()
+    ]
+    return [fault for faults in dist.gather_objects(own) for fault in faults]  # type: ignore[attr-defined]
+
+
+def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
+    """One line on a step that was not applied. `scale`: its loss scale, 1 outside fp16; `next_scale`: the next's."""
+    said = f"loss not finite: {_some(faults, '; ')}" if faults else "all losses are finite, gradients are not"
+    if scale == next_scale == 1:
+        return said
+    said += f"; loss scale {scale:g}, now {next_scale:g}"
+    return said if faults else f"{said}: how fp16 finds its scale, normal at the start and now and then later"
+
+
+def _faults(micro: JointBatch, report: Report, reps: Tensor) -> dict[str, str]:
+    """Tasks of a lane whose losses are not finite, with the languages of the items that are to blame."""
+    found: dict[str, Iterable[str]] = {}
+    sequences = np.searchsorted(np.cumsum(micro.tokens.lengths), micro.rows, side="right")
+    bad = _not_finite(report.masked[:, None])
+    names = np.concatenate([micro.names.get(task, np.zeros(0, str)) for task in ("mmlm", "tlm")])
+    for task, part in (("mmlm", slice(None, micro.mmlm)), ("tlm", slice(micro.mmlm, None))):
+        if bad[part].any():
+            found[task] = names[sequences[part][bad[part]]]
+    loss = report.sums.get("xlco/loss", 0.0)
+    if not np.isfinite(float(loss)) or _not_finite(reps).any():
+        rows = np.flatnonzero(_not_finite(reps)) % max(1, len(micro.text_ids))  # none: the fault is another lane's
+        found["xlco"] = micro.names["xlco"][rows].ravel()
+    return {task: _languages(blamed) for task, blamed in found.items()}
+
+
+def _languages(names: Iterable[str]) -> str:
+    different = sorted(set(map(str, names)))
+    return f" ({_some(different, ', ')})" if different else ""
+
+
+def _some(parts: Sequence[str], between: str) -> str:
+    more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return between.join(parts[:SHOWN]) + more
+
+
+def _not_finite(rows: Tensor) -> np.ndarray:
+    """Which rows of [n, D] hold a number that is not finite."""
+    flags: np.ndarray = (~torch.isfinite(rows)).flatten(1).any(1).cpu().numpy()
+    return flags

@@ -1,0 +1,115 @@
+"""The key encoder is the fp32 average of the fp32 master weights, in every precision and stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor
+
+from infoxlm_ds import dist
+from infoxlm_ds.config import Contrast, Recipe
+from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.model.momentum import momentum_at
+from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.trainer import TrainState, train_step
+from tests.corpus import ROOT, small_recipe
+from tests.distributed.masters import whole, whole_masters
+from tests.distributed.ranks import run_ranks
+
+SMALL = (
+    "batch={lanes: 2, mmlm_tokens: 20, tlm_tokens: 0, xlco_pairs: 2}",
+    "contrast.queue.size=8",
+    "model.width=16",
+    "model.layers=1",
+)
+LONG = 1000
+
+
+def _start(recipe: Recipe) -> TrainState:
+    start_ranks()
+    return build(check_inputs(recipe, dist.rank(), dist.world_size()))
+
+
+def _against_an_oracle(rank: int, world: int, recipe: Recipe, steps: int) -> tuple[float, float, list[float]]:
+    """After so many applied steps: the largest distance of this average, put together from all ranks, to one taken of
+    whole tensors; how far it moved; and the reported shares of weights that changed."""
+    state = _start(recipe)
+    momentum = state.momentum
+    assert momentum is not None
+    query, key = (list(m.parameters()) for m in (state.objective.model.sentence_encoder(), momentum.encoder))
+    oracle = whole_masters(state.engine, query)
+    start, changed = [x.clone() for x in oracle], []
+    while state.step < steps:
+        if not train_step(state):
+            continue
+        rate = 1 - momentum_at(recipe.contrast.momentum, state.step)
+        masters = whole_masters(state.engine, query)
+        oracle = [average.lerp(master, rate) for average, master in zip(oracle, masters, strict=True)]
+        if "momentum/changed_share" in state.observed:
+            changed.append(state.observed.pop("momentum/changed_share"))
+    ours = whole(momentum.shadow, query, state.engine.sharded)
+    with deepspeed.zero.GatheredParameters(key):
+        for average, parameter in zip(ours, key, strict=True):
+            assert torch.equal(parameter, average.to(parameter.dtype))  # what it computes with is rounded once
+    return _largest(ours, oracle), _largest(ours, start), changed
+
+
+def _largest(some: list[Tensor], others: list[Tensor]) -> float:
+    return max(float((one - other).abs().max()) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero1_bf16", "zero3_bf16", "zero2_fp16"])
+def test_a_thousand_steps_at_slow_momentum_equal_an_unsharded_average(
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, config: str
+) -> None:
+    engine = f"engine={ROOT / 'ds_configs' / config}.json"
+    steps = (f"optimizer.steps={LONG + 1}", "contrast.momentum=0.9999", "log.every=250", "log.geometry=5000")
+    recipe = small_recipe(corpus, tmp_path / "run", engine, *SMALL, *steps)
+    for distance, moved, changed in run_ranks(_against_an_oracle, 2, recipe, LONG, timeout=250):
+        assert distance < 1e-6
+        assert moved > 1e-3
+        assert len(changed) == 4 and all(0 < share < 1 for share in changed)
+
+
+@pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32"])
+def test_schedules_reach_the_average(corpus: Path, tmp_path: Path, config: str) -> None:
+    engine = f"engine={ROOT / 'ds_configs' / config}.json"
+    schedule = "contrast.momentum={schedule: constant_with_refresh, value: 0.9, every: 3}"
+    recipe = small_recipe(corpus, tmp_path / "run", engine, *SMALL, schedule, "optimizer.steps=9", "log.every=1")
+    for distance, moved, changed in run_ranks(_against_an_oracle, 2, recipe, 5):
+        assert distance < 1e-6 < moved
+        assert all(share > 0.5 for share in changed)  # all but the rows of words that no text had
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_refresh", "linear", "exponential"])
+def test_momentum_schedules_are_those_of_the_reference(name: str) -> None:
+    """Its `get_xlco_momentum` at many step numbers, by the text that its command line takes."""
+    keys: dict[str, Callable[..., dict[str, Any]]] = {
+        "constant": lambda value: {"value": value},
+        "constant_with_refresh": lambda value, every: {"value": value, "every": int(every)},
+        "linear": lambda first, last, start, end: {"updates": (int(first), int(last)), "values": (start, end)},
+        "exponential": lambda power, lowest, highest: {"power": power, "within": (lowest, highest)},
+    }
+    golden = json.loads((ROOT / "tests" / "golden" / "momentum_schedules.json").read_text())
+    found = [text for text in golden if text.split(",")[0] == name]
+    assert found
+    for text in found:
+        numbers = [float(x) for x in text.split(",")[1:]]
+        tree = {"temperature": 1.0, "momentum": {"schedule": name} | keys[name](*numbers)}
+        schedule = Contrast.model_validate(tree).momentum
+        for step, expected in golden[text].items():
+            assert momentum_at(schedule, int(step)) == pytest.approx(expected, rel=1e-15, abs=1e-15), (text, step)
+
+
+def test_a_number_is_a_constant_schedule() -> None:
+    assert (
+        Contrast.model_validate({"temperature": 1.0, "momentum": 0.5}).momentum
+        == Contrast.model_validate({"temperature": 1.0, "momentum": {"schedule": "constant", "value": 0.5}}).momentum
+    )
