@@ -35,6 +35,36 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
+    ] = None,
+    *,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks; they divide batch.lanes.")],
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.001, help="GiB of one: does it fit, and on how few?")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens of text to see: how many steps and days?")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Default: the corpus', else the model's.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(min=0.001, help="A GPU, as you measured it.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Assumed where --tokens-per-second is not given.")] = 0.3,
+    gpu_flops: Annotated[float, typer.Option(min=1, help="Peak a second; default: H100, bf16, dense.")] = 989e12,
+    json: Annotated[Path | None, typer.Option(help="Also write everything here.")] = None,
+) -> None:
+    """Memory by ZeRO stage, operations, bytes on the wire and time of a recipe, before it runs."""
+    from rich.console import Console
+
+    from infoxlm_ds.sizing_table import Wishes, print_plan, read_setting, write_json
+
+    wishes = Wishes(gpus, gpu_memory, tokens, vocabulary, tokens_per_second, gpu_flops, mfu)
+    setting = read_setting(recipe, overrides or [], wishes)
+    print_plan(setting, wishes, Console())
+    if json:
+        write_json(setting, wishes, json)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],

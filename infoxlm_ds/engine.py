@@ -96,7 +96,13 @@ class Engine:
             if "loss scale already at minimum" not in str(error):
                 raise
             raise NotFinite("gradients overflow fp16 even at the smallest loss scale") from None
-        return bool(at_boundary and self._engine.was_step_applied())
+        applied = bool(at_boundary and self._engine.was_step_applied())
+        if at_boundary and not applied and self.stage == 3:
+            # A step that is not applied leaves persistent parameters cut up, and the next one may trip over that.
+            persistent = self._engine.optimizer.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+        return applied
 
     def _finite(self) -> bool:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]

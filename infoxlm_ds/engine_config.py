@@ -99,6 +99,11 @@ def precision_of(config: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled", False)), "fp32")
 
 
+def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """The ZeRO section with DeepSpeed's own defaults filled in."""
+    return DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+
+
 def offloaded(config: dict[str, Any], what: str) -> bool:
     """Whether `optimizer` or `param` lies in the host's memory."""
     section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}

@@ -177,10 +177,12 @@ def _report_skip(state: TrainState, sinks: Sinks | None) -> None:
         sinks.say(f"the step after {state.step} was not applied ({times} in a row): {why}")
     if times == state.recipe.optimizer.most_skipped:
         good = state.checkpoints.latest()
+        last = (
+            f"The last good checkpoint is {good}: export it and start from it" if good else "No checkpoint yet: start"
+        )
         raise NotFinite(
-            f"{times} steps in a row after step {state.step} were not applied: {why}. "
-            + (f"The last good checkpoint is {good}" if good else "There is no checkpoint yet")
-            + ": lower optimizer.learning_rate, or look into that data"
+            f"{times} steps in a row after step {state.step} were not applied: {why}. {last} with a lower "
+            "optimizer.learning_rate, or look into that data"
         )
 
 

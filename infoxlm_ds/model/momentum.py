@@ -106,7 +106,8 @@ def write_whole(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment
     """Set parameters, which every rank holds whole, from fragments: this rank's, or where `sharded` those of all, by
     one collective."""
     sizes = [p.numel() for p in parameters]
-    buffer = torch.zeros(sum(sizes), device=parameters[0].device)
+    # In the parameters' own precision, which is exact: of each element one rank has a value, the others zero.
+    buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
     flat = buffer.split(sizes)
     for f in fragments:
         flat[f.parameter][f.start : f.start + len(f.values)] = f.values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def assemble(lm: PreTrainedModel, model: Model) -> InfoXLM:
     """A masked LM with the sentence head of a recipe."""
     head = SentenceHead(lm.config.hidden_size, model.pooling, model.projection, model.normalize)
     return InfoXLM(lm, head, model.universal_layer)
+
+
+def outline(model: Model, vocabulary: int, config: PreTrainedConfig | None = None) -> InfoXLM:
+    """The model without storage, on torch's meta device: what it is made of, at no cost. `config`: of `model.init`."""
+    config = shape_of(model, vocabulary) if config is None else copy.deepcopy(config)
+    config.vocab_size = vocabulary
+    with torch.device("meta"):
+        return assemble(_empty(config), model)
 
 
 def saved_shape(folder: Path, model: Model) -> InfoXLM:

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine import NotFinite, schedule, start_ranks
 from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.objective import StepContext
 from infoxlm_ds.train import build, check_inputs
 from infoxlm_ds.trainer import TrainState, fit, train_step
 from tests.corpus import ROOT, small_recipe
@@ -97,6 +99,28 @@ def test_a_step_that_is_not_finite_on_one_rank_is_applied_on_none(
     assert ("loss scale" in said) == ("fp16" in config)
 
 
+def _an_infinite_share(rank: int, world: int, recipe: Recipe) -> tuple[bool, bool]:
+    """Whether a step was applied in which rank 1's loss was infinite and all gradients finite; and whether it changed
+    anything."""
+    state = _start(recipe)
+    train_step(state)
+    before, forward = _everything(state), state.engine.forward
+    share = iter([torch.tensor(torch.inf if rank == 1 else 0.0), torch.tensor(0.0)])
+
+    def forwarding(*arguments: Any) -> Any:
+        loss, *rest = forward(*arguments)
+        return loss + next(share), *rest
+
+    state.engine.forward = forwarding  # type: ignore[method-assign]
+    return train_step(state), not _equal(before, _everything(state))
+
+
+@pytest.mark.parametrize("config", ["zero0_fp32", "zero1_fp32", "zero1_bf16", "zero2_bf16", "zero3_fp32"])
+def test_an_infinite_loss_with_finite_gradients_is_not_applied(corpus: Path, tmp_path: Path, config: str) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run", f"engine={CONFIGS / config}.json")
+    assert run_ranks(_an_infinite_share, 2, recipe) == [(False, False)] * 2
+
+
 def _diverge(rank: int, world: int, recipe: Recipe) -> tuple[str, int]:
     state = _start(recipe)
     with (
@@ -158,6 +182,27 @@ def test_fp16_that_overflows_at_the_smallest_scale_ends(corpus: Path, tmp_path: 
     recipe = small_recipe(corpus, tmp_path / "run", f"engine={CONFIGS}/zero1_fp16.json", "weights.mmlm=1e9")
     for message in run_ranks(_never_finite, 2, recipe):
         assert "smallest loss scale" in message
+
+
+def _fall_silent(rank: int, world: int, recipe: Recipe) -> None:
+    """Rank 1 does nothing from its third step on."""
+    state = _start(recipe)
+    prepare = state.objective.prepare
+
+    def preparing(*arguments: Any) -> StepContext:
+        if rank == 1 and state.step == 2:
+            time.sleep(60)
+        return prepare(*arguments)
+
+    state.objective.prepare = preparing  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError):
+        fit(state, None)
+
+
+def test_the_timeout_is_long_up_to_the_first_step_and_short_from_then_on(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run", "timeout={start: 600, step: 2}")
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2"):  # the other rank has returned
+        run_ranks(_fall_silent, 2, recipe, timeout=15)
 
 
 def _wait(rank: int, world: int, seconds: int) -> float:

@@ -20,7 +20,7 @@ from tests.distributed.ranks import run_ranks
 from tests.losses import oracle
 
 WIDTH = 5
-EXACT: dict[str, Any] = {"atol": 1e-12, "rtol": 1e-12}
+EXACT: dict[str, Any] = {"atol": 1e-11, "rtol": 1e-12}  # float64, of scores up to a few thousand
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _compare(case: Case, results: list[tuple[Tensor, list[Tensor]]]) -> None:
     for number, gradient in enumerate(gradients):
         scale = max(1.0, float(gradient.abs().max())) if gradient.numel() else 1.0
         together = sum(result[1][number] for result in results)
-        torch.testing.assert_close(together, gradient, atol=1e-12 * scale, rtol=1e-12)
+        torch.testing.assert_close(together, gradient, atol=1e-11 * scale, rtol=1e-12)
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +265,7 @@ def test_parts_with_keys_made_before_equal_the_definition(case: Case, size: int)
     torch.testing.assert_close(ours, loss, **EXACT)
     for gradient, expected in ((step.query.grad, d_query), (step.temperature.grad, d_temperature)):
         scale = max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(gradient, expected, atol=1e-12 * scale, rtol=1e-12)
+        torch.testing.assert_close(gradient, expected, atol=1e-11 * scale, rtol=1e-12)
 
 
 def _without_collectives(rank: int, world: int) -> float:

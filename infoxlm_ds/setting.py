@@ -1,0 +1,198 @@
+"""A recipe on a number of ranks, by numbers: its text, its model and its engine configuration, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.manifest import NAME, Tokenizer, load_manifest
+from infoxlm_ds.engine_config import offloaded, precision_of, zero_settings
+from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, init_config, outline
+
+XLM_R = Tokenizer(name="XLM-R", vocab_size=250_002, special_ids={}, files=())
+ASSUMED_SENTENCE = 62  # pieces of a sentence, where there is no corpus to ask
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of the sequences, special ones counted: `block` of an MMLM sequence and `longest` of a sequence of the
+    contrast at most; `mean` of the latter and `pair` of a TLM sequence on average. `notes`: where it is from."""
+
+    vocabulary: int
+    block: int
+    longest: int
+    mean: float
+    pair: float
+    notes: tuple[str, ...]
+
+
+def read_text(recipe: Recipe, vocabulary: int | None = None) -> Text:
+    """From the corpus, if it is prepared; else assumed. `vocabulary` overrides what is found."""
+    if (recipe.corpus / NAME).is_file():
+        manifest = load_manifest(recipe.corpus)
+        tokenizer, longest = manifest.tokenizer, manifest.max_tokens
+        parallel = [s for s in manifest.sources if s.kind != "mono"]
+        piece = sum(s.tokens for s in parallel) / max(1, sum(s.items * len(s.languages) for s in parallel))
+        block, whose = longest + tokenizer.overhead(1), f"of {recipe.corpus}"
+        note = f"sentences: {piece:.0f} tokens on average, {longest} at most, as {recipe.corpus} says"
+    else:
+        tokenizer, piece, longest = XLM_R, float(ASSUMED_SENTENCE), ASSUMED_SENTENCE
+        block, whose = recipe.model.positions, "XLM-R's, for there is no corpus yet"
+        note = f"sentences: {longest} tokens assumed, MMLM blocks {block}, for there is no corpus at {recipe.corpus}"
+    size = tokenizer.vocab_size
+    if vocabulary is not None:
+        size, whose = vocabulary, "as given"
+    texts: Literal[1, 2] = 1 if recipe.contrast.mixup == "off" else 2
+    padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return Text(
+        padded,
+        block,
+        texts * longest + tokenizer.overhead(texts),
+        texts * piece + tokenizer.overhead(texts),
+        2 * piece + tokenizer.overhead(2),
+        (f"vocabulary: {size:,}, {whose}; {padded:,} rows in the model", note),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A recipe's model, counted on the model itself. `matrices` and `vectors`, in the order in which the optimizer gets
+    them: each parameter's elements, and whether the momentum encoder has a copy."""
+
+    layers: int
+    universal_layer: int
+    width: int
+    feed_forward: int
+    heads: int
+    vocabulary: int
+    own: bool  # the numbers are the recipe's, not those of `model.init`
+    matrices: tuple[tuple[int, bool], ...]
+    vectors: tuple[tuple[int, bool], ...]
+
+    @staticmethod
+    def of(recipe: Recipe, vocabulary: int) -> Shape:
+        """`model.init` gives the shape, or else the recipe's own numbers."""
+        found = _published(recipe.model.init)
+        model = outline(recipe.model, vocabulary, found)
+        config = model.lm.config
+        if recipe.model.universal_layer > config.num_hidden_layers:
+            raise UserError(f"model.universal_layer {recipe.model.universal_layer} is above {config.num_hidden_layers}")
+        copied = {id(p) for p in model.sentence_encoder().parameters()}
+        sizes = [(p.ndim > 1, (p.numel(), id(p) in copied)) for p in model.parameters()]
+        return Shape(
+            config.num_hidden_layers,
+            recipe.model.universal_layer,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            vocabulary,
+            found is None,
+            tuple(size for matrix, size in sizes if matrix),
+            tuple(size for matrix, size in sizes if not matrix),
+        )
+
+    @cached_property
+    def whole(self) -> int:
+        return sum(n for n, _ in self.matrices + self.vectors)
+
+    @cached_property
+    def momentum(self) -> int:
+        return sum(n for n, copied in self.matrices + self.vectors if copied)
+
+    @property
+    def words(self) -> int:
+        """Elements of the matrix that is both word embedding and LM head."""
+        return self.vocabulary * self.width
+
+    def layer_bytes(self, element: int) -> int:
+        """What autograd saves a token a layer: nine vectors of the width, two of the feed-forward (its input and
+        output of GELU), LayerNorm's statistics and attention's log-sums in fp32."""
+        return element * (9 * self.width + 2 * self.feed_forward) + 16 + 4 * self.heads
+
+
+def _published(init: str | None) -> PreTrainedConfig | None:
+    """The configuration of `model.init`; None where it is a name that the hub does not give now."""
+    try:
+        return init_config(init) if init else None
+    except UserError:
+        if init and Path(init).is_dir():
+            raise
+        return None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe on `world` ranks with an engine configuration as `load_engine_config` returns it."""
+
+    recipe: Recipe
+    engine: dict[str, Any]
+    shape: Shape
+    text: Text
+    world: int
+
+    def at(self, world: int | None = None, stage: int | None = None) -> Setting:
+        zero = self.engine.get("zero_optimization", {})
+        section = zero if stage is None else zero | {"stage": stage}
+        return replace(self, world=world or self.world, engine=self.engine | {"zero_optimization": section})
+
+    @cached_property
+    def zero(self) -> Any:
+        return zero_settings(self.engine)
+
+    @property
+    def stage(self) -> int:
+        return int(self.zero.stage)
+
+    @property
+    def precision(self) -> str:
+        return precision_of(self.engine)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def accumulation(self) -> int:
+        return self.recipe.batch.lanes // self.world
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.recipe.tasks["xlco"] and self.recipe.contrast.keys == "momentum"
+
+    @property
+    def query_sides(self) -> int:
+        contrast = self.recipe.contrast
+        return 0 if not self.recipe.tasks["xlco"] else 1 + (contrast.keys == "gradient" or contrast.symmetric)
+
+    @property
+    def key_sides(self) -> int:
+        return (1 + self.recipe.contrast.symmetric) if self.has_momentum else 0
+
+    @property
+    def encodes_twice(self) -> bool:
+        """Trained keys of several lanes a rank: a pass without a graph comes first."""
+        return self.query_sides > 0 and self.recipe.contrast.keys == "gradient" and self.accumulation > 1
+
+    @property
+    def trunk(self) -> int:
+        """Tokens of a lane that pass all layers."""
+        batch, tasks = self.recipe.batch, self.recipe.tasks
+        return batch.mmlm_tokens * tasks["mmlm"] + batch.tlm_tokens * tasks["tlm"]
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.recipe.memory.activation_checkpointing
+
+    def offloaded(self, what: str) -> bool:
+        return offloaded(self.engine, what)
+
+    @property
+    def bf16_optimizer(self) -> bool:
+        """DeepSpeed's BF16_Optimizer, which keeps whole fp32 gradients, in place of its ZeRO 1."""
+        return self.stage == 1 and self.precision == "bf16" and not self.offloaded("optimizer")

@@ -1,0 +1,231 @@
+"""What a recipe needs of each rank's memory: the bytes that live at each moment of a step.
+
+Legend: V vocabulary, D width, W ranks, M masked rows.
+
+docs/plan.md tells where every term comes from and how far it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from infoxlm_ds.data.batch import N_TEXTS
+from infoxlm_ds.losses.masked_lm import CHUNK_ROWS
+from infoxlm_ds.losses.negatives import LARGE_TILES
+from infoxlm_ds.setting import Setting
+
+STAGES = (0, 1, 2, 3)
+ALLREDUCE = 500_000_000  # elements: engine.MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank. Not all live at once: `peak` is the largest sum at any moment, `peak_at` which.
+
+    `gradients` with those that a backward pass leaves in 16 bits; `optimizer` with fp32 masters; `momentum` is the copy
+    to compute with and the fp32 average; `queue` with the keys of the step; `logits` with the gradient of the word
+    matrix; `buffers` are DeepSpeed's buckets and the copies that it reduces. `host` lies in the host's memory.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    momentum: int
+    queue: int
+    activations: int
+    logits: int
+    buffers: int
+    peak: int
+    peak_at: str
+    host: int
+
+    @property
+    def resident(self) -> int:
+        """What stays from step to step, buckets and gradient buffers aside."""
+        return self.weights + self.optimizer + self.momentum + self.queue
+
+
+def memory(s: Setting) -> Memory:
+    """Bytes by kind at the setting's stage; see docs/plan.md for each moment."""
+    shape, part = s.shape, partition(s)
+    grads = _gradients(s, part)
+    weights, optimizer, host = _weights(s), (8 if s.stage == 0 else 12) * part.held, 0
+    if s.offloaded("param"):
+        weights, host = weights - s.element * part.held, s.element * part.held
+    if s.offloaded("optimizer"):  # masters, moments, their gradients
+        optimizer, host = 0, host + 16 * part.held
+    momentum = 0
+    if s.has_momentum:
+        momentum, average = s.element * (shape.momentum if s.stage < 3 else part.momentum), 4 * part.momentum
+        if s.offloaded("optimizer") and s.stage < 3:  # it lies where the masters do; stage 3 hands those out on the GPU
+            host += average
+        else:
+            momentum += average
+    queue, kept, again, logits = _queue(s), _activations(s), _recomputed(s), _logits(s)
+    words = s.element * shape.words * (s.trunk > 0)
+    moments = _moments(s, grads, kept, again, logits, words)
+    at = max(moments, key=lambda name: moments[name])
+    return Memory(
+        stage=s.stage,
+        weights=weights,
+        gradients=grads.always + grads.kept + grads.fresh,
+        optimizer=optimizer,
+        momentum=momentum,
+        queue=queue,
+        activations=kept + again,
+        logits=logits + words,
+        buffers=grads.bucket + grads.copies,
+        peak=weights + optimizer + momentum + queue + grads.always + moments[at],
+        peak_at=at,
+        host=host,
+    )
+
+
+def _moments(s: Setting, grads: _Gradients, kept: int, again: int, logits: int, words: int) -> dict[str, int]:
+    """Bytes beside the resident ones: when the LM head ends a forward pass, when the backward pass starts, when the
+    embedding ends it, when gradients are reduced, and when the momentum encoder's weights, and its keys, are made."""
+    shape, several = s.shape, s.accumulation > 1
+    released = s.stage == 3 and s.world > 1  # weights that are gathered to be used
+    gathered = s.element * min(shape.whole, int(s.zero.max_live_parameters)) * released
+    early_bucket = grads.bucket * (several or s.stage == 3)
+    left = grads.kept + grads.fresh + grads.bucket
+    # The head's and the embedding's gradient of the word matrix, and their sum where it is not the gradient kept.
+    word_gradients = words * (2 + (s.stage > 1 or (several and not grads.fresh)))
+    return {
+        "LM head": (grads.kept + grads.fresh) * several + early_bucket + kept + logits + words + gathered,
+        "backward": grads.kept * several + grads.bucket + kept + again + words + gathered,
+        "embedding": left + word_gradients + words * released,
+        "reduction": left + grads.copies,
+        "key weights": s.element * shape.momentum * (s.has_momentum and s.stage < 3),
+        "keys": s.recipe.batch.xlco_pairs * s.key_sides * s.text.longest * shape.layer_bytes(s.element),
+    }
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Elements of the fullest rank: what it holds of the masters, all elements of the parameters that it holds a part
+    of, and what it holds of the momentum encoder."""
+
+    held: int
+    touched: int
+    momentum: int
+
+
+def partition(s: Setting) -> Partition:
+    """Stages 1 and 2 cut each optimizer group, laid flat, into W equal parts; stage 3 cuts each parameter."""
+    shape, world = s.shape, s.world
+    if s.stage == 0:
+        return Partition(shape.whole, shape.whole, shape.momentum)
+    if s.stage == 3:
+        parts = [(-(-n // world), copied) for n, copied in shape.matrices + shape.vectors]
+        held = sum(n for n, _ in parts)
+        return Partition(held, held, sum(n for n, copied in parts if copied))
+    held, touched, momentum = 0, [0] * world, [0] * world
+    for group in (shape.matrices, shape.vectors):
+        size = -(-sum(n for n, _ in group) // (2 * world)) * 2  # DeepSpeed aligns to two elements a rank
+        held, start = held + size, 0
+        for n, copied in group:
+            for rank in range(start // size, (start + n - 1) // size + 1):
+                touched[rank] += n
+                momentum[rank] += copied * (min(start + n, (rank + 1) * size) - max(start, rank * size))
+            start += n
+    return Partition(held, max(touched), max(momentum))
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Bytes: `always` allocated; `kept` from the first backward pass to the step; `fresh` from a backward pass to the
+    next; the `bucket` that DeepSpeed gathers them in; `copies` that the reduction makes."""
+
+    always: int
+    kept: int
+    fresh: int
+    bucket: int
+    copies: int
+
+
+def _gradients(s: Setting, part: Partition) -> _Gradients:
+    """As DeepSpeed 0.19's optimizers allocate them. A bucket has its full size however small the model is."""
+    whole, element = s.shape.whole, s.element
+    if s.stage == 0:
+        return _Gradients(0, 4 * whole, 0, 0, 4 * min(whole, ALLREDUCE))
+    if s.bf16_optimizer:
+        return _Gradients(4 * whole, 0, 2 * whole, 0, 2 * whole + 4 * whole * (whole <= ALLREDUCE))
+    bucket = int(s.zero.reduce_bucket_size)
+    sent = min(whole, bucket)
+    if s.stage == 3:
+        flat = 0 if s.offloaded("optimizer") else 4 * part.held
+        copies = element * (sent + s.shape.words) + (4 * sent // s.world if element == 2 else 0)
+        return _Gradients(flat, 0, 0, element * bucket, copies)
+    buffers = 1 + bool(s.zero.overlap_comm)
+    transit = element * s.shape.words * s.offloaded("optimizer")  # the largest gradient, on its way to the host
+    if s.stage == 2:
+        kept = 4 * (part.touched if element == 4 else part.held)
+        return _Gradients(transit, kept, 0, element * bucket * buffers, element * sent)
+    fresh = 0 if element == 4 else element * whole
+    # Gradients move into the bucket, so that its copy takes their place.
+    return _Gradients(transit, 4 * whole, fresh, 4 * bucket * buffers, 2 * sent if element == 2 else 0)
+
+
+def _weights(s: Setting) -> int:
+    if s.stage < 3 or s.world == 1:
+        return s.element * s.shape.whole
+    small = int(s.zero.param_persistence_threshold)
+    persistent = sum(n for n, _ in s.shape.matrices + s.shape.vectors if n <= small)
+    return s.element * (partition(s).held + persistent)
+
+
+def _queue(s: Setting) -> int:
+    contrast, batch = s.recipe.contrast, s.recipe.batch
+    if not s.recipe.tasks["xlco"]:
+        return 0
+    row = 4 * s.shape.width + 8 * N_TEXTS[contrast.mixup]
+    keys = row * batch.lanes * batch.xlco_pairs * max(s.key_sides, 1)
+    if not contrast.uses_queue:
+        return keys
+    return keys + (row + 8) * -(-contrast.queue.size // (s.world if contrast.queue.sharded else 1))
+
+
+def _activations(s: Setting) -> int:
+    """What a lane's forward pass leaves, with the longest sentences there are."""
+    shape, vector, tokens = s.shape, s.element * s.shape.width, _tokens(s)
+    passes = shape.universal_layer * tokens + (shape.layers - shape.universal_layer) * s.trunk
+    return (vector if s.checkpointing else shape.layer_bytes(s.element)) * passes + vector * tokens
+
+
+def _recomputed(s: Setting) -> int:
+    """With activation checkpointing, the layer that the backward pass is in."""
+    return s.shape.layer_bytes(s.element) * _tokens(s) * s.checkpointing
+
+
+def _tokens(s: Setting) -> int:
+    return s.trunk + s.recipe.batch.xlco_pairs * s.query_sides * s.text.longest
+
+
+def _logits(s: Setting) -> int:
+    """A chunk of the LM head, or a tile of the contrast: the logits and what their log-sum takes, in fp32."""
+    rows = min(CHUNK_ROWS, round(s.recipe.masking.probability * s.trunk))
+    batch, contrast = s.recipe.batch, s.recipe.contrast
+    keys = contrast.uses_queue * contrast.queue.size + contrast.in_batch * batch.lanes * batch.xlco_pairs
+    anchors = batch.xlco_pairs * s.query_sides * (s.accumulation if contrast.keys == "gradient" else 1)
+    tile = min(LARGE_TILES[0], anchors) * min(LARGE_TILES[1], keys)
+    return 8 * max(rows * s.shape.vocabulary, tile)
+
+
+def stages(s: Setting) -> Iterator[Setting]:
+    """The setting at each stage that takes its precision and offloading."""
+    for stage in STAGES:
+        if stage == 0 and (s.precision != "fp32" or s.offloaded("optimizer")):
+            continue
+        if stage < 3 and s.offloaded("param"):
+            continue
+        yield s.at(stage=stage)
+
+
+def smallest_world(s: Setting, memory_bytes: float) -> int | None:
+    """The fewest ranks, a divisor of the lanes, on which the setting's stage fits; None if it fits on none."""
+    lanes = s.recipe.batch.lanes
+    worlds = (world for world in range(1, lanes + 1) if lanes % world == 0)
+    return next((world for world in worlds if memory(s.at(world=world)).peak <= memory_bytes), None)

@@ -1,0 +1,160 @@
+"""`infoxlm plan`: what a recipe needs, for people (tables) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.engine_config import load_engine_config
+from infoxlm_ds.setting import Setting, Shape, read_text
+from infoxlm_ds.sizing import memory, smallest_world, stages
+from infoxlm_ds.step_cost import flops, tokens_per_step, useful, wire
+
+GIB = 2**30
+KINDS = ("weights", "gradients", "optimizer", "momentum", "queue", "activations", "logits", "buffers", "host", "peak")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What `infoxlm plan` is asked beside the recipe. `peak_flops` and `utilisation` (MFU) are assumptions that stand
+    in for `tokens_per_second`, measured by the user, a GPU."""
+
+    ranks: int
+    memory_gib: float | None = None
+    tokens: float | None = None
+    vocabulary: int | None = None
+    tokens_per_second: float | None = None
+    peak_flops: float = 989e12
+    utilisation: float = 0.3
+
+
+def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
+    """UserError where the recipe is wrong or does not run on so many ranks."""
+    recipe = load_recipe(path, overrides)
+    lanes = recipe.batch.lanes
+    if lanes % wishes.ranks:
+        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise UserError(f"--gpus {wishes.ranks} does not divide batch.lanes {lanes}: take one of {fitting}")
+    text = read_text(recipe, wishes.vocabulary)
+    return Setting(recipe, load_engine_config(recipe.engine), Shape.of(recipe, text.vocabulary), text, wishes.ranks)
+
+
+def days(s: Setting, wishes: Wishes) -> float:
+    """Days to see the wished number of tokens."""
+    assert wishes.tokens is not None
+    steps = wishes.tokens / tokens_per_step(s)
+    if wishes.tokens_per_second is not None:
+        seconds = wishes.tokens / (wishes.tokens_per_second * s.world)
+    else:
+        seconds = steps * useful(s) / (wishes.peak_flops * wishes.utilisation * s.world)
+    return seconds / 86400
+
+
+def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
+    """Everything that the tables show, in bytes and operations."""
+    limit = wishes.memory_gib and wishes.memory_gib * GIB
+    found: dict[str, Any] = {
+        "ranks": s.world,
+        "stage": s.stage,
+        "notes": list(s.text.notes),
+        "parameters": {"whole": s.shape.whole, "momentum": s.shape.momentum},
+        "memory": [asdict(memory(one)) for one in stages(s)],
+        "flops": flops(s),
+        "wire": wire(s),
+        "tokens_per_step": tokens_per_step(s),
+    }
+    if limit:
+        found["smallest_world"] = {one.stage: smallest_world(one, limit) for one in stages(s)}
+    if wishes.tokens is not None:
+        found |= {"steps": wishes.tokens / tokens_per_step(s), "days": days(s, wishes)}
+    return found
+
+
+def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_json(s, wishes), indent=1) + "\n", encoding="utf-8")
+
+
+def print_plan(s: Setting, wishes: Wishes, console: Console) -> None:
+    shape, batch, init = s.shape, s.recipe.batch, s.recipe.model.init
+    if init and shape.own:
+        console.print(f"model.init {init} is out of reach: its shape is taken from the recipe", soft_wrap=True)
+    copied = f"; the momentum encoder has {shape.momentum / 1e6:.1f}M of them" if s.has_momentum else ""
+    console.print(
+        f"{shape.whole / 1e6:.1f}M parameters{copied}\n"
+        f"{s.world} ranks, {batch.lanes} lanes, {s.accumulation} a rank; {s.precision}; ZeRO {s.stage}"
+        f"{', activation checkpointing' if s.checkpointing else ''}\n" + "\n".join(s.text.notes),
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_memory_table(s, wishes))
+    console.print(_cost_table(s))
+    if wishes.tokens is not None:
+        console.print(_time(s, wishes), highlight=False, soft_wrap=True)
+
+
+def _memory_table(s: Setting, wishes: Wishes) -> Table:
+    table = _table(f"GiB a rank, on {s.world}")
+    table.add_column("")
+    limit, columns = (wishes.memory_gib or 0) * GIB, []
+    for one in stages(s):
+        table.add_column(f"ZeRO {one.stage}{' *' if one.stage == s.stage else ''}", justify="right", no_wrap=True)
+        found = memory(one)
+        cells = {name: f"{getattr(found, name) / GIB:.2f}" for name in KINDS} | {"peak at": found.peak_at}
+        if limit:
+            cells["fits"] = "yes" if found.peak <= limit else "no"
+            cells["smallest world"] = str(smallest_world(one, limit) or "none")
+        columns.append(cells)
+    for name in columns[0]:
+        if name != "host" or any(float(cells[name]) for cells in columns):
+            table.add_row(name, *(cells[name] for cells in columns))
+    table.caption = (
+        "* the recipe's. The peak is the most at any moment: activations are gone when gradients are reduced. "
+        "Sentences of the contrast at their longest"
+    )
+    return table
+
+
+def _cost_table(s: Setting) -> Table:
+    table = _table("a step")
+    for heading in ("", "TFLOP", "", "MB sent by a rank"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    operations, sent = flops(s), wire(s)
+    extra = operations.pop("recomputed")
+    left = [*operations.items(), ("in all", useful(s)), ("recomputed besides", extra)]
+    right = [*sent.items(), ("in all", sum(sent.values()))]
+    for i in range(max(len(left), len(right))):
+        table.add_row(*_cells(left, i, 1e12), *_cells(right, i, 1e6))
+    table.caption = "forward and backward, no padding, LM head on masked rows; sentences at their mean length"
+    return table
+
+
+def _cells(rows: list[tuple[str, float]], number: int, unit: float) -> tuple[str, str]:
+    return (rows[number][0], f"{rows[number][1] / unit:,.3f}") if number < len(rows) else ("", "")
+
+
+def _time(s: Setting, wishes: Wishes) -> str:
+    assert wishes.tokens is not None
+    steps = wishes.tokens / tokens_per_step(s)
+    if wishes.tokens_per_second is not None:
+        how = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
+    else:
+        how = (
+            f"assuming an MFU of {wishes.utilisation:g} of {wishes.peak_flops / 1e12:g} TFLOP/s a GPU: "
+            "give --tokens-per-second once it is measured"
+        )
+    return (
+        f"{wishes.tokens:,.0f} tokens: {steps:,.0f} steps of {tokens_per_step(s):,.0f}, "
+        f"{days(s, wishes):.1f} days on {s.world} GPUs ({how})"
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
