@@ -83,9 +83,10 @@ def _fit(state: TrainState) -> int:
             if first:
                 print(f"infoxlm: {error}", file=sys.stderr, flush=True)
             return 1
+        finally:
+            state.loader.close()
         if sinks is not None and not done:
             sinks.say(f"stopped on request at step {state.step}, saved: run the same command again to go on")
-    state.loader.close()
     return 0 if done else STOPPED_ON_REQUEST
 
 

@@ -57,7 +57,11 @@ class Loader:
         return ready.micros
 
     def close(self) -> None:
+        """End the thread. A process that ends before it is aborted where the interpreter stops the thread inside torch
+        ("terminate called without an active exception"), whatever its exit code was to be."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def longest_batch(self) -> JointBatch:
         """See data/batch.py. Takes nothing from the streams."""
