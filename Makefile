@@ -1,4 +1,4 @@
-# make demo | ablation | test | check | lock | clean
+# make demo | ablation | test | torture | check | lock | clean
 # Each target makes .venv from the pinned list first; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test check lock clean
+.PHONY: install demo ablation test torture check lock clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,9 @@ test: $(INSTALLED)
 ifneq ($(HAS_GPU),0)
 	$(BIN)/python -m pytest -m gpu || [ $$? -eq 5 ]  # 5: no such test
 endif
+
+torture: $(INSTALLED)
+	$(CPU_ONLY) $(BIN)/python -m pytest -m torture --kills 25 -s
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

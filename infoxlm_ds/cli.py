@@ -19,6 +19,9 @@ app = typer.Typer(
 evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
 app.add_typer(prep, name="prep", help="Turn text into a corpus of packed token ids.")
 app.add_typer(evaluation, name="eval")
+checkpoint = typer.Typer(help="Look after a run's checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint, name="checkpoint")
+Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
 @app.command()
@@ -66,13 +69,65 @@ def plan(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Run,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
 ) -> None:
     """Write a run's encoder in Hugging Face format."""
     from infoxlm_ds.publish.export import export as export_run
 
     export_run(run, out)
+
+
+@checkpoint.command("list")
+def list_(run: Run) -> None:
+    """What lies in the folder: steps, sizes, how many ranks wrote them, what does not count."""
+    from rich.console import Console
+
+    from infoxlm_ds.checkpoint.tools import list_checkpoints
+
+    list_checkpoints(run, Console())
+
+
+@checkpoint.command()
+def verify(
+    run: Run, step: Annotated[int | None, typer.Option(min=1, help="Only this one. Default: all.")] = None
+) -> None:
+    """Read every byte and compare with what was written. Exit code 1 where something differs."""
+    from rich.console import Console
+
+    from infoxlm_ds.checkpoint.tools import verify as verify_run
+
+    if not verify_run(run, step, Console()):
+        raise typer.Exit(1)
+
+
+@checkpoint.command()
+def consolidate(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
+) -> None:
+    """Write whole fp32 weights, the key encoder's too, as safetensors, which run nothing when they are loaded."""
+    from infoxlm_ds.publish.consolidate import consolidate as consolidate_run
+
+    consolidate_run(run, out, step)
+
+
+@checkpoint.command()
+def prune(
+    run: Run,
+    keep: Annotated[int | None, typer.Option(min=1, help="The newest. Default: checkpoint.keep.")] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps that are a multiple. Default: checkpoint.keep_every.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove older checkpoints, damaged ones that were set aside, and conversions of steps that are gone."""
+    from rich.console import Console
+
+    from infoxlm_ds.checkpoint.tools import prune as prune_run
+
+    prune_run(run, keep, keep_every, dry_run, Console())
 
 
 @evaluation.command()

@@ -202,7 +202,17 @@ class Log(Section):
 
 class Checkpoint(Section):
     every: Positive = 1000  # steps
-    keep: int = Field(default=2, ge=1)
+    keep: Positive = 2  # the newest
+    keep_every: Positive | None = None  # and for good those of steps that are a multiple of this
+    asynchronous: bool = False  # copy to the host's memory, write in a thread, commit behind a later step
+
+
+class Resume(Section):
+    """What becomes of a run folder that holds checkpoints: docs/checkpoints.md."""
+
+    mode: Literal["auto", "required", "never"] = "auto"  # start or go on; only go on; only start
+    allow_change: tuple[str, ...] = ()  # keys of the recipe, or sections, that may differ from the run's so far
+    fallback: bool = False  # where the newest checkpoint is damaged, go on from the newest that is not
 
 
 class Probe(Section):
@@ -233,6 +243,7 @@ class Recipe(Section):
     timeout: Timeout = Timeout()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
+    resume: Annotated[Resume, BeforeValidator(lambda x: {"mode": x} if isinstance(x, str) else x)] = Resume()
     probe: Probe | None = None
 
     @model_validator(mode="after")
@@ -324,6 +335,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
+        if parent == "resume" and isinstance(below, str):
+            below = tree[parent] = {"mode": below}
         if not isinstance(below, dict):
             raise UserError(f"{override!r}: {parent} is a value, not a section")
         tree = below

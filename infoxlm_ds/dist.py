@@ -44,6 +44,15 @@ def set_timeout(seconds: int) -> None:
             torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+class AllRanksError(RuntimeError):
+    """What all ranks raise at the same place: it needs saying once."""
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or silent: gloo's own errors have no type."""
+    return isinstance(error, torch_dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def barrier() -> None:
     if active():
         torch_dist.barrier()
@@ -91,6 +100,11 @@ def max_over_ranks(x: Tensor, group: Group = None) -> Tensor:
     if world_size(group) > 1:
         torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX, group=group)
     return x
+
+
+def agree(mine: bool) -> bool:
+    """Whether it holds on every rank."""
+    return int(max_over_ranks(torch.tensor(int(not mine), device=device()))) == 0
 
 
 def gather_objects(value: object) -> list[object]:

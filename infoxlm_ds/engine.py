@@ -19,11 +19,11 @@ from infoxlm_ds.engine_config import stage_of  # tells DeepSpeed the device, bef
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_fp32_param
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import Optimizer
+from infoxlm_ds.engine_files import CLIENT_STATE, Capture
 from infoxlm_ds.model.momentum import Fragment, write_whole
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,7 +43,7 @@ def start_ranks(timeout: int = 1800) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
 
 
-class NotFinite(RuntimeError):
+class NotFinite(dist.AllRanksError):
     """Steps that are not finite, and no way on."""
 
 
@@ -59,14 +59,17 @@ class Engine:
             "steps_per_print": 10**9,
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too, without a build
         }
+        groups = _groups(module, optimizer.weight_decay)
+        self._groups = [list(group["params"]) for group in groups]
         adamw = torch.optim.AdamW(
-            _groups(module, optimizer.weight_decay),
+            groups,
             lr=0.0,
             betas=optimizer.betas,
             eps=optimizer.eps,
             fused=True,
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
+        self._engine._copy_recovery_script = lambda path: None  # `infoxlm checkpoint consolidate` is ours
         self._config, self.stage = config, stage_of(config)
         self._whole_norm = math.nan  # of stage 0, which DeepSpeed does not tell
 
@@ -183,45 +186,41 @@ class Engine:
         size: int = parameter.ds_numel  # type: ignore[attr-defined]  # stage 3's own
         return Fragment(number, start, values[: max(0, min(len(values), size - start))])
 
-    def save(self, folder: Path, tag: str) -> None:
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """This rank's files of a checkpoint, by name, as DeepSpeed would pickle them. They hold the tensors themselves,
+        not copies. Collective."""
+        capture, own = Capture(), self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = capture
+        try:
+            self._engine.save_checkpoint("captured", tag="", client_state=CLIENT_STATE, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = own
+        return capture.files
 
-    def load(self, folder: Path, tag: str) -> None:
-        self._engine.load_checkpoint(str(folder), tag=tag)
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """From the files of as many ranks, or from what `engine_files.convert` made of those of others."""
+        settings = [dict(group) for group in self._adamw.param_groups]
+        # Only for this one load: with it, stage 3 would write the model's state on rank 0 alone (DeepSpeed #7546).
+        self._engine._config.load_universal_checkpoint = universal
+        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        self._engine._config.load_universal_checkpoint = False
+        if universal:
+            self._set_apart(settings)
 
+    @property
+    def loads_universal(self) -> bool:
+        """Whether this rank can load a universal checkpoint: below stage 3 DeepSpeed fails where there are so many
+        ranks that this one holds nothing but padding of the vectors or of the matrices."""
+        return self.stage == 3 or all(any(p._hp_mapping is not None for p in group) for group in self._groups)
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The module's weights in a checkpoint folder that `Engine.save` wrote, in fp32 from the masters, on the CPU.
-
-    DeepSpeed's own reader knows ZeRO 3, but not the shards of ZeRO 1 with fp32 gradient sums: below 3 we put the
-    fragments together. Its shards are pickles: only read folders that you trust.
-    """
-    if any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
-        whole: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
-        return whole
-    (states,) = (_unpickle(path) for path in checkpoint.glob("*model_states.pt"))
-    weights: dict[str, Tensor] = states["module"]
-    shards = sorted(checkpoint.glob("*optim_states.pt"), key=_rank)
-    fragments: dict[str, list[Tensor]] = {}
-    for shard in map(_unpickle, shards):
-        optimizer = shard["optimizer_state_dict"]
-        groups = zip(optimizer["param_slice_mappings"], optimizer["single_partition_of_fp32_groups"], strict=True)
-        for addresses, values in groups:
-            for name, address in addresses.items():
-                fragments.setdefault(name, []).append(values[address.start : address.start + address.numel])
-    weights |= {name: torch.cat(parts).view_as(weights[name]) for name, parts in fragments.items()}
-    for alias, name in (states["shared_params"] or {}).items():  # of tied weights one name has a master; stage 0: none
-        weights[alias] = weights[name]
-    return weights
-
-
-def _rank(shard: Path) -> int:
-    return int(shard.name.split("pp_rank_")[1].split("_")[0])
-
-
-def _unpickle(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-    return state
+    def _set_apart(self, settings: list[dict[str, Any]]) -> None:
+        """Undo what loading a universal checkpoint does at stage 3: all groups get the first one's settings, and all
+        states share one tensor that counts steps."""
+        for group, own in zip(self._adamw.param_groups, settings, strict=True):
+            group.update({key: value for key, value in own.items() if key != "params"})
+        for state in self._adamw.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
 
 def schedule(step: int, recipe: Optimizer) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import os
 import shutil
@@ -19,18 +20,24 @@ from types import FrameType
 
 import psutil
 import torch
+import typer
+from rich.console import Console
 
 from infoxlm_ds import dist, trainer
-from infoxlm_ds.checkpoint import Checkpoints, Identity
+from infoxlm_ds.checkpoint.checkpoints import Checkpoints
+from infoxlm_ds.checkpoint.identity import Identity
+from infoxlm_ds.checkpoint.store import Store
+from infoxlm_ds.checkpoint.tools import read_through
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.data.reader import Corpus
-from infoxlm_ds.engine import Engine, NotFinite, start_ranks
+from infoxlm_ds.engine import Engine, start_ranks
 from infoxlm_ds.engine_config import load_engine_config, precision_of
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model, check_fit
 from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.objective import Objective
@@ -48,8 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # DeepSpeed's start-up chatter and announcements of renames are not the user's.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW!" not in record.getMessage())  # we say why
+    said_better = ("OVERFLOW!", "MPU is not provided")  # by us; a universal checkpoint needs none
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not any(x in record.getMessage() for x in said_better))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is something to save
+        signal.signal(number, lambda number, frame: os._exit(STOPPED_ON_REQUEST))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         start_ranks(recipe.timeout.start)
@@ -57,37 +67,50 @@ def main(arguments: list[str] | None = None) -> int:
         if inputs.finished:
             return 0
         inputs.checkpoints.lock()
-        state = build(inputs)
-    except UserError as error:  # the same on every rank
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"infoxlm: {error}", file=sys.stderr)
-        return 2
-    return _fit(state)
+    except UserError as error:
+        return _mistake(error)
+    return _run(inputs)
+
+
+def _run(inputs: Inputs) -> int:
+    """Build and fit; whatever ends it, every rank ends and its cause is told."""
+    run, store = inputs.identity.recipe.run, inputs.checkpoints.store
+    if dist.rank() == 0:
+        failures.forget(run)
+    where = [str(place) for place in dist.gather_objects(failures.place())]
+    try:
+        try:
+            state = build(inputs)
+        except UserError as error:
+            return _mistake(error)
+        return _fit(state)
+    except Exception as error:
+        newest = store.latest()
+        last = f"The newest checkpoint is {newest.name}" if newest else "There is no checkpoint yet"
+        return failures.end(error, run, where, f"{last}: run the same command again to go on")
+    finally:
+        inputs.loader.close()
 
 
 def _fit(state: TrainState) -> int:
-    recipe, first = state.recipe, dist.rank() == 0
-    with (
-        Sinks(recipe.run, state.step, recipe.optimizer.steps, recipe.log.tensorboard)
-        if first
-        else nullcontext() as sinks
-    ):
+    recipe = state.recipe
+    outputs = (
+        nullcontext() if dist.rank() else Sinks(recipe.run, state.step, recipe.optimizer.steps, recipe.log.tensorboard)
+    )
+    with outputs as sinks:
         if sinks is not None:
             sinks.say(_summary(state))
-        try:
-            done = trainer.fit(state, sinks)
-        except UserError as error:  # a damaged pack or too little memory, which only its rank knows of
-            print(f"infoxlm: {error}", file=sys.stderr, flush=True)
-            return 2
-        except NotFinite as error:  # the same on every rank
-            if first:
-                print(f"infoxlm: {error}", file=sys.stderr, flush=True)
-            return 1
-        finally:
-            state.loader.close()
+        done = trainer.fit(state, sinks)
         if sinks is not None and not done:
             sinks.say(f"stopped on request at step {state.step}, saved: run the same command again to go on")
     return 0 if done else STOPPED_ON_REQUEST
+
+
+def _mistake(error: UserError) -> int:
+    """The same on every rank."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"infoxlm: {error}", file=sys.stderr)
+    return 2
 
 
 @dataclass(frozen=True)
@@ -98,8 +121,7 @@ class Inputs:
     corpus: Corpus
     loader: Loader
     checkpoints: Checkpoints
-    latest: Path | None
-    finished: bool  # `latest` is of the recipe's last step
+    finished: bool  # the newest checkpoint is of the recipe's last step
     probe: RetrievalProbe | None
 
 
@@ -111,20 +133,21 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     tokenizer = recipe.corpus / "tokenizer"
     check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
     loader = Loader(recipe, corpus, rank, world)
-    checkpoints = Checkpoints(recipe.run, recipe.checkpoint.keep)
-    identity = Identity(recipe, engine_config, corpus.manifest.sha256)
-    latest = checkpoints.latest_for(identity, world)
+    checkpoints = Checkpoints(recipe)
+    hashes = {file.name: file.sha256 for file in corpus.manifest.tokenizer.files}
+    identity = Identity(recipe, engine_config, corpus.manifest.sha256, hashes)
+    finished = checkpoints.check(identity)
     longest = corpus.manifest.max_tokens + corpus.manifest.tokenizer.overhead(1)
     probe = RetrievalProbe(recipe.probe, tokenizer, longest) if recipe.probe else None
-    finished = checkpoints.finished(recipe.optimizer.steps)
     if finished and rank == 0:
         print(f"{recipe.run}: finished at step {recipe.optimizer.steps}, nothing to do")
-    return Inputs(identity, corpus, loader, checkpoints, latest, finished, probe)
+    return Inputs(identity, corpus, loader, checkpoints, finished, probe)
 
 
 def build(inputs: Inputs) -> TrainState:
-    """Everything `fit` needs, from scratch or from the run's newest checkpoint."""
+    """Everything `fit` needs, from scratch or from the run's newest checkpoint. Collective."""
     recipe = inputs.identity.recipe
+    found = inputs.checkpoints.find(inputs.identity)
     tokenizer = inputs.corpus.manifest.tokenizer
     vocabulary = tokenizer.vocab_size
     model = build_model(recipe.model, vocabulary, recipe.seed, tokenizer.special_ids)
@@ -155,9 +178,9 @@ def build(inputs: Inputs) -> TrainState:
         inputs.checkpoints,
         inputs.probe,
     )
-    if inputs.latest is not None:
-        saved = inputs.checkpoints.load(inputs.latest, engine, momentum, queue)
-        state.step, state.consumed = saved.step, saved.consumed
+    if found is not None:
+        saved = inputs.checkpoints.load(found, engine, momentum, queue)
+        state.step, state.consumed, state.best = saved.step, saved.consumed, saved.best
         _check_filling(recipe, state)
         inputs.loader.restore(saved.consumed, saved.cursors)
     elif dist.rank() == 0:
@@ -184,6 +207,9 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     """Run `main` under DeepSpeed's launcher on this machine: every GPU, or `ranks` CPU processes (two, if the lanes
     allow it)."""
     recipe = load_recipe(recipe_path, overrides)
+    if sys.stdin.isatty() and not recipe.resume.fallback and _agrees_to_fall_back(recipe):
+        overrides = [*overrides, "resume=" + json.dumps(recipe.resume.model_dump() | {"fallback": True})]
+        recipe = load_recipe(recipe_path, overrides)
     ranks = ranks or _default_ranks(recipe.batch.lanes)
     if check_inputs(recipe, 0, ranks).finished:  # and a mistake is one line, not one of the launcher's as well
         return 0
@@ -201,8 +227,12 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     # A session of its own: ^C in a terminal comes here alone, and is passed on to the ranks alone.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 
+    asked = False
+
     def forward(number: int, frame: FrameType | None) -> None:
         """The launcher itself would leave the ranks 30 seconds to save."""
+        nonlocal asked
+        asked = True
         launcher = psutil.Process(process.pid)
         ranks = [child for child in launcher.children(recursive=True) if not child.children()]
         for leaf in ranks or [launcher]:
@@ -211,7 +241,20 @@ def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) ->
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
     code = process.wait()
-    return code if code >= 0 else 1
+    if asked and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # before the ranks had anything to save
+        return STOPPED_ON_REQUEST
+    return code if code in (0, 2, STOPPED_ON_REQUEST) else 1  # a rank's death by a signal has a number of its own
+
+
+def _agrees_to_fall_back(recipe: Recipe) -> bool:
+    """Ask, where the newest checkpoint is damaged and there is another."""
+    store = Store(recipe.run)
+    newest = store.latest()
+    older = [path for path in store.steps() if path != newest]
+    if newest is None or not older:
+        return False
+    damage = read_through(newest, Console(stderr=True))
+    return bool(damage) and typer.confirm(f"{newest}: {damage}.\nGo on from {older[-1].name} instead?")
 
 
 def _summary(state: TrainState) -> str:

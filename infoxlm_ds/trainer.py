@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from infoxlm_ds import dist
-from infoxlm_ds.checkpoint import Checkpoints, Identity, Saved
+from infoxlm_ds.checkpoint.checkpoints import Best, Checkpoints, Saved
+from infoxlm_ds.checkpoint.identity import Identity
+from infoxlm_ds.checkpoint.protocol import Outcome
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
@@ -26,6 +28,10 @@ from infoxlm_ds.monitor.meters import Meter, Scalars, scalars
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.objective import Objective, Report, StepContext
+
+
+class SaveFailed(dist.AllRanksError):
+    """The last checkpoint of a run could not be written."""
 
 
 @dataclass
@@ -44,6 +50,8 @@ class TrainState:
     probe: RetrievalProbe | None
     step: int = 0
     consumed: int = 0
+    best: Best | None = None  # of the probes
+    unsaved: str = ""  # why the last save failed, if it did
     meter: Meter = field(default_factory=Meter)
     observed: Scalars = field(default_factory=dict)  # of single steps, until they are logged
     skipped: list[str] = field(default_factory=list)  # why each step since the last applied one was not applied
@@ -56,7 +64,8 @@ class TrainState:
 
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
     """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is
-    saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied.
+    saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied, SaveFailed where the last step
+    could not be saved.
 
     `sinks`: rank 0's, None elsewhere.
     """
@@ -67,7 +76,7 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
         if sinks is not None:
             sinks.say(f"a step with the longest batch took {peak:.1f} GiB at its peak")
     started, first = time.monotonic(), state.step
-    saved = logged = state.step
+    started_save = logged = state.step
 
     def log() -> None:
         nonlocal logged
@@ -77,6 +86,8 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
     while state.step < recipe.optimizer.steps and not stop.agreed():
         while not train_step(state):
             _report_skip(state, sinks)
+        if (outcome := state.checkpoints.poll()) is not None:
+            _report_save(state, sinks, outcome)
         if state.step == first + 1:
             dist.set_timeout(recipe.timeout.step)
         saving = _due(state, recipe.checkpoint.every)
@@ -85,12 +96,15 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
         if state.probe is not None and recipe.probe is not None and _due(state, recipe.probe.every):
             _probe(state, sinks)
         if saving:
-            _save(state)
-            saved = state.step
-    if saved < state.step:
+            _save(state, sinks)
+            started_save = state.step
+    if started_save < state.step:
         if logged < state.step:
             log()
-        _save(state)
+        _save(state, sinks)
+    _end_save(state, sinks)
+    if state.unsaved:
+        raise SaveFailed(f"the last checkpoint could not be written: {state.unsaved}")
     return state.step >= recipe.optimizer.steps
 
 
@@ -176,13 +190,11 @@ def _report_skip(state: TrainState, sinks: Sinks | None) -> None:
         sinks.write(state.step, {}, {"skipped": why})
         sinks.say(f"the step after {state.step} was not applied ({times} in a row): {why}")
     if times == state.recipe.optimizer.most_skipped:
-        good = state.checkpoints.latest()
-        last = (
-            f"The last good checkpoint is {good}: export it and start from it" if good else "No checkpoint yet: start"
-        )
+        good = state.checkpoints.store.latest()
+        on = f"go on from {good.name}, with resume.allow_change=[optimizer.learning_rate] and" if good else "start with"
         raise NotFinite(
-            f"{times} steps in a row after step {state.step} were not applied: {why}. {last} with a lower "
-            "optimizer.learning_rate, or look into that data"
+            f"{times} steps in a row after step {state.step} were not applied: {why}. Look into that data, or {on} a "
+            "lower optimizer.learning_rate"
         )
 
 
@@ -225,15 +237,44 @@ def _log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
 def _probe(state: TrainState, sinks: Sinks | None) -> None:
     assert state.probe is not None
     values = state.probe.run(state.objective.model.sentence_encoder())
+    if state.best is None or values["probe/mean"] > state.best.value:
+        state.best = Best(state.step, values["probe/mean"])
+    values["probe/best"] = state.best.value
     if sinks is not None:
         sinks.write(state.step, values)
-        baseline = f"trigrams {values['probe/trigram_mean']:.3f}"
-        sinks.say(f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} ({baseline})")
+        beside = f"best {state.best.value:.3f} at step {state.best.step}, trigrams {values['probe/trigram_mean']:.3f}"
+        sinks.say(f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} ({beside})")
 
 
-def _save(state: TrainState) -> None:
-    saved = Saved(state.step, state.consumed, state.loader.cursors)
+def _save(state: TrainState, sinks: Sinks | None) -> None:
+    """Start to save, behind whatever of the last one is still under way; unless asynchronous, finish too."""
+    _end_save(state, sinks)
+    saved = Saved(state.step, state.consumed, state.loader.cursors, state.best)
     state.checkpoints.save(saved, state.identity, state.engine, state.momentum, state.queue)
+    if not state.recipe.checkpoint.asynchronous:
+        _end_save(state, sinks)
+
+
+def _end_save(state: TrainState, sinks: Sinks | None) -> None:
+    if (outcome := state.checkpoints.finish()) is not None:
+        _report_save(state, sinks, outcome)
+
+
+def _report_save(state: TrainState, sinks: Sinks | None, outcome: Outcome) -> None:
+    """What a save cost, or why it failed: then training goes on, and saves again when it is due."""
+    state.unsaved = outcome.problem
+    if sinks is None:
+        return
+    if outcome.problem:
+        newest = state.checkpoints.store.latest()
+        sinks.say(
+            f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}. "
+            + (f"The newest is {newest.name}, as before" if newest else "There is none yet")
+        )
+        sinks.write(state.step, {}, {"save_failed": outcome.problem})
+        return
+    values = {"blocked": outcome.blocked, "seconds": outcome.took, "gigabytes": outcome.bytes / 1e9}
+    sinks.write(state.step, {f"checkpoint/{name}": value for name, value in values.items()})
 
 
 class _StopOnSignal:

@@ -40,11 +40,13 @@ class Loader:
         self._thread: threading.Thread | None = None
 
     def restore(self, step: int, cursors: Cursors) -> None:
-        """Go on after `step` consumed steps. Before the first `next` only."""
+        """Go on after `step` consumed steps. Before the first `next` only. A stream without a position starts."""
         assert self._thread is None
-        self._step, self.cursors = step, cursors
+        self._step = step
         for task, reader in self._builder.readers.items():
-            reader.restore({lane: cursors[task][lane] for lane in self.lanes})
+            if task in cursors:
+                reader.restore({lane: cursors[task][lane] for lane in self.lanes})
+        self.cursors = self._position()
 
     def __next__(self) -> list[JointBatch]:
         if self._thread is None:

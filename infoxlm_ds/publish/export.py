@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from infoxlm_ds.checkpoint import Checkpoints
+from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError, check
-from infoxlm_ds.engine import read_weights
+from infoxlm_ds.engine_files import read_weights
 from infoxlm_ds.model.encoder import InfoXLM, packed
 from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
 
@@ -39,10 +38,10 @@ def export(run: Path, out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists: remove it or export to another folder")
-    latest = Checkpoints(run, keep=1).latest()
-    if latest is None:
-        raise UserError(f"{run} holds no checkpoint: train there first")
-    recipe = check(Recipe, json.loads((latest / "state.json").read_text())["recipe"], str(latest / "state.json"))
+    latest = Store(run).at()
+    if damage := damage_of(latest):  # before anything is unpickled
+        raise UserError(f"{latest}: {damage}: restore the file, or go on training with resume.fallback=true")
+    recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
     model = _trained(recipe, run, latest)
     disable_progress_bar()  # transformers' bars for files that are written in no time
     partial = out.with_name(out.name + ".partial")

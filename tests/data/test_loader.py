@@ -33,8 +33,8 @@ def unbroken(recipe: Recipe) -> list[list[bytes]]:
 
 def content(micro: JointBatch) -> bytes:
     """All that a step can depend on."""
-    assert micro.keys is not None
-    arrays = (micro.tokens.ids, micro.tokens.lengths, micro.keys.ids, micro.rows, micro.labels, micro.text_ids)
+    keys = micro.keys.ids if micro.keys is not None else micro.rows[:0]
+    arrays = (micro.tokens.ids, micro.tokens.lengths, keys, micro.rows, micro.labels, micro.text_ids)
     names = {task: of_task.tolist() for task, of_task in micro.names.items()}
     return b"".join(array.tobytes() for array in arrays) + repr((micro.trunk, micro.mmlm, names)).encode()
 

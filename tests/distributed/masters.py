@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from infoxlm_ds import dist
 from infoxlm_ds.engine import Engine
 from infoxlm_ds.model.momentum import Fragment
+from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.trainer import TrainState
 
 
 def whole_masters(engine: Engine, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -28,3 +30,42 @@ def whole(fragments: Sequence[Fragment], parameters: Sequence[nn.Parameter], sha
     if sharded:
         dist.sum_over_ranks(buffer)
     return [values.view(shape) for values, shape in zip(flat, shapes, strict=True)]
+
+
+def whole_state(state: TrainState, queue: bool = True) -> dict[str, Tensor]:
+    """Masters, key weights, queue and temperature of a run, by name. Collective."""
+    names, parameters = zip(*state.objective.model.named_parameters(prefix="model"), strict=True)
+    out = dict(zip(names, whole_masters(state.engine, parameters), strict=True))
+    if state.momentum is not None:
+        names, parameters = zip(*state.momentum.encoder.named_parameters(prefix="key"), strict=True)
+        out |= zip(names, whole(state.momentum.shadow, parameters, state.engine.sharded), strict=True)
+    if queue and state.queue is not None:
+        out |= {f"queue.{name}": value for name, value in _whole_queue(state.queue).items()}
+    if state.objective.temperature is not None:
+        out["temperature"] = state.objective.temperature().detach().clone()
+    return out
+
+
+def _whole_queue(queue: KeyQueue) -> dict[str, Tensor]:
+    """All rows in order, of a sharded queue from all ranks."""
+    parts = dist.gather_objects(queue.state_dict()) if queue.sharded else [queue.state_dict()]
+    rows: dict[str, Tensor] = {}
+    for part in parts:
+        assert isinstance(part, dict)
+        order = part.pop("numbers")
+        assert int(part["pushed"]) >= queue.size
+        rows |= {name: torch.cat([rows.get(name, value[:0]), value]) for name, value in part.items() if value.ndim}
+        rows["numbers"] = torch.cat([rows.get("numbers", order[:0]), order])
+    order = rows["numbers"].argsort()
+    return {name: value[order].clone() for name, value in rows.items()}
+
+
+def assert_close(value: Tensor, expected: Tensor, name: str) -> None:
+    """1e-5 relative of the tensor's largest value."""
+    if not value.is_floating_point():
+        assert torch.equal(value, expected), name
+        return
+    if name.endswith("attention.self.key.bias"):  # its gradient is mathematically zero: Adam steps on noise
+        return
+    largest = float(expected.abs().max()) or 1.0
+    torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)

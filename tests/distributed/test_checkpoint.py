@@ -1,25 +1,25 @@
-"""What `latest` names is whole, and a run folder has one owner."""
+"""What `latest` names is whole, a run folder belongs to one run and one process, and what went wrong is said."""
 
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from infoxlm_ds import dist
-from infoxlm_ds.checkpoint import Checkpoints
+from infoxlm_ds.checkpoint.checkpoints import Checkpoints
+from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.train import build, check_inputs
-from infoxlm_ds.trainer import _save, fit, train_step
-from tests.corpus import small_recipe
+from infoxlm_ds.trainer import SaveFailed, _save, fit, train_step
+from tests.corpus import ROOT, small_recipe
+from tests.distributed.masters import whole_state
 from tests.distributed.ranks import run_ranks
-
-
-def _fit(rank: int, world: int, recipe: Recipe) -> None:
-    start_ranks()
-    fit(build(check_inputs(recipe, dist.rank(), dist.world_size())), None)
 
 
 def _refused(rank: int, world: int, recipe: Recipe) -> str:
@@ -29,41 +29,160 @@ def _refused(rank: int, world: int, recipe: Recipe) -> str:
     return str(caught.value)
 
 
+def _fit(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
+    start_ranks()
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    fit(state, None)
+    state.loader.close()
+    return whole_state(state)
+
+
+def stop_after_two(rank: int, world: int, recipe: Recipe) -> None:
+    """Two of six steps, both saved."""
+    start_ranks()
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    for _ in range(2):
+        train_step(state)
+        _save(state, None)
+    state.loader.close()
+
+
+@pytest.fixture(scope="module")
+def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    run_ranks(stop_after_two, 2, small_recipe(corpus, run))
+    return run
+
+
 @pytest.fixture
-def half_way(corpus: Path, tmp_path: Path) -> Path:
-    """A run folder with the committed checkpoints of step 2 of 2."""
-    run_ranks(_fit, 2, small_recipe(corpus, tmp_path / "run", "optimizer.steps=2"))
-    return tmp_path / "run" / "checkpoints" / "step-00000002"
+def half_way(stopped: Path, tmp_path: Path) -> Path:
+    """A run folder with the committed checkpoints of steps 1 and 2."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("pattern", ["queue-00000.*", "momentum-00001.safetensors", "*pp_rank_1_*optim_states.pt"])
-def test_a_flipped_bit_in_a_checkpoint_is_named_by_all_ranks(corpus: Path, half_way: Path, pattern: str) -> None:
-    (damaged,) = half_way.glob(pattern)
-    data = bytearray(damaged.read_bytes())
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The end of the run that was never stopped."""
+    whole: dict[str, Tensor] = run_ranks(_fit, 2, small_recipe(corpus, tmp_path_factory.mktemp("whole") / "run"))[0]
+    return whole
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
-    damaged.write_bytes(data)
-    for message in run_ranks(_refused, 2, small_recipe(corpus, half_way.parents[1], "optimizer.steps=2")):
-        assert damaged.name in message and "latest" in message
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "harm"),
+    [
+        ("queue-00000.*", _flip),
+        ("momentum-00001.safetensors", _truncate),
+        ("*pp_rank_1_*optim_states.pt", _flip),
+        ("mp_rank_00_model_states.pt", Path.unlink),
+        ("state.json", _flip),
+        ("manifest.json", _truncate),
+        ("", shutil.rmtree),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_damage_is_named_by_all_ranks_and_the_checkpoint_before_is_used_where_the_user_agrees(
+    corpus: Path, half_way: Path, undisturbed: dict[str, Tensor], pattern: str, harm: object
+) -> None:
+    newest = half_way / "checkpoints" / "step-00000002"
+    (damaged,) = newest.glob(pattern) if pattern else [newest]
+    assert callable(harm)
+    harm(damaged)
+    for message in run_ranks(_refused, 2, small_recipe(corpus, half_way)):
+        assert (damaged.name in message and "step-00000001" in message) and "resume.fallback=true" in message
+    assert Store(half_way).latest() == newest
+
+    state = run_ranks(_fit, 2, small_recipe(corpus, half_way, "resume.fallback=true"))[0]
+    assert (newest.with_name(newest.name + ".damaged")).is_dir() == newest.parent.is_dir() or not pattern
+    assert all(torch.equal(value, undisturbed[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize(
-    ("world", "override", "words"),
+    ("overrides", "words"),
     [
-        (2, "optimizer.learning_rate=0.5", "another optimizer"),
-        (2, "seed=9", "another seed"),
-        (1, "optimizer.steps=2", "finished"),
+        (["optimizer.learning_rate=0.5"], ["optimizer.learning_rate 0.01 -> 0.5", "resume.allow_change"]),
+        (["seed=9", "resume.allow_change=[optimizer]"], ["seed 1 -> 9"]),
+        (["model.layers=3", "resume.allow_change=[model]"], ["model.layers 2 -> 3", "infoxlm export"]),
+        (["batch.lanes=8", "resume.allow_change=[batch]"], ["batch.lanes 4 -> 8", "infoxlm export"]),
+        (["weights.xlco=0", "resume.allow_change=[weights]"], ["tasks.xlco True -> False", "infoxlm export"]),
+        (["engine=zero3_fp32", "resume.allow_change=[engine]"], ["ZeRO stage 1 -> 3", "infoxlm export"]),
+        (["engine=zero1_bf16", "resume.allow_change=[engine]"], ["precision fp32 -> bf16", "infoxlm export"]),
+        (["resume=never"], ["step-00000002", "resume is never"]),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
 def test_a_run_folder_belongs_to_one_recipe(
-    corpus: Path, half_way: Path, world: int, override: str, words: str, capsys: pytest.CaptureFixture[str]
+    corpus: Path, half_way: Path, overrides: list[str], words: list[str]
 ) -> None:
-    recipe = small_recipe(corpus, half_way.parents[1], "optimizer.steps=2", override)
-    if words == "finished":  # whatever the number of ranks
-        assert check_inputs(recipe, 0, world).finished
-        assert words in capsys.readouterr().out
-        return
-    with pytest.raises(UserError, match=words):
-        check_inputs(recipe, 0, world)
+    configs = ROOT / "ds_configs"
+    changed = [
+        f"engine={configs / o.removeprefix('engine=')}.json" if o.startswith("engine=") else o for o in overrides
+    ]
+    with pytest.raises(UserError) as caught:
+        check_inputs(small_recipe(corpus, half_way, *changed), 0, 2)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_finished_run_is_finished_on_any_number_of_ranks(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run", "optimizer.steps=2")
+    run_ranks(_fit, 2, recipe)
+    assert check_inputs(recipe, 0, 1).finished and check_inputs(recipe, 1, 4).finished
+
+
+def test_a_run_that_must_go_on_does_not_start(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint and resume is required"):
+        check_inputs(small_recipe(corpus, tmp_path / "run", "resume=required"), 0, 1)
+
+
+@pytest.mark.parametrize("name", ["", "step-1", "../../etc"])
+def test_a_pointer_to_nothing_is_a_mistake(corpus: Path, tmp_path: Path, name: str) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run")
+    (recipe.run / "checkpoints").mkdir(parents=True)
+    (recipe.run / "checkpoints" / "latest").write_text(name)
+    with pytest.raises(UserError, match="write the name of a checkpoint"):
+        check_inputs(recipe, 0, 1)
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_mistake(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to"):
+        Checkpoints(small_recipe(corpus, tmp_path / "x", f"run={tmp_path}/file/run")).lock()
+
+
+def _positions(rank: int, world: int, recipe: Recipe) -> tuple[int, dict[str, dict[int, tuple[int, int]]]]:
+    start_ranks()
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    train_step(state)
+    state.loader.close()
+    return state.step, state.loader.cursors
+
+
+def test_what_the_user_names_may_change(corpus: Path, half_way: Path) -> None:
+    """A new order leaves what was left of each window; a loss that was off starts its stream."""
+    before = read_state(Store(half_way).at())["cursors"]
+    changes = ("seed=9", "optimizer.learning_rate=0.5", "resume.allow_change=[seed, optimizer.learning_rate]")
+    for step, cursors in run_ranks(_positions, 2, small_recipe(corpus, half_way, *changes)):
+        assert step == 3
+        for task, lanes in cursors.items():
+            for lane, (window, _) in lanes.items():
+                assert window > before[task][str(lane)][0]
+
+
+def test_a_loss_that_was_off_starts_its_stream(corpus: Path, tmp_path: Path) -> None:
+    run_ranks(stop_after_two, 2, small_recipe(corpus, tmp_path / "run", "weights.tlm=0"))
+    recipe = small_recipe(corpus, tmp_path / "run", "resume.allow_change=[weights]")
+    for step, cursors in run_ranks(_positions, 2, recipe):
+        assert step == 3 and set(cursors) == {"mmlm", "tlm", "xlco"}
 
 
 def _resized(rank: int, world: int, recipe: Recipe) -> tuple[list[float], list[int]]:
@@ -77,14 +196,14 @@ def _resized(rank: int, world: int, recipe: Recipe) -> tuple[list[float], list[i
     return filled, sorted(state.queue.steps.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "sharded"), [(70, False), (70, True), (30, False), (40, True)])
 def test_a_queue_of_another_size_goes_on_with_the_newest_keys(
-    corpus: Path, tmp_path: Path, size: int, sharded: bool
+    corpus: Path, half_way: Path, size: int, sharded: bool
 ) -> None:
     """24 keys a step: after two steps the queue of 40 is full."""
-    run_ranks(_stop_after_two, 2, small_recipe(corpus, tmp_path / "run"))
     recipe = small_recipe(
-        corpus, tmp_path / "run", f"contrast.queue.size={size}", f"contrast.queue.sharded={str(sharded).lower()}"
+        corpus, half_way, f"contrast.queue.size={size}", f"contrast.queue.sharded={str(sharded).lower()}"
     )
     results = run_ranks(_resized, 2, recipe)
     expected = [min(1.0, (40 + 24 * step) / size) for step in range(4)]
@@ -93,40 +212,69 @@ def test_a_queue_of_another_size_goes_on_with_the_newest_keys(
     assert steps == sorted([5] * 24 + [4] * 24 + [3] * 24)[-size:]
 
 
-def test_a_larger_queue_that_could_not_fill_is_refused(corpus: Path, tmp_path: Path) -> None:
-    run_ranks(_stop_after_two, 2, small_recipe(corpus, tmp_path / "run"))
-    for message in run_ranks(_refused, 2, small_recipe(corpus, tmp_path / "run", "contrast.queue.size=143")):
+def test_a_larger_queue_that_could_not_fill_is_refused(corpus: Path, half_way: Path) -> None:
+    for message in run_ranks(_refused, 2, small_recipe(corpus, half_way, "contrast.queue.size=143")):
         assert "contrast.queue.size 143" in message and "4 steps" in message
 
 
-def test_another_number_of_ranks_is_refused_before_the_end(corpus: Path, tmp_path: Path) -> None:
-    short = small_recipe(corpus, tmp_path / "run", "optimizer.steps=3")
-    run_ranks(_stop_after_two, 2, short)
-    with pytest.raises(UserError, match="written by 2 ranks, not 1"):
-        check_inputs(short, 0, 1)
-
-
-def _stop_after_two(rank: int, world: int, recipe: Recipe) -> None:
-    start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
-    train_step(state)
-    train_step(state)
-    _save(state)
-
-
-def test_a_second_process_in_a_run_folder_is_refused(tmp_path: Path) -> None:
-    first = Checkpoints(tmp_path / "run", keep=1)
+def test_a_second_process_in_a_run_folder_is_refused_and_told_of_the_first(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run")
+    first = Checkpoints(recipe)
     first.lock()
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
 
     def second() -> None:
         try:
-            Checkpoints(tmp_path / "run", keep=1).lock()
+            Checkpoints(recipe).lock()
         except UserError as error:
             answers.put(str(error))
 
     process = context.Process(target=second)
     process.start()
-    assert "another process trains in" in answers.get(timeout=30)
+    message = answers.get(timeout=30)
+    assert f"process {multiprocessing.current_process().pid} on " in message and "trains in" in message
     process.join()
+
+
+@pytest.mark.slow
+def test_what_was_never_committed_is_removed_at_the_next_start(
+    corpus: Path, half_way: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    folder = half_way / "checkpoints"
+    for suffix in (".partial", ".removed", ".universal.partial"):
+        shutil.copytree(folder / "step-00000002", folder / f"step-00000004{suffix}")
+    newer = folder / "step-00000003"
+    shutil.copytree(folder / "step-00000002", newer)  # killed between its name and `latest`
+    Checkpoints(small_recipe(corpus, half_way)).lock()
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"step-00000001", "step-00000002", newer.name}
+    assert Store(half_way).steps() == [folder / "step-00000001", folder / "step-00000002"]
+    state = run_ranks(_fit, 2, small_recipe(corpus, half_way, "checkpoint.every=1", "checkpoint.keep=5"))[0]
+    assert damage_of(newer) == "" and read_state(newer)["step"] == 3
+    assert all(torch.equal(value, undisturbed[name]) for name, value in state.items())
+
+
+def test_the_newest_and_every_kth_are_kept(corpus: Path, tmp_path: Path) -> None:
+    keep = ("checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=3", "optimizer.steps=8")
+    run_ranks(_fit, 2, small_recipe(corpus, tmp_path / "run", *keep))
+    assert [p.name[-1] for p in Store(tmp_path / "run").steps()] == ["3", "6", "7", "8"]
+
+
+def _unsaved(rank: int, world: int, recipe: Recipe) -> str:
+    start_ranks()
+    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    with pytest.raises(SaveFailed) as caught:
+        fit(state, None)
+    state.loader.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_ranks_agree_that_a_disk_is_full(corpus: Path, small_disk: Path, asynchronous: str) -> None:
+    """The disk has room for one checkpoint and a half."""
+    recipe = small_recipe(corpus, small_disk, f"checkpoint.asynchronous={asynchronous}")
+    for message in run_ranks(_unsaved, 2, recipe):
+        assert "No space left on device" in message
+    newest = Store(small_disk).at()
+    assert newest.name == "step-00000002" and damage_of(newest) == ""
+    assert not list(newest.parent.glob("*.partial"))

@@ -11,11 +11,10 @@ from torch import Tensor
 from infoxlm_ds import dist
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.train import build, check_inputs
 from infoxlm_ds.trainer import TrainState, fit, rehearse, train_step
 from tests.corpus import small_recipe
-from tests.distributed.masters import whole, whole_masters
+from tests.distributed.masters import assert_close, whole_state
 from tests.distributed.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -48,40 +47,13 @@ def _start(recipe: Recipe) -> TrainState:
     return build(check_inputs(recipe, dist.rank(), dist.world_size()))
 
 
-def _whole_state(state: TrainState, queue: bool = True) -> dict[str, Tensor]:
-    names, parameters = zip(*state.objective.model.named_parameters(prefix="model"), strict=True)
-    out = dict(zip(names, whole_masters(state.engine, parameters), strict=True))
-    if state.momentum is not None:
-        names, parameters = zip(*state.momentum.encoder.named_parameters(prefix="key"), strict=True)
-        out |= zip(names, whole(state.momentum.shadow, parameters, state.engine.sharded), strict=True)
-    if queue and state.queue is not None:
-        out |= {f"queue.{name}": value for name, value in _whole_queue(state.queue).items()}
-    if state.objective.temperature is not None:
-        out["temperature"] = state.objective.temperature().detach().clone()
-    return out
-
-
-def _whole_queue(queue: KeyQueue) -> dict[str, Tensor]:
-    """All rows in order, of a sharded queue from all ranks."""
-    parts = dist.gather_objects(queue.state_dict()) if queue.sharded else [queue.state_dict()]
-    rows: dict[str, Tensor] = {}
-    for part in parts:
-        assert isinstance(part, dict)
-        order = part.pop("numbers")
-        assert int(part["pushed"]) >= queue.size
-        rows |= {name: torch.cat([rows.get(name, value[:0]), value]) for name, value in part.items() if value.ndim}
-        rows["numbers"] = torch.cat([rows.get("numbers", order[:0]), order])
-    order = rows["numbers"].argsort()
-    return {name: value[order].clone() for name, value in rows.items()}
-
-
 def _three_steps(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
     state = _start(recipe)
     losses = []
     for _ in range(3):
         assert train_step(state)
         losses.append(state.meter.collect().sums["loss"])
-    return _whole_state(state) | {"losses": torch.tensor(losses)}
+    return whole_state(state) | {"losses": torch.tensor(losses)}
 
 
 @pytest.mark.parametrize("overrides", CONTRASTS.values(), ids=CONTRASTS.keys())
@@ -92,7 +64,7 @@ def test_update_is_the_same_for_every_world_size(corpus: Path, tmp_path: Path, o
     for world in (2, 4):
         for rank, result in enumerate(run_ranks(_three_steps, world, recipe)):
             for name, value in result.items():
-                _close(value, alone[name], f"world {world}, rank {rank}, {name}")
+                assert_close(value, alone[name], f"world {world}, rank {rank}, {name}")
 
 
 @pytest.mark.slow
@@ -105,18 +77,7 @@ def test_update_is_the_same_for_every_stage_and_world_size(corpus: Path, tmp_pat
         for world in (1, 2, 4):
             for result in run_ranks(_three_steps, world, recipe):
                 for name, value in result.items():
-                    _close(value, alone[name], f"ZeRO {stage}, world {world}, {name}")
-
-
-def _close(value: Tensor, expected: Tensor, name: str) -> None:
-    """1e-5 relative of the tensor's largest value."""
-    if not value.is_floating_point():
-        assert torch.equal(value, expected), name
-        return
-    if name.endswith("attention.self.key.bias"):  # its gradient is mathematically zero: Adam steps on noise
-        return
-    largest = float(expected.abs().max()) or 1.0
-    torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
+                    assert_close(value, alone[name], f"ZeRO {stage}, world {world}, {name}")
 
 
 def test_lanes_without_a_masked_token_count_for_nothing(corpus: Path, tmp_path: Path) -> None:
@@ -131,7 +92,7 @@ def test_lanes_without_a_masked_token_count_for_nothing(corpus: Path, tmp_path: 
     for engine in ENGINE[1:]:
         for result in run_ranks(_three_steps, 4, small_recipe(corpus, tmp_path / "run", *sizes, engine)):
             for name, value in result.items():
-                _close(value, alone[name], f"{engine}, {name}")
+                assert_close(value, alone[name], f"{engine}, {name}")
 
 
 # How far apart splits may be after three steps, as a share of how far training moved the weights: 16 bits round sums
@@ -164,7 +125,7 @@ def _steps(rank: int, world: int, recipe: Recipe, applied: int) -> dict[str, Ten
         assert rehearse(state) > 0
     while state.step < applied:
         train_step(state)
-    return {name: value for name, value in _whole_state(state, queue=False).items() if value.is_floating_point()}
+    return {name: value for name, value in whole_state(state, queue=False).items() if value.is_floating_point()}
 
 
 def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -240,7 +201,7 @@ def _train(rank: int, world: int, recipe: Recipe, stop_after: int | None) -> tup
         _raise_signal_after(state, stop_after)
     done = fit(state, None)
     assert done == (stop_after is None)
-    return _whole_state(state), state.step
+    return whole_state(state), state.step
 
 
 def _raise_signal_after(state: TrainState, step: int) -> None:

@@ -8,77 +8,45 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from tests.corpus import EMBEDDED, ROOT, small_recipe
+from tests.corpus import EMBEDDED, ROOT
+from tests.integration.commands import INFOXLM, infoxlm, read_metrics, wait_for_steps, write_recipe
 
-INFOXLM = Path(sys.executable).with_name("infoxlm")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def _run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([INFOXLM, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def _recipe(corpus: Path, run: Path, **changes: object) -> Path:
-    """The small recipe as a file, with a probe."""
-    tree = small_recipe(corpus, run).model_dump(mode="json", exclude_none=True)
-    tree["probe"] = {
-        "data": str(EMBEDDED / "home_assistant.dev.jsonl.xz"),
-        "languages": ["de", "ru"],
-        "pairs": 50,
-        "every": 3,
-    }
-    path = run.parent / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
-    return path
-
-
-def _metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def _wait_for_steps(process: subprocess.Popen[Any], run: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < steps:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    recipe = _recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 40, "warmup": 2})
-    assert _run("train", recipe, f"run={whole}").returncode == 0
+    recipe = write_recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 40, "warmup": 2})
+    assert infoxlm("train", recipe, f"run={whole}").returncode == 0
 
     process = subprocess.Popen(
         [INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    _wait_for_steps(process, run, 4)
+    wait_for_steps(process, run, 4)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     stopped_at = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert 3 < stopped_at < 40
 
-    again = _run("train", recipe)
+    again = infoxlm("train", recipe)
     assert again.returncode == 0, again.stderr
-    losses, expected = ({m["step"]: m["loss"] for m in _metrics(folder) if "loss" in m} for folder in (run, whole))
+    losses, expected = ({m["step"]: m["loss"] for m in read_metrics(folder) if "loss" in m} for folder in (run, whole))
     assert losses == expected  # bit-equal: the figures are written in full
-    probes = [m for m in _metrics(run) if "probe/mean" in m]
+    probes = [m for m in read_metrics(run) if "probe/mean" in m]
     assert probes and all({"probe/de", "probe/ru", "probe/trigram_mean"} <= m.keys() for m in probes)
     assert list((run / "tensorboard").glob("events*"))
-    finished = _run("train", recipe)
+    finished = infoxlm("train", recipe)
     assert finished.returncode == 0 and "nothing to do" in finished.stdout
 
-    assert _run("export", run, tmp_path / "model").returncode == 0
+    assert infoxlm("export", run, tmp_path / "model").returncode == 0
     data = EMBEDDED / "home_assistant.dev.jsonl.xz"
-    result = _run(
+    result = infoxlm(
         *(
             "eval",
             "retrieval",
@@ -95,13 +63,13 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [row["lang"] for row in rows] == ["de", "ru"] and all(row["layer"] == 1 for row in rows)
-    compared = _run("eval", "compare", tmp_path / "r.json")
+    compared = infoxlm("eval", "compare", tmp_path / "r.json")
     assert compared.returncode == 0 and "home_assistant.dev" in compared.stdout
 
 
 def test_a_run_that_diverges_ends_with_one_line_and_code_1(corpus: Path, tmp_path: Path) -> None:
     wild = {"learning_rate": 1e30, "clip": 0.0, "steps": 40, "warmup": 1, "most_skipped": 3}
-    done = _run("train", _recipe(corpus, tmp_path / "run", optimizer=wild, checkpoint={"every": 1}))
+    done = infoxlm("train", write_recipe(corpus, tmp_path / "run", optimizer=wild, checkpoint={"every": 1}))
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("infoxlm: ")]
     good = (tmp_path / "run" / "checkpoints" / "latest").read_text()
@@ -110,7 +78,7 @@ def test_a_run_that_diverges_ends_with_one_line_and_code_1(corpus: Path, tmp_pat
 
 
 def test_the_plain_launcher_command_trains(corpus: Path, tmp_path: Path) -> None:
-    recipe = _recipe(corpus, tmp_path / "run", optimizer={"learning_rate": 1e-2, "steps": 2, "warmup": 1})
+    recipe = write_recipe(corpus, tmp_path / "run", optimizer={"learning_rate": 1e-2, "steps": 2, "warmup": 1})
     deepspeed = Path(sys.executable).with_name("deepspeed")
     command: list[str | Path] = [deepspeed, "--num_accelerators", "2", "infoxlm_ds/train.py", recipe]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -144,7 +112,7 @@ def _damaged(corpus: Path, tmp_path: Path) -> Path:
 def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(
     corpus: Path, model_folder: Path, tmp_path: Path, overrides: list[str], words: list[str]
 ) -> None:
-    recipe = _recipe(corpus, tmp_path / "run")
+    recipe = write_recipe(corpus, tmp_path / "run")
     places = {"other": model_folder, "damaged": _damaged(corpus, tmp_path) if "{damaged}" in overrides[0] else ""}
     changes = [o.format(**places) for o in overrides]
     if overrides == ["batch.lanes=3"]:  # `infoxlm train` would start as many ranks as divide the lanes
@@ -153,7 +121,7 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         lines = [line for line in done.stderr.splitlines() if line.startswith("infoxlm: ")]
     else:
-        done = _run("train", recipe, *changes, timeout=120)
+        done = infoxlm("train", recipe, *changes, timeout=120)
         lines = done.stderr.splitlines()
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and lines[0].startswith("infoxlm: "), done.stderr
@@ -168,26 +136,26 @@ def test_a_damaged_pack_met_in_mid_run_is_told_by_the_rank_that_reads_it(corpus:
         data = bytearray(shard.read_bytes())
         data[len(data) // 3] ^= 1
         shard.write_bytes(data)
-    done = _run("train", _recipe(copy, tmp_path / "run"), timeout=120)
+    done = infoxlm("train", write_recipe(copy, tmp_path / "run"), timeout=120)
     assert done.returncode == 2, done.stderr
     assert "infoxlm: " in done.stderr and "damaged" in done.stderr
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(corpus: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    recipe = _recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 30, "warmup": 2})
-    assert _run("train", recipe, f"run={whole}").returncode == 0
+    recipe = write_recipe(corpus, run, optimizer={"learning_rate": 1e-2, "steps": 30, "warmup": 2})
+    assert infoxlm("train", recipe, f"run={whole}").returncode == 0
     process = subprocess.Popen(
         [INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _wait_for_steps(process, run, 9)
+    wait_for_steps(process, run, 9)
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
     process.wait(timeout=60)
     assert 6 <= int((run / "checkpoints" / "latest").read_text().removeprefix("step-")) < 30
-    again = _run("train", recipe)
+    again = infoxlm("train", recipe)
     assert again.returncode == 0, again.stderr
-    losses, expected = ({m["step"]: m["loss"] for m in _metrics(folder) if "loss" in m} for folder in (run, whole))
+    losses, expected = ({m["step"]: m["loss"] for m in read_metrics(folder) if "loss" in m} for folder in (run, whole))
     assert losses == expected
-    steps = [m["step"] for m in _metrics(run) if "loss" in m]
+    steps = [m["step"] for m in read_metrics(run) if "loss" in m]
     assert steps == sorted(set(steps))  # what was written beyond the checkpoint was taken out

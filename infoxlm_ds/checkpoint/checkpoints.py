@@ -1,0 +1,230 @@
+"""Saving and loading the whole state of a run, by all ranks together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from infoxlm_ds import dist
+from infoxlm_ds.checkpoint.elastic import suited
+from infoxlm_ds.checkpoint.files import Contents, read_slices, restore_rng, rng_state, to_host
+from infoxlm_ds.checkpoint.identity import ORDER, Difference, Identity
+from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, commit_protocol, on_first_rank
+from infoxlm_ds.checkpoint.store import (
+    FORMAT,
+    STATE,
+    Store,
+    damage_of,
+    read_json,
+    read_state,
+)
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.loader import Cursors
+from infoxlm_ds.engine import Engine
+from infoxlm_ds.model.momentum import MomentumEncoder
+from infoxlm_ds.model.queue import KeyQueue
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best probe so far."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Optimizer steps applied, steps' batches consumed, where the streams stand, and the best probe."""
+
+    step: int
+    consumed: int
+    cursors: Cursors
+    best: Best | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint to go on from, and in what the run may now differ."""
+
+    path: Path
+    state: dict[str, Any]
+    differences: list[Difference]
+
+
+class Checkpoints:
+    """The checkpoints of one run, for all its ranks."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.store = Store(recipe.run)
+        self._settings, self._resume = recipe.checkpoint, recipe.resume
+        self._under_way: Save | None = None
+
+    def check(self, identity: Identity) -> bool:
+        """Whether the run has done all its steps. UserError where it is another's, or `resume` forbids to go on or to
+        start. Nothing is written."""
+        run, newest = self.store.run, self.store.latest()
+        if newest is None:
+            if self._resume.mode == "required":
+                raise UserError(f"{run} holds no checkpoint and resume is required: correct `run`, or set resume=auto")
+            return False
+        if self._resume.mode == "never":
+            raise UserError(
+                f"{run} holds a run that has come to {newest.name} and resume is never: take another run folder, or "
+                "set resume=auto"
+            )
+        for path in self._candidates():
+            try:
+                state = read_state(path)
+            except UserError as error:
+                if not self._resume.fallback:
+                    raise UserError(f"{error}: {self._remedy()}") from None
+                continue
+            identity.check(state, run)
+            return int(state["step"]) >= identity.recipe.optimizer.steps
+        return False  # `find` says what is wrong with each
+
+    def lock(self) -> None:
+        """Hold the run folder until this process ends, and remove what an earlier one left half-written. Collective.
+        UserError where another process trains in it."""
+        holder = on_first_rank(self.store.acquire)
+        if isinstance(holder, Failed):
+            raise UserError(f"{self.store.run} cannot be written to ({holder.why}): correct `run`, or its permissions")
+        if holder:
+            raise UserError(f"{holder} trains in {self.store.run}: wait for it, or take another run folder")
+
+    def find(self, identity: Identity) -> Found | None:
+        """The checkpoint to go on from, every byte of it verified. Collective. UserError where it is damaged; with
+        `resume.fallback` the newest that is not, and the damaged ones are set aside."""
+        candidates = dist.from_first_rank(self._candidates())
+        assert isinstance(candidates, list)
+        damaged: list[str] = []
+        for number, path in enumerate(candidates):
+            if damage := _damage_seen_by_any(path):
+                damaged.append(f"{path}: {damage}")
+                continue
+            state = read_state(path)
+            if number and dist.rank() == 0:
+                aside = [self.store.set_aside(bad).name for bad in candidates[:number] if bad.is_dir()]
+                self.store.point_to(path)
+                kept = f"; kept for you: {', '.join(aside)}" if aside else ""
+                print(f"{'; '.join(damaged)}: going on from {path.name}{kept}", flush=True)
+            dist.barrier()
+            return Found(path, state, identity.check(state, self.store.run))
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}: {self._remedy()}")
+        return None
+
+    def load(self, found: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
+        """Take everything from a checkpoint that `find` gave, of any number of ranks. Collective. UserError where it
+        cannot be converted for this one."""
+        path, state = found.path, found.state
+        files = suited(path, state, engine)
+        engine.load(files, universal=files != path)
+        own = path / f"momentum-{dist.rank():05d}.safetensors"
+        if momentum is not None:
+            parts = sorted(path.glob("momentum-*.safetensors"), key=lambda part: part != own)
+            wanted = {name: len(values) for name, values in momentum.state_dict().items()}
+            momentum.load_state_dict(read_slices(parts, wanted))
+        if queue is not None:
+            queue.load_state_dicts(load_file(part) for part in sorted(path.glob("queue-*.safetensors")))
+        if state["world_size"] == dist.world_size():
+            restore_rng(read_json(path / f"rng-{dist.rank():05d}.json"))
+        skipped = any(d.below(*ORDER) for d in found.differences)  # the window in hand has other items now
+        cursors = {
+            task: {int(lane): (window + 1, 0) if skipped else (window, offset) for lane, (window, offset) in at.items()}
+            for task, at in state["cursors"].items()
+        }
+        best = Best(**state["best"]) if state["best"] else None
+        return Saved(state["step"], state["consumed"], cursors, best)
+
+    def save(
+        self, saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
+    ) -> None:
+        """Start to save; `finish` or, where `checkpoint.asynchronous`, later calls of `poll` commit it. Collective."""
+        assert self._under_way is None
+        started = time.monotonic()
+        contents = _contents(saved, identity, engine, momentum, queue)
+        if self._settings.asynchronous:
+            contents = to_host(contents)
+        protocol = commit_protocol(self.store, self._settings, saved.step, contents)
+        self._under_way = Save(saved.step, protocol, self._settings.asynchronous, started)
+
+    def poll(self) -> Outcome | None:
+        """Bring a save that is under way as far as its threads are, without waiting for them. Collective while there is
+        one. Its outcome once there is one."""
+        save = self._under_way
+        if save is None or not dist.agree(save.ready):
+            return None
+        return self._advance(save)
+
+    def finish(self) -> Outcome | None:
+        """Bring a save that is under way to its end. Collective."""
+        outcome = None
+        while (save := self._under_way) is not None:
+            outcome = self._advance(save)
+        return outcome
+
+    def _advance(self, save: Save) -> Outcome | None:
+        outcome = save.advance()
+        if outcome is not None:
+            self._under_way = None
+        return outcome
+
+    def _candidates(self) -> list[Path]:
+        """Newest first: what `latest` names and, with `resume.fallback`, the committed ones before it."""
+        newest = self.store.latest()
+        if newest is None:
+            return []
+        older = [path for path in reversed(self.store.steps()) if path != newest]
+        return [newest, *(older if self._resume.fallback else [])]
+
+    def _remedy(self) -> str:
+        older = [path.name for path in self.store.steps() if path != self.store.latest()]
+        before = f"set resume.fallback=true to go on from the one before ({older[-1]}), or " if older else ""
+        return f"restore the file, {before}remove {self.store.folder} to start anew"
+
+
+def _contents(
+    saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
+) -> Contents:
+    """This rank's files of a checkpoint. Collective."""
+    rank = dist.rank()
+    contents: Contents = dict(engine.snapshot())
+    contents[f"rng-{rank:05d}.json"] = rng_state()
+    if momentum is not None and (engine.sharded or rank == 0):
+        contents[f"momentum-{rank:05d}.safetensors"] = momentum.state_dict()
+    if queue is not None:
+        queue.verify()
+        if queue.sharded or rank == 0:
+            contents[f"queue-{rank:05d}.safetensors"] = queue.state_dict()
+    everyone = dist.gather_objects(saved.cursors)
+    if rank == 0:
+        contents[STATE] = identity.as_json() | {
+            "format": FORMAT,
+            "step": saved.step,
+            "consumed": saved.consumed,
+            "best": saved.best and vars(saved.best),
+            "cursors": _merge(everyone),
+            "world_size": dist.world_size(),
+        }
+    return contents
+
+
+def _damage_seen_by_any(path: Path) -> str:
+    """What is wrong with a committed folder; each rank reads its share of the files. Collective."""
+    share = slice(dist.rank(), None, dist.world_size())
+    return next((str(damage) for damage in dist.gather_objects(damage_of(path, share)) if damage), "")
+
+
+def _merge(everyone: list[object]) -> Cursors:
+    merged: Cursors = {}
+    for cursors in everyone:
+        assert isinstance(cursors, dict)
+        for task, lanes in cursors.items():
+            merged.setdefault(task, {}).update(lanes)
+    return merged

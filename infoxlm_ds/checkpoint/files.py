@@ -1,0 +1,140 @@
+"""A rank's files of a checkpoint: written with their hashes, read back, and what is not DeepSpeed's turned into text.
+
+Tensors of ours are safetensors, all else is JSON: reading either runs nothing. DeepSpeed's own files are pickles.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from infoxlm_ds.checkpoint.store import Receipt, sync
+
+Contents = dict[str, Any]  # by file name: .safetensors of tensors by name, .json of plain values, .pt of anything
+
+
+class _Hashing:
+    """A file that knows the hash of what went into it, which need not be what came onto the disk.
+
+    An error of the disk is raised by `receipt`: torch.save would hide it behind errors of its own.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self._bytes = file, hashlib.sha256(), 0
+        self._error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        self._bytes += len(data)
+        try:
+            if self._error is None:
+                self._file.write(data)
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def flush(self) -> None: ...
+
+    def receipt(self, name: str) -> Receipt:
+        """What was written and is on the disk now."""
+        if self._error is not None:
+            raise self._error
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return Receipt(name, self._bytes, self._hash.hexdigest())
+
+
+def write_files(folder: Path, contents: Contents) -> list[Receipt]:
+    """Write files that are on the disk after the call. OSError where they do not fit."""
+    receipts = []
+    for name, value in contents.items():
+        with (folder / name).open("wb") as file:
+            hashing = _Hashing(file)
+            _write(hashing, name, value)
+            receipts.append(hashing.receipt(name))
+    sync(folder)
+    return receipts
+
+
+def _write(file: _Hashing, name: str, value: Any) -> None:
+    if name.endswith(".safetensors"):
+        file.write(save(value))
+    elif name.endswith(".json"):
+        file.write(json.dumps(value, indent=1).encode())
+    else:
+        torch.save(value, file)  # type: ignore[arg-type]  # it only writes
+
+
+def to_host(contents: Contents) -> Contents:
+    """A copy in the host's memory, for a thread to write while training goes on. Tensors that share memory, such as
+    tied weights, share it in the copy."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copied(x: Tensor) -> Tensor:
+        key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype)
+        if key not in copies or x.numel() == 0:
+            copies[key] = x.detach().to("cpu", copy=True)
+        return copies[key]
+
+    tensors = tree_map_only(Tensor, copied, contents)
+    return copy.deepcopy(tensors, {id(x): x for x in copies.values()})
+
+
+def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tensor]:
+    """Fragments `parameter:start` of so many values each, put together from fragments that were cut anywhere else.
+    RuntimeError where some are in no part."""
+    found = {name: torch.empty(length) for name, length in wanted.items()}
+    missing = dict(wanted)
+    by_parameter: dict[str, list[tuple[str, int]]] = {}
+    for name in wanted:
+        parameter, start = name.split(":")
+        by_parameter.setdefault(parameter, []).append((name, int(start)))
+    for path in parts:
+        with safe_open(path, "pt") as part:
+            for saved in part.keys():  # noqa: SIM118  # no mapping, for all its looks
+                parameter, first = saved.split(":")
+                values = part.get_slice(saved)
+                theirs = range(int(first), int(first) + values.get_shape()[0])
+                for name, own in by_parameter.get(parameter, []):
+                    low, high = max(theirs.start, own), min(theirs.stop, own + wanted[name])
+                    if low < high:
+                        found[name][low - own : high - own] = values[low - theirs.start : high - theirs.start]
+                        missing[name] -= high - low
+        if not any(missing.values()):
+            return found
+    raise RuntimeError(f"no file holds all of the fragments {[name for name, left in missing.items() if left]}")
+
+
+def rng_state() -> dict[str, Any]:
+    """Where this process' random generators stand. Nothing in training draws from them today: masks, order and mixup
+    are keyed by the step."""
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": cuda,
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -1,0 +1,105 @@
+"""Which run a checkpoint belongs to, and in what another recipe would make it another run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.engine_config import precision_of, stage_of
+
+# What may differ between the start of a run and its continuation: nothing that a step depends on. Corpus and engine are
+# known by what is in them, wherever they lie; a preset by its values; the queue fills again.
+FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
+# What decides which tensors a checkpoint holds: no continuation can take over those of another.
+FIXED = ("model", "batch.lanes", "contrast.keys", "contrast.learn_temperature_within", "tokenizer", "tasks.xlco")
+# Where one of these differs, the plan gives a window other items: the rest of the one in hand is left.
+ORDER = ("corpus", "sampling", "seed", "contrast.same_text", "contrast.pairs_per_row", "contrast.mixup")
+
+
+@dataclass(frozen=True)
+class Difference:
+    key: str
+    then: Any
+    now: Any
+
+    def __str__(self) -> str:
+        then, now = (f"{x!s:.12}" if self.below("corpus", "tokenizer") else x for x in (self.then, self.now))
+        return f"{self.key} {then} -> {now}"
+
+    def below(self, *keys: str) -> bool:
+        """Whether this is one of the keys, or a key of one of these sections."""
+        return any(self.key == key or self.key.startswith(f"{key}.") for key in keys)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run this run: its recipe, what is in its engine configuration, the hashes of its corpus' manifest
+    and tokenizer."""
+
+    recipe: Recipe
+    engine: dict[str, Any]
+    corpus: str
+    tokenizer: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "engine": self.engine,
+            "zero_stage": stage_of(self.engine),
+            "precision": precision_of(self.engine),
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer,
+        }
+
+    def check(self, state: dict[str, Any], run: Path) -> list[Difference]:
+        """How the run that wrote `state` differs, as far as `resume.allow_change` allows it. UserError where it does
+        not, or where nothing could."""
+        differing = self._differences(state, run)
+        stages = [state["zero_stage"], stage_of(self.engine)]
+        families = [0 if stage == 0 else 1 if stage < 3 else 3 for stage in stages]
+        precisions = [state["precision"], precision_of(self.engine)]
+        impossible = [str(d) for d in differing if d.below(*FIXED)]
+        if families[0] != families[1]:
+            impossible.append("ZeRO stage {} -> {}".format(*stages))
+        if precisions[0] != precisions[1]:
+            impossible.append("precision {} -> {}".format(*precisions))
+        if impossible:
+            raise UserError(
+                f"{run} cannot go on with another {', '.join(impossible)}: go on with its own, or take its weights "
+                f"into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
+            )
+        refused = [str(d) for d in differing if not d.below(*self.recipe.resume.allow_change)]
+        if refused:
+            raise UserError(
+                f"{run} holds a run with another {', '.join(refused)}: go on with its own recipe, give this one "
+                "another run folder, or name what may change in resume.allow_change"
+            )
+        return differing
+
+    def _differences(self, state: dict[str, Any], run: Path) -> list[Difference]:
+        then = check(Recipe, state["recipe"], f"{run}: the recipe of its checkpoint")
+        trees = [
+            r.model_dump(mode="json", exclude=FREE) | {"tasks": {"xlco": r.tasks["xlco"]}} for r in (then, self.recipe)
+        ]
+        for tree in trees:
+            tree["contrast"].pop("queue")
+        for tree, saved in zip(trees, (state, self.as_json()), strict=True):
+            tree |= {key: saved[key] for key in ("engine", "corpus", "tokenizer")}
+        flat = [dict(_leaves(tree)) for tree in trees]
+        found = [
+            Difference(key, flat[0].get(key), flat[1].get(key))
+            for key in dict.fromkeys((*flat[0], *flat[1]))
+            if flat[0].get(key) != flat[1].get(key)
+        ]
+        return [d for d in found if d.key != "engine.zero_optimization.stage"]  # `check` looks at that
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,226 @@
+"""The folder `RUN/checkpoints`: what lies in it, which of it counts, and who may write there. No torch.
+
+    step-00000600/                  a committed checkpoint: whole, with `manifest.json`
+    step-00000600.partial/          being written, or left by a run that was killed
+    step-00000600.universal/        the same state for another number of ranks, made when it was asked for
+    step-00000600.damaged/          set aside when the run went on from the one before
+    step-00000600.removed/          on its way out
+    latest                          the name of the newest committed checkpoint: what it does not name never happened
+    lock                            held by the run that writes here
+
+A folder gets its final name only when all that is in it is on the disk, so a name is never half true.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data.manifest import sha256_of
+
+FORMAT = 2  # of state.json and of the files beside it
+NAME = re.compile(r"step-\d{8,}")
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a file was when it was written."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def damage(self, folder: Path) -> str:
+        """What is wrong with the file now; empty where nothing is."""
+        path = folder / self.name
+        if not path.is_file():
+            return f"{self.name} is missing"
+        if (size := path.stat().st_size) != self.bytes:
+            return f"{self.name} has {size:,} bytes and not the {self.bytes:,} that were written"
+        return "" if sha256_of(path) == self.sha256 else f"{self.name} differs from what was written"
+
+
+class Store:
+    """The checkpoints of one run, on the disk."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.folder = run, run / "checkpoints"
+        self._pointer = self.folder / "latest"
+        self._lock: TextIO | None = None
+
+    def acquire(self) -> str:
+        """Hold the folder until this process ends, and remove what was never committed. Returns who holds it where
+        another does, else nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            return lock.read().strip() or "another process"
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+        self._lock = lock
+        for suffix in (".partial", ".removed"):
+            for left in self.folder.glob(f"*{suffix}"):
+                shutil.rmtree(left)
+        return ""
+
+    def steps(self) -> list[Path]:
+        """Committed checkpoints, oldest first."""
+        latest = self.latest()
+        found = (p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
+        return sorted((p for p in found if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
+
+    def latest(self) -> Path | None:
+        """The newest committed checkpoint, whether it is still there or not. UserError where `latest` names none."""
+        if not self._pointer.is_file():
+            return None
+        name = self._pointer.read_text(errors="replace").strip()
+        if not NAME.fullmatch(name):
+            raise UserError(f"{self._pointer} holds {name!r}: write the name of a checkpoint beside it, step-NNNNNNNN")
+        return self.folder / name
+
+    def at(self, step: int | None = None) -> Path:
+        """The committed checkpoint of a step, or the newest. UserError where there is none."""
+        newest = self.latest()
+        if newest is None:
+            raise UserError(f"{self.run} holds no checkpoint: train there first, or correct the path")
+        found = {step_of(path): path for path in self.steps()}
+        if step is not None and step not in found:
+            raise UserError(f"{self.run} holds no checkpoint of step {step}, but of {', '.join(map(str, found))}")
+        return newest if step is None else found[step]
+
+    def point_to(self, checkpoint: Path) -> None:
+        """From now on this is the newest. Atomic."""
+        write_durably(self._pointer, checkpoint.name)
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a step's files into."""
+        partial = self.folder / f"step-{step:08d}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def publish(self, partial: Path, receipts: Iterable[Receipt]) -> Path:
+        """Give a folder whose files are on the disk its manifest and its final name."""
+        manifest = {r.name: {"bytes": r.bytes, "sha256": r.sha256} for r in receipts}
+        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+        final = partial.with_suffix("")
+        if final.exists():  # written before, but never the newest; or its run went back behind it
+            self.remove(final)
+        partial.replace(final)
+        sync(self.folder)
+        return final
+
+    def remove(self, checkpoint: Path) -> None:
+        """Take a folder away, with what was made of it. Killed half way, its name is gone and the rest is removed at
+        the next start."""
+        for path in (universal_of(checkpoint), checkpoint):
+            if path.exists():
+                going = path.with_name(path.name + ".removed")
+                shutil.rmtree(going, ignore_errors=True)
+                path.replace(going)
+                shutil.rmtree(going)
+
+    def set_aside(self, damaged: Path) -> Path:
+        """Keep a damaged checkpoint for whoever wants to look, where no run takes it for whole."""
+        aside = damaged.with_name(damaged.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        damaged.replace(aside)
+        return aside
+
+    def prune(self, keep: int, keep_every: int | None, dry_run: bool = False) -> list[Path]:
+        """Remove all committed checkpoints but the newest `keep` and those of a multiple of `keep_every` steps. Returns
+        what was removed."""
+        old = [p for p in self.steps()[:-keep] if keep_every is None or step_of(p) % keep_every]
+        for path in old if not dry_run else []:
+            self.remove(path)
+        return old
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def universal_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + ".universal")
+
+
+def read_receipts(folder: Path) -> list[Receipt]:
+    """What a committed folder was when it was written. UserError where that cannot be read."""
+    return [Receipt(name, **stated) for name, stated in read_json(folder / MANIFEST).items()]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a committed checkpoint. UserError where it is gone, damaged or of another format."""
+    stated = {receipt.name: receipt for receipt in read_receipts(checkpoint)}
+    if damage := stated[STATE].damage(checkpoint) if STATE in stated else f"{STATE} is missing":
+        raise UserError(f"{checkpoint}: {damage}")
+    state = read_json(checkpoint / STATE)
+    if state.get("format") != FORMAT:
+        raise UserError(f"{checkpoint} was written by another version of infoxlm_ds, which has to export it")
+    return state
+
+
+def damage_of(folder: Path, share: slice = slice(None), seen: Callable[[int], None] = lambda _: None) -> str:
+    """The first thing that is wrong with a committed folder, or with a share of its files; empty where nothing is.
+    `seen` is told the bytes of each file."""
+    if not folder.is_dir():
+        return "the folder is gone"
+    try:
+        receipts = read_receipts(folder)
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}: ")
+    for receipt in receipts[share]:
+        if damage := receipt.damage(folder):
+            return damage
+        seen(receipt.bytes)
+    return ""
+
+
+def collect_receipts(folder: Path) -> list[Receipt]:
+    """Of all files below a folder, which are then on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:
+        sync(path)
+    return [Receipt(str(p.relative_to(folder)), p.stat().st_size, sha256_of(p)) for p in files]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """The whole text or the whole old one is there, and after the call the new one."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """UserError where the file is gone or is no JSON."""
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: {path.name} is missing") from None
+    except ValueError:
+        raise UserError(f"{path.parent}: {path.name} differs from what was written") from None
+    return tree

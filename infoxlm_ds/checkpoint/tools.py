@@ -1,0 +1,110 @@
+"""`infoxlm checkpoint list|verify|prune`: what lies in a run's folder, whether it is whole, and less of it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from infoxlm_ds.checkpoint.store import Store, damage_of, read_receipts, read_state, step_of, universal_of
+from infoxlm_ds.config import Recipe, UserError, check
+
+
+def list_checkpoints(run: Path, console: Console) -> None:
+    """A table of what lies in the folder, oldest first. Names are looked at, contents are not."""
+    store, newest = Store(run), Store(run).at()
+    table = Table("step", "written", "GB", "ranks", "ZeRO", "precision", "best probe", "", box=None)
+    steps = store.steps()
+    for path in steps:
+        table.add_row(str(step_of(path)), *_about(path), _remarks(path, path == newest))
+    console.print(table)
+    if newest not in steps:
+        console.print(f"`latest` names {newest.name}, which is gone: `resume.fallback=true` goes on from one before it")
+    for path in sorted(store.folder.glob("step-*")):
+        if path not in steps and path not in map(universal_of, steps):
+            console.print(f"{path.name}: {_LEFT.get(path.suffix, 'newer than `latest`, never counted')}")
+
+
+_LEFT = {
+    ".partial": "being written, or left by a run that was killed: removed at the next start",
+    ".removed": "being removed: finished at the next start",
+    ".damaged": "set aside as damaged: `infoxlm checkpoint prune` removes it",
+    ".universal": "a conversion of a step that is gone: `infoxlm checkpoint prune` removes it",
+}
+
+
+def verify(run: Path, step: int | None, console: Console) -> bool:
+    """Read every byte of all checkpoints, or of one, and of what was made of them. Whether all are whole."""
+    store = Store(run)
+    chosen = [store.at(step)] if step is not None or not store.steps() else store.steps()
+    folders = [folder for path in chosen for folder in (path, universal_of(path)) if folder == path or folder.is_dir()]
+    whole = True
+    for folder in folders:
+        damage = read_through(folder, console)
+        whole &= not damage
+        console.print(f"{folder.name}: {damage or f'whole, {_size(folder) / 1e9:.3f} GB'}", soft_wrap=True)
+    return whole
+
+
+def read_through(folder: Path, console: Console) -> str:
+    """What is wrong with a committed folder, empty where nothing is; with a bar, for large ones take minutes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"reading {folder.name}", total=_size(folder))
+        return damage_of(folder, seen=lambda size: bar.advance(task, size))
+
+
+def prune(run: Path, keep: int | None, keep_every: int | None, dry_run: bool, console: Console) -> None:
+    """Remove all but the newest `keep` and every step that is a multiple of `keep_every` (defaults: what the run's
+    recipe says), what was set aside, and conversions of steps that are gone."""
+    store, newest = Store(run), Store(run).at()
+    if damage := damage_of(newest):
+        raise UserError(f"{newest}: {damage}: nothing is removed while the newest is damaged")
+    settings = check(Recipe, read_state(newest)["recipe"], str(newest)).checkpoint
+    if not dry_run and (holder := store.acquire()):
+        raise UserError(f"{holder} trains in {run}, and prunes by itself: wait for it")
+    removed = store.prune(keep or settings.keep, keep_every or settings.keep_every, dry_run)
+    steps = [path for path in store.steps() if path not in removed]
+    kept = {*steps, *map(universal_of, steps)}
+    others = (p for suffix in ("damaged", "universal") for p in sorted(store.folder.glob(f"step-*.{suffix}")))
+    left = [path for path in others if path not in kept]
+    for path in left if not dry_run else []:
+        shutil.rmtree(path)
+    names = [path.name for path in (*removed, *left)]
+    console.print(f"{'would remove' if dry_run else 'removed'}: {', '.join(names) or 'nothing'}", soft_wrap=True)
+
+
+def _about(path: Path) -> Iterator[str]:
+    """Time, size, ranks, ZeRO stage, precision, best probe; a dash where the files do not tell."""
+    yield time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    yield f"{_size(path) / 1e9:.3f}"
+    try:
+        state: dict[str, Any] = read_state(path)
+    except UserError:
+        yield from "----"
+        return
+    yield str(state["world_size"])
+    yield str(state["zero_stage"])
+    yield state["precision"]
+    yield f"{state['best']['value']:.3f} at {state['best']['step']}" if state["best"] else "-"
+
+
+def _remarks(path: Path, newest: bool) -> str:
+    try:
+        whole = all((path / r.name).is_file() for r in read_receipts(path)) and bool(read_state(path))
+    except UserError:
+        whole = False
+    remarks = ["newest"] if newest else []
+    remarks += [] if whole else ["DAMAGED: `infoxlm checkpoint verify` tells"]
+    remarks += ["converted for other ranks"] if universal_of(path).is_dir() else []
+    return ", ".join(remarks)
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

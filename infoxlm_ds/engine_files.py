@@ -1,0 +1,101 @@
+"""DeepSpeed's checkpoint files: taken from it before it writes them, read back whole, and cut for another cluster.
+
+They are pickles, and unpickling runs what they say: read only folders that you trust. What is written at what moment is
+decided in checkpoint/, not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import infoxlm_ds.engine_config  # noqa: F401  # tells DeepSpeed the device, before that is imported
+
+# isort: split
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+# What the converter asks of stages 1 and 2: the version of its format, and nothing on tensor parallelism.
+CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+
+
+class Capture(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed is untyped
+    """Stands where DeepSpeed writes files, and keeps what it would have written, by file name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def create(self, info: CheckpointCommitInfo) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        self.files[Path(path).name] = state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise NotImplementedError("files are read by DeepSpeed's own engine")
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+
+def convert(checkpoint: Path, universal: Path) -> None:
+    """Write the state in `checkpoint` to the new folder `universal`, a file a parameter, which any number of ranks
+    loads (DeepSpeed's universal checkpoint). Of ZeRO 1 to 3. Needs the host's memory for one rank's shard at a time and
+    the disk for the state twice."""
+    options = Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(universal),
+        num_extract_workers=1,  # more would be forks of a process that has threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        ds_to_universal.main(options)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The module's weights in a checkpoint folder, in fp32 from the masters, on the CPU.
+
+    DeepSpeed's own reader knows ZeRO 3, but not the shards of ZeRO 1 with fp32 gradient sums: below 3 we put the
+    fragments together.
+    """
+    if any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
+        whole: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
+        return whole
+    (states,) = (_unpickle(path) for path in checkpoint.glob("*model_states.pt"))
+    weights: dict[str, Tensor] = states["module"]
+    shards = sorted(checkpoint.glob("*optim_states.pt"), key=_rank)
+    fragments: dict[str, list[Tensor]] = {}
+    for shard in map(_unpickle, shards):
+        optimizer = shard["optimizer_state_dict"]
+        groups = zip(optimizer["param_slice_mappings"], optimizer["single_partition_of_fp32_groups"], strict=True)
+        for addresses, values in groups:
+            for name, address in addresses.items():
+                fragments.setdefault(name, []).append(values[address.start : address.start + address.numel])
+    weights |= {name: torch.cat(parts).view_as(weights[name]) for name, parts in fragments.items()}
+    for alias, name in (states["shared_params"] or {}).items():  # of tied weights one name has a master; stage 0: none
+        weights[alias] = weights[name]
+    return weights
+
+
+def _rank(shard: Path) -> int:
+    return int(shard.name.split("pp_rank_")[1].split("_")[0])
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return state
