@@ -1,4 +1,4 @@
-# make demo | ablation | test | torture | check | lock | clean
+# make demo | ablation | test | torture | check | lock | wheelhouse | clean
 # Each target makes .venv from the pinned list first; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture check lock clean
+.PHONY: install demo ablation test torture check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -33,7 +33,7 @@ ablation: $(INSTALLED)
 	bash recipes/ablation.sh
 
 test: $(INSTALLED)
-	$(CPU_ONLY) $(BIN)/python -m pytest
+	$(CPU_ONLY) $(BIN)/python -m pytest $(TEST_OPTIONS)
 ifneq ($(HAS_GPU),0)
 	$(BIN)/python -m pytest -m gpu || [ $$? -eq 5 ]  # 5: no such test
 endif
@@ -54,5 +54,16 @@ lock:
 	sed -E '/^(nvidia-|cuda-|triton|pip=)/d; s/\+(cpu|cu[0-9]+)$$//' .venv/freeze.txt > requirements.lock
 	@touch $(INSTALLED)
 
+# The pinned wheels but torch, for hosts without a network: make wheelhouse PYTHON=3.12 (docs/hosts.md).
+WHEELHOUSE ?= wheelhouse
+VERSION = $(or $(filter 3.%,$(PYTHON)),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+wheelhouse:
+	mkdir -p $(WHEELHOUSE)
+	sed '/^torch==/d' requirements.lock > $(WHEELHOUSE)/requirements.txt
+	grep -v '^deepspeed==' $(WHEELHOUSE)/requirements.txt | python3 -m pip download --quiet --no-deps --only-binary=:all: \
+	  --dest $(WHEELHOUSE) --python-version $(VERSION) $(PLATFORMS:%=--platform %) -r /dev/stdin
+	grep '^deepspeed==' requirements.lock | python3 -m pip wheel --quiet --no-deps --wheel-dir $(WHEELHOUSE) -r /dev/stdin  # has no wheel
+
 clean:
-	rm -rf .venv build infoxlm_ds.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv wheelhouse build infoxlm_ds.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -21,6 +21,7 @@ app.add_typer(prep, name="prep", help="Turn text into a corpus of packed token i
 app.add_typer(evaluation, name="eval")
 checkpoint = typer.Typer(help="Look after a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
+Hostfile = Annotated[Path | None, typer.Option(help="Lines of HOST slots=N, see hostfile.example.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
@@ -30,11 +31,36 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
     ] = None,
+    *,
+    hostfile: Hostfile = None,
 ) -> None:
-    """Train on this machine, on every GPU, or on CPU ranks where there is none."""
-    from infoxlm_ds.train import launch
+    """Train on this machine, on every GPU, or on CPU ranks where there is none; or on the hosts of a hostfile."""
+    from infoxlm_ds.launch import launch
 
-    raise typer.Exit(launch(recipe, overrides or []))
+    raise typer.Exit(launch(recipe, overrides or [], hostfile))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
+    ] = None,
+    *,
+    hostfile: Hostfile = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the findings here.")] = None,
+) -> None:
+    """Look at hosts, environment, network, disks, corpus and memory before a run. Exit code 1 where something fails."""
+    from rich.console import Console
+
+    from infoxlm_ds.doctor.examine import examine
+    from infoxlm_ds.doctor.findings import told, write_json
+
+    findings = told(examine(hostfile, recipe, overrides or []), Console())
+    if json:
+        write_json(findings, json)
+    if any(found.level == "failure" for found in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

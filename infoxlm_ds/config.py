@@ -187,9 +187,10 @@ class Memory(Section):
 
 
 class Timeout(Section):
-    """Seconds that a rank waits for the others before it ends: `start` up to the first step, `step` from then on, with
-    the longest save in it."""
+    """Seconds that a rank waits for the others before it ends: `join` until all are there, `start` from then up to the
+    first step, `step` after it, with the longest save in it."""
 
+    join: Positive = 600
     start: Positive = 3600
     step: Positive = 900
 

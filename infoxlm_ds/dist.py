@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
 Group = ProcessGroup | None  # None: all ranks
 
 
@@ -107,11 +109,11 @@ def agree(mine: bool) -> bool:
     return int(max_over_ranks(torch.tensor(int(not mine), device=device()))) == 0
 
 
-def gather_objects(value: object) -> list[object]:
+def gather_objects(value: T) -> list[T]:
     """Small Python values of all ranks, in rank order."""
     if world_size() == 1:
         return [value]
-    values: list[object] = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,26 +22,42 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
-from infoxlm_ds import dist
-from infoxlm_ds.config import Optimizer
+from infoxlm_ds import dist, placement
+from infoxlm_ds.config import Optimizer, Timeout
 from infoxlm_ds.engine_files import CLIENT_STATE, Capture
 from infoxlm_ds.model.momentum import Fragment, write_whole
 
 M = TypeVar("M", bound=nn.Module)
 
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+PATIENT = Timeout()
 
 
-def start_ranks(timeout: int = 1800) -> None:
-    """Join the ranks of the launcher, or be the only one. `timeout`: seconds to wait for the others."""
+class NotJoined(RuntimeError):
+    """Ranks that did not come together."""
+
+
+def start_ranks(timeout: Timeout = PATIENT) -> None:
+    """Join the ranks of the launcher, or be the only one. NotJoined where others do not come in time."""
+    placement.settle()
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.local_rank())
     else:
         # Only inference uses this op; its build takes minutes, and a killed build hangs every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
+    joining = timedelta(seconds=timeout.join)
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=joining)
+    except RuntimeError as error:
+        if not dist.is_broken(error):
+            raise
+        raise NotJoined(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet the other ranks within {timeout.join} "
+            f"seconds (timeout.join), at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: a host is slow to "
+            "start, its start failed, or the network between hosts is closed; `infoxlm doctor --hostfile` looks. "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    dist.set_timeout(timeout.start)
 
 
 class NotFinite(dist.AllRanksError):

@@ -89,6 +89,12 @@ def load_engine_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def check_device(config: dict[str, Any]) -> None:
+    """UserError where this machine cannot run the configuration."""
+    if precision_of(config) == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("engine: DeepSpeed runs fp16 on GPUs only: take bf16 or fp32 on this machine")
+
+
 def stage_of(config: dict[str, Any]) -> int:
     stage: int = config.get("zero_optimization", {}).get("stage", 0)
     return stage
@@ -124,8 +130,6 @@ def _check_precision(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f'{path}: 16-bit training adds up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
         )
-    if precision == "fp16" and not get_accelerator().is_fp16_supported():
-        raise UserError(f"{path}: DeepSpeed runs fp16 on GPUs only: take bf16 or fp32 on this machine")
 
 
 def _check_offload(config: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,25 @@ def convert(checkpoint: Path, universal: Path) -> None:
     """Write the state in `checkpoint` to the new folder `universal`, a file a parameter, which any number of ranks
     loads (DeepSpeed's universal checkpoint). Of ZeRO 1 to 3. Needs the host's memory for one rank's shard at a time and
     the disk for the state twice."""
-    options = Namespace(
-        input_folder=str(checkpoint),
-        output_folder=str(universal),
-        num_extract_workers=1,  # more would be forks of a process that has threads
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
     with (
+        tempfile.TemporaryDirectory() as plain,
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
+        # DeepSpeed takes the path for a regular expression, and fails where it has a + or a $.
+        source, target = Path(plain, "source"), Path(plain, "target")
+        source.symlink_to(checkpoint.absolute())
+        target.symlink_to(universal.parent.absolute())
+        options = Namespace(
+            input_folder=str(source),
+            output_folder=str(target / universal.name),
+            num_extract_workers=1,  # more would be forks of a process that has threads
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
         ds_to_universal.main(options)
 
 

@@ -181,11 +181,19 @@ def _queue(s: Setting) -> int:
     contrast, batch = s.recipe.contrast, s.recipe.batch
     if not s.recipe.tasks["xlco"]:
         return 0
-    row = 4 * s.shape.width + 8 * N_TEXTS[contrast.mixup]
-    keys = row * batch.lanes * batch.xlco_pairs * max(s.key_sides, 1)
-    if not contrast.uses_queue:
-        return keys
-    return keys + (row + 8) * -(-contrast.queue.size // (s.world if contrast.queue.sharded else 1))
+    keys = _key_bytes(s) * batch.lanes * batch.xlco_pairs * max(s.key_sides, 1)
+    return keys + -(-queue_bytes(s) // (s.world if contrast.queue.sharded else 1))
+
+
+def queue_bytes(s: Setting) -> int:
+    """Of the whole queue: keys, text ids and a step stamp each."""
+    contrast = s.recipe.contrast
+    used = s.recipe.tasks["xlco"] and contrast.uses_queue
+    return (_key_bytes(s) + 8) * contrast.queue.size * used
+
+
+def _key_bytes(s: Setting) -> int:
+    return 4 * s.shape.width + 8 * N_TEXTS[s.recipe.contrast.mixup]
 
 
 def _activations(s: Setting) -> int:
@@ -212,6 +220,13 @@ def _logits(s: Setting) -> int:
     anchors = batch.xlco_pairs * s.query_sides * (s.accumulation if contrast.keys == "gradient" else 1)
     tile = min(LARGE_TILES[0], anchors) * min(LARGE_TILES[1], keys)
     return 8 * max(rows * s.shape.vocabulary, tile)
+
+
+def checkpoint_bytes(s: Setting) -> int:
+    """Of a saved step, all ranks' files together. At stage 3, masters and moments are all that is kept of the model."""
+    weights = s.element * s.shape.whole * (s.stage < 3)
+    states = (8 if s.stage == 0 else 12) * s.shape.whole
+    return weights + states + 4 * s.shape.momentum * s.has_momentum + queue_bytes(s)
 
 
 def stages(s: Setting) -> Iterator[Setting]:

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-
-import psutil
-import torch
-import typer
-from rich.console import Console
 
 from infoxlm_ds import dist, trainer
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.identity import Identity
-from infoxlm_ds.checkpoint.store import Store
-from infoxlm_ds.checkpoint.tools import read_through
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.data.reader import Corpus
-from infoxlm_ds.engine import Engine, start_ranks
-from infoxlm_ds.engine_config import load_engine_config, precision_of
+from infoxlm_ds.engine import Engine, NotJoined, start_ranks
+from infoxlm_ds.engine_config import check_device, load_engine_config, precision_of
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model, check_fit
 from infoxlm_ds.model.queue import KeyQueue
@@ -62,14 +51,35 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, lambda number, frame: os._exit(STOPPED_ON_REQUEST))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        start_ranks(recipe.timeout.start)
-        inputs = check_inputs(recipe, dist.rank(), dist.world_size())
-        if inputs.finished:
+        start_ranks(recipe.timeout)
+        inputs = agreed_inputs(recipe)
+        if dist.from_first_rank(inputs.finished):
             return 0
         inputs.checkpoints.lock()
     except UserError as error:
         return _mistake(error)
+    except NotJoined as error:
+        if dist.local_rank() == 0:
+            print(f"infoxlm: {error}", file=sys.stderr)
+        return 1
     return _run(inputs)
+
+
+def agreed_inputs(recipe: Recipe) -> Inputs:
+    """UserError on all ranks where one of them meets it: a host may lack what others have. Collective."""
+    inputs, mistake = None, ""
+    try:
+        inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+        check_device(inputs.identity.engine)
+    except UserError as error:
+        mistake = str(error)
+    everyone = dist.gather_objects((mistake, failures.here().host))
+    first = next(((rank, said, host) for rank, (said, host) in enumerate(everyone) if said), None)
+    if first is not None:
+        rank, said, host = first
+        raise UserError(said if rank == 0 else f"rank {rank} on {host}: {said}")
+    assert inputs is not None
+    return inputs
 
 
 def _run(inputs: Inputs) -> int:
@@ -77,7 +87,7 @@ def _run(inputs: Inputs) -> int:
     run, store = inputs.identity.recipe.run, inputs.checkpoints.store
     if dist.rank() == 0:
         failures.forget(run)
-    where = [str(place) for place in dist.gather_objects(failures.place())]
+    where = dist.gather_objects(failures.here())
     try:
         try:
             state = build(inputs)
@@ -107,8 +117,8 @@ def _fit(state: TrainState) -> int:
 
 
 def _mistake(error: UserError) -> int:
-    """The same on every rank."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """The same on every rank; before they have met, perhaps only on this host."""
+    if (dist.rank() if dist.active() else dist.local_rank()) == 0:
         print(f"infoxlm: {error}", file=sys.stderr)
     return 2
 
@@ -121,25 +131,26 @@ class Inputs:
     corpus: Corpus
     loader: Loader
     checkpoints: Checkpoints
-    finished: bool  # the newest checkpoint is of the recipe's last step
+    finished: bool  # the newest checkpoint is of the recipe's last step, as the first rank sees
     probe: RetrievalProbe | None
 
 
 def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     """Read all that the recipe names, for one of `world` ranks. UserError for the first thing that is missing or does
-    not fit; nothing is written."""
+    not fit; nothing is written. The first rank alone looks at every file of the corpus and at the run's checkpoints:
+    thousands that did would keep a shared file system busy."""
     engine_config = load_engine_config(recipe.engine)
-    corpus = Corpus(recipe.corpus)
+    corpus = Corpus(recipe.corpus, look_at_files=rank == 0)
     tokenizer = recipe.corpus / "tokenizer"
     check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
     loader = Loader(recipe, corpus, rank, world)
     checkpoints = Checkpoints(recipe)
     hashes = {file.name: file.sha256 for file in corpus.manifest.tokenizer.files}
     identity = Identity(recipe, engine_config, corpus.manifest.sha256, hashes)
-    finished = checkpoints.check(identity)
+    finished = rank == 0 and checkpoints.check(identity)
     longest = corpus.manifest.max_tokens + corpus.manifest.tokenizer.overhead(1)
     probe = RetrievalProbe(recipe.probe, tokenizer, longest) if recipe.probe else None
-    if finished and rank == 0:
+    if finished:
         print(f"{recipe.run}: finished at step {recipe.optimizer.steps}, nothing to do")
     return Inputs(identity, corpus, loader, checkpoints, finished, probe)
 
@@ -203,60 +214,6 @@ def _check_filling(recipe: Recipe, state: TrainState) -> None:
         )
 
 
-def launch(recipe_path: Path, overrides: list[str], ranks: int | None = None) -> int:
-    """Run `main` under DeepSpeed's launcher on this machine: every GPU, or `ranks` CPU processes (two, if the lanes
-    allow it)."""
-    recipe = load_recipe(recipe_path, overrides)
-    if sys.stdin.isatty() and not recipe.resume.fallback and _agrees_to_fall_back(recipe):
-        overrides = [*overrides, "resume=" + json.dumps(recipe.resume.model_dump() | {"fallback": True})]
-        recipe = load_recipe(recipe_path, overrides)
-    ranks = ranks or _default_ranks(recipe.batch.lanes)
-    if check_inputs(recipe, 0, ranks).finished:  # and a mistake is one line, not one of the launcher's as well
-        return 0
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if torch.cuda.is_available() else ""
-    # The launcher drops CUDA_VISIBLE_DEVICES where a number of devices is given.
-    chosen = ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"] if visible else []
-    command = [str(Path(sys.executable).with_name("deepspeed")), *(chosen or ["--num_accelerators", str(ranks)])]
-    command += ["--log_level", "critical", "--master_port", str(_free_port()), "--no_local_rank"]
-    command += [__file__, str(recipe_path), *overrides]
-    # A session of its own: ^C in a terminal comes here alone, and is passed on to the ranks alone.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-
-    asked = False
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        """The launcher itself would leave the ranks 30 seconds to save."""
-        nonlocal asked
-        asked = True
-        launcher = psutil.Process(process.pid)
-        ranks = [child for child in launcher.children(recursive=True) if not child.children()]
-        for leaf in ranks or [launcher]:
-            leaf.send_signal(signal.SIGTERM)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
-    code = process.wait()
-    if asked and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # before the ranks had anything to save
-        return STOPPED_ON_REQUEST
-    return code if code in (0, 2, STOPPED_ON_REQUEST) else 1  # a rank's death by a signal has a number of its own
-
-
-def _agrees_to_fall_back(recipe: Recipe) -> bool:
-    """Ask, where the newest checkpoint is damaged and there is another."""
-    store = Store(recipe.run)
-    newest = store.latest()
-    older = [path for path in store.steps() if path != newest]
-    if newest is None or not older:
-        return False
-    damage = read_through(newest, Console(stderr=True))
-    return bool(damage) and typer.confirm(f"{newest}: {damage}.\nGo on from {older[-1].name} instead?")
-
-
 def _summary(state: TrainState) -> str:
     recipe = state.recipe
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.objective.parameters())  # stage 3's are cut up
@@ -273,20 +230,6 @@ def _summary(state: TrainState) -> str:
         f"{recipe.run}: {tasks}, {parameters / 1e6:.1f}M parameters, {where}, "
         f"step {state.step} of {recipe.optimizer.steps}{filling}"
     )
-
-
-def _default_ranks(lanes: int) -> int:
-    most = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
-    ranks = max(n for n in range(1, most + 1) if lanes % n == 0)
-    if ranks < torch.cuda.device_count():
-        print(f"using {ranks} of {most} GPUs: batch.lanes is {lanes}, which more do not divide")
-    return ranks
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

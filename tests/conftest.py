@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="how often test_torture.py kills a run")
+    parser.addoption("--no-skip", action="append", default=[], metavar="MARK", help="fail where such a test is skipped")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and any(mark in item.keywords for mark in item.config.getoption("no_skip")):
+        report.outcome, report.longrepr = "failed", f"skipped, which is not allowed here: {report.longreprtext}"
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

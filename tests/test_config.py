@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from infoxlm_ds.config import UserError, load_recipe
-from infoxlm_ds.engine_config import load_engine_config
+from infoxlm_ds.engine_config import check_device, load_engine_config
 from infoxlm_ds.model.pretrained import shape_of
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def test_every_shipped_engine_config_loads(path: Path, fp16_on_cpu: None) -> Non
 
 def test_fp16_is_refused_where_deepspeed_refuses_it() -> None:
     with pytest.raises(UserError, match="fp16 on GPUs only"):
-        load_engine_config(ROOT / "ds_configs" / "zero1_fp16.json")
+        check_device(load_engine_config(ROOT / "ds_configs" / "zero1_fp16.json"))
 
 
 @pytest.mark.parametrize(("name", "millions"), [("base", 278.3), ("large", 560.1), ("xl", 3480)])

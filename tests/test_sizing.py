@@ -17,16 +17,16 @@ import yaml
 from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 from typer.testing import CliRunner
 
-from infoxlm_ds import dist
+from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.cli import app
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.engine_config import load_engine_config
 from infoxlm_ds.setting import Setting, Shape, read_text
-from infoxlm_ds.sizing import memory, partition, smallest_world, stages
+from infoxlm_ds.sizing import checkpoint_bytes, memory, partition, smallest_world, stages
 from infoxlm_ds.step_cost import flops, tokens_per_step, wire
-from infoxlm_ds.train import build, check_inputs
-from infoxlm_ds.trainer import TrainState, train_step
+from infoxlm_ds.train import agreed_inputs, build
+from infoxlm_ds.trainer import TrainState, _save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
 from tests.tensor_memory import TensorMemory
@@ -59,7 +59,7 @@ def _start(recipe: Recipe) -> TrainState:
 
 
 def _build(recipe: Recipe) -> TrainState:
-    inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+    inputs = agreed_inputs(recipe)
     manifest = inputs.corpus.manifest
     wider = manifest.tokenizer.model_copy(update={"vocab_size": VOCABULARY})
     inputs.corpus.manifest = manifest.model_copy(update={"tokenizer": wider})
@@ -100,6 +100,22 @@ def test_tensors_of_a_rank_are_as_planned(
     print(f"{planned.peak / 1e6:.1f}, {peak / 1e6:.1f} at the peak, planned for the {planned.peak_at}")
     assert between == pytest.approx(alive, rel=0.02)
     assert planned.peak == pytest.approx(peak, rel=0.15)
+
+
+def _saved(rank: int, world: int, recipe: Recipe) -> None:
+    state = _start(recipe)
+    train_step(state)
+    _save(state, None)
+    state.loader.close()
+
+
+@pytest.mark.parametrize("config", ["zero1_bf16", "zero3_fp32"])
+def test_a_checkpoint_has_the_bytes_that_are_planned(corpus: Path, tmp_path: Path, config: str) -> None:
+    recipe = _recipe(corpus, tmp_path, config, *WIDE)
+    run_ranks(_saved, 2, recipe)
+    newest = Store(recipe.run).at()
+    written = sum(path.stat().st_size for path in newest.iterdir())
+    assert checkpoint_bytes(_setting(recipe, 2)) == pytest.approx(written, rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

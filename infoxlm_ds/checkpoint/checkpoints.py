@@ -20,6 +20,7 @@ from infoxlm_ds.checkpoint.store import (
     Store,
     damage_of,
     read_json,
+    read_receipts,
     read_state,
 )
 from infoxlm_ds.config import Recipe, UserError
@@ -100,7 +101,7 @@ class Checkpoints:
     def find(self, identity: Identity) -> Found | None:
         """The checkpoint to go on from, every byte of it verified. Collective. UserError where it is damaged; with
         `resume.fallback` the newest that is not, and the damaged ones are set aside."""
-        candidates = dist.from_first_rank(self._candidates())
+        candidates = dist.from_first_rank(None if dist.rank() else self._candidates())
         assert isinstance(candidates, list)
         damaged: list[str] = []
         for number, path in enumerate(candidates):
@@ -126,12 +127,13 @@ class Checkpoints:
         files = suited(path, state, engine)
         engine.load(files, universal=files != path)
         own = path / f"momentum-{dist.rank():05d}.safetensors"
+        names = sorted(receipt.name for receipt in read_receipts(path))  # thousands of ranks list no folder
         if momentum is not None:
-            parts = sorted(path.glob("momentum-*.safetensors"), key=lambda part: part != own)
+            parts = sorted((path / n for n in names if n.startswith("momentum-")), key=lambda part: part != own)
             wanted = {name: len(values) for name, values in momentum.state_dict().items()}
             momentum.load_state_dict(read_slices(parts, wanted))
         if queue is not None:
-            queue.load_state_dicts(load_file(part) for part in sorted(path.glob("queue-*.safetensors")))
+            queue.load_state_dicts(load_file(path / n) for n in names if n.startswith("queue-"))
         if state["world_size"] == dist.world_size():
             restore_rng(read_json(path / f"rng-{dist.rank():05d}.json"))
         skipped = any(d.below(*ORDER) for d in found.differences)  # the window in hand has other items now
@@ -221,10 +223,9 @@ def _damage_seen_by_any(path: Path) -> str:
     return next((str(damage) for damage in dist.gather_objects(damage_of(path, share)) if damage), "")
 
 
-def _merge(everyone: list[object]) -> Cursors:
+def _merge(everyone: list[Cursors]) -> Cursors:
     merged: Cursors = {}
     for cursors in everyone:
-        assert isinstance(cursors, dict)
         for task, lanes in cursors.items():
             merged.setdefault(task, {}).update(lanes)
     return merged

@@ -68,11 +68,11 @@ class Rows:
 class Corpus:
     """A corpus folder: manifest, indices, and packs on demand."""
 
-    def __init__(self, path: Path) -> None:
-        """UserError where it is no corpus, a file is missing or has another size than the manifest says, or an index
-        is damaged. Shards are not hashed here: each pack is checked when it is read."""
+    def __init__(self, path: Path, look_at_files: bool = True) -> None:
+        """UserError where it is no corpus, an index is damaged or, if `look_at_files`, a file is missing or has another
+        size than the manifest says. Shards are not hashed here: each pack is checked when it is read."""
         self.path, self.manifest = path, load_manifest(path)
-        for file in self.manifest.files():
+        for file in self.manifest.files() if look_at_files else ():
             found = path / file.name
             if not found.is_file():
                 raise UserError(f"{found} is missing: restore the file or prepare the corpus again")

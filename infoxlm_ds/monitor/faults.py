@@ -25,7 +25,7 @@ def find_faults(
         for lane, micro, report, lane_reps in zip(lanes, micros, reports, reps, strict=True)
         for task, languages in _faults(micro, report, lane_reps).items()
     ]
-    return [fault for faults in dist.gather_objects(own) for fault in faults]  # type: ignore[attr-defined]
+    return [fault for faults in dist.gather_objects(own) for fault in faults]
 
 
 def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:

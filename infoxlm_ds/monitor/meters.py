@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +54,7 @@ class Meter:
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
         pairs: dict[str, np.ndarray] = {}
-        for part in dist.gather_objects((self._languages, _by_pair(self._pairs))):
-            counts, found = cast(tuple[dict[str, Counter[str]], dict[str, np.ndarray]], part)
+        for counts, found in dist.gather_objects((self._languages, _by_pair(self._pairs))):
             for task, counter in counts.items():
                 languages.setdefault(task, Counter()).update(counter)
             for name, values in found.items():

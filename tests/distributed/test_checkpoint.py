@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.train import agreed_inputs, build, check_inputs
 from infoxlm_ds.trainer import SaveFailed, _save, fit, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole_state
@@ -25,13 +24,13 @@ from tests.distributed.ranks import run_ranks
 def _refused(rank: int, world: int, recipe: Recipe) -> str:
     start_ranks()
     with pytest.raises(UserError) as caught:
-        build(check_inputs(recipe, dist.rank(), dist.world_size()))
+        build(agreed_inputs(recipe))
     return str(caught.value)
 
 
 def _fit(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     fit(state, None)
     state.loader.close()
     return whole_state(state)
@@ -40,7 +39,7 @@ def _fit(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
 def stop_after_two(rank: int, world: int, recipe: Recipe) -> None:
     """Two of six steps, both saved."""
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     for _ in range(2):
         train_step(state)
         _save(state, None)
@@ -136,7 +135,7 @@ def test_a_run_folder_belongs_to_one_recipe(
 def test_a_finished_run_is_finished_on_any_number_of_ranks(corpus: Path, tmp_path: Path) -> None:
     recipe = small_recipe(corpus, tmp_path / "run", "optimizer.steps=2")
     run_ranks(_fit, 2, recipe)
-    assert check_inputs(recipe, 0, 1).finished and check_inputs(recipe, 1, 4).finished
+    assert check_inputs(recipe, 0, 1).finished and check_inputs(recipe, 0, 4).finished
 
 
 def test_a_run_that_must_go_on_does_not_start(corpus: Path, tmp_path: Path) -> None:
@@ -161,7 +160,7 @@ def test_a_run_folder_that_cannot_be_made_is_a_mistake(corpus: Path, tmp_path: P
 
 def _positions(rank: int, world: int, recipe: Recipe) -> tuple[int, dict[str, dict[int, tuple[int, int]]]]:
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     train_step(state)
     state.loader.close()
     return state.step, state.loader.cursors
@@ -187,7 +186,7 @@ def test_a_loss_that_was_off_starts_its_stream(corpus: Path, tmp_path: Path) -> 
 
 def _resized(rank: int, world: int, recipe: Recipe) -> tuple[list[float], list[int]]:
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     assert state.queue is not None
     filled = [state.queue.filled]
     while state.step < 5:
@@ -262,7 +261,7 @@ def test_the_newest_and_every_kth_are_kept(corpus: Path, tmp_path: Path) -> None
 
 def _unsaved(rank: int, world: int, recipe: Recipe) -> str:
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     with pytest.raises(SaveFailed) as caught:
         fit(state, None)
     state.loader.close()

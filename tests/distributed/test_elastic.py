@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.store import Store, universal_of
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import _save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.data.test_loader import content
@@ -45,7 +44,7 @@ def _steps(rank: int, world: int, recipe: Recipe, to: int) -> Trained:
         return micros
 
     Loader.__next__ = watched  # type: ignore[method-assign, assignment]  # in this fork alone
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     losses = []
     while state.step < to:
         while not train_step(state):
@@ -165,7 +164,7 @@ def test_a_conversion_changes_no_bit_and_is_made_once(
 def _refused(rank: int, world: int, recipe: Recipe) -> str:
     start_ranks()
     with pytest.raises(UserError) as caught:
-        build(check_inputs(recipe, dist.rank(), dist.world_size()))
+        build(agreed_inputs(recipe))
     return str(caught.value)
 
 

@@ -18,7 +18,7 @@ from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine import NotFinite, schedule, start_ranks
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.objective import StepContext
-from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import TrainState, fit, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
@@ -29,7 +29,7 @@ EVERYWHERE = ["zero0_fp32", "zero1_fp32", "zero2_fp32", "zero1_bf16", "zero2_bf1
 
 def _start(recipe: Recipe) -> TrainState:
     start_ranks()
-    return build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    return build(agreed_inputs(recipe))
 
 
 def _a_poisoned_step(rank: int, world: int, recipe: Recipe) -> tuple[list[str], int, list[str], bool, bool]:
@@ -206,7 +206,7 @@ def test_the_timeout_is_long_up_to_the_first_step_and_short_from_then_on(corpus:
 
 
 def _wait(rank: int, world: int, seconds: int) -> float:
-    start_ranks(timeout=600)
+    start_ranks()
     dist.barrier()
     dist.set_timeout(seconds)
     started = time.monotonic()

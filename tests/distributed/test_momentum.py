@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infoxlm_ds import dist
 from infoxlm_ds.config import Contrast, Recipe
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.model.momentum import momentum_at
-from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import TrainState, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole, whole_masters
@@ -33,7 +32,7 @@ LONG = 1000
 
 def _start(recipe: Recipe) -> TrainState:
     start_ranks()
-    return build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    return build(agreed_inputs(recipe))
 
 
 def _against_an_oracle(rank: int, world: int, recipe: Recipe, steps: int) -> tuple[float, float, list[float]]:

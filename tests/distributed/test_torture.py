@@ -18,11 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import _fit, build, check_inputs
+from infoxlm_ds.train import _fit, agreed_inputs, build
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole_state
 from tests.distributed.ranks import run_ranks
@@ -34,7 +33,7 @@ EVERY = 2
 def _train(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
     """What the launcher runs, up to its end."""
     start_ranks()
-    inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+    inputs = agreed_inputs(recipe)
     inputs.checkpoints.lock()
     state = build(inputs)
     assert _fit(state) == 0

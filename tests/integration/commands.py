@@ -42,7 +42,8 @@ def wait_for_steps(process: subprocess.Popen[Any], run: Path, steps: int) -> Non
     """Until the run has logged so many steps."""
     deadline = time.monotonic() + 120
     while _logged(run / "metrics.jsonl") < steps:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 

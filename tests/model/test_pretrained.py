@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertTokenizer, PreTrainedModel, XLMRobertaModel
 
-from infoxlm_ds import dist
 from infoxlm_ds.config import Model, Recipe, UserError
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.pretrained import build_model, check_fit, init_config, shape_of
 from infoxlm_ds.publish.export import SAMPLE, export
-from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import fit
 from tests.conftest import HubCache
 from tests.corpus import ROOT, small_recipe
@@ -123,7 +122,7 @@ def test_what_is_no_model_is_the_users_mistake(tmp_path: Path) -> None:
 
 def _train(rank: int, world: int, recipe: Recipe) -> float:
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     fit(state, None)
     return state.engine.gradient_norm
 

@@ -21,7 +21,7 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "WAIT", 0.0)
 
 
-WHERE = ["process 1 on a", "process 2 on b", "process 3 on c"]
+WHERE = [failures.Place("a", 1), failures.Place("b", 2), failures.Place("c", 3)]
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,27 @@ def test_a_disk_too_full_for_the_cause_hides_it_on_the_screen_from_nobody(
     (tmp_path / "failures").write_text("")  # no folder can be made
     assert failures.end(Gone(), tmp_path, WHERE, "") == 1
     assert "rank 1 (process 2 on b) is gone" in capsys.readouterr().err
+
+
+def test_a_host_that_is_lost_whole_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [failures.Place(host, rank) for rank, host in enumerate("aabb")]
+    assert failures.end(Gone(), tmp_path, where, "") == 1
+    line = capsys.readouterr().err
+    assert "rank 1 (process 1 on a) is gone" in line and "all of b (ranks 2, 3) is gone" in line
+
+
+def test_hosts_that_lost_each_other_say_so_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of them may be cut off from the screen."""
+    where = [failures.Place(host, rank) for rank, host in enumerate("aabb")]
+    for rank in range(4):
+        monkeypatch.setattr(dist, "rank", lambda group=None, rank=rank: rank)
+        failures._leave(tmp_path, ".lost", "")
+    said = []
+    for rank in range(4):
+        monkeypatch.setattr(dist, "rank", lambda group=None, rank=rank: rank)
+        assert failures.end(Gone(), tmp_path, where, "Newest: 7") == 1
+        said.append(capsys.readouterr().err)
+    assert said[1] == said[3] == ""
+    assert all("the network between a, b is broken. Newest: 7" in said[rank] for rank in (0, 2))

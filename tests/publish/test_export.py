@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaForMaskedLM
 
-from infoxlm_ds import dist
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.publish.export import SAMPLE, export
-from infoxlm_ds.train import build, check_inputs
+from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe
 from tests.distributed.masters import whole_masters
@@ -23,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
     """Train; return the hidden states of SAMPLE by transformers' own padded forward of the fp32 master weights."""
     start_ranks()
-    state = build(check_inputs(recipe, dist.rank(), dist.world_size()))
+    state = build(agreed_inputs(recipe))
     fit(state, None)
     trained = state.objective.model.lm
     lm = XLMRobertaForMaskedLM(copy.deepcopy(trained.config)).eval()

@@ -1,0 +1,199 @@
+"""What `infoxlm doctor` asks a host. This runs there: a line of its input asks, a line of its output answers."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+
+import infoxlm_ds
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data.plan import permuted
+from infoxlm_ds.data.reader import Corpus
+
+PROJECT = Path(infoxlm_ds.__file__).parent.parent
+CODE = ("infoxlm_ds", "data_prep")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    driver: str
+    memory: int  # bytes
+    used: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`packages`: versions of what the project requires, empty where it is missing; `wrong`: those that it cannot work
+    with. `code`: a hash by file. `memory`: available, in bytes. `locks`: of builds of extensions, with their age in
+    seconds. `address`: where others reach this host, as DeepSpeed's launcher finds it."""
+
+    host: str
+    address: str
+    python: str
+    packages: dict[str, str]
+    wrong: list[str]
+    code: dict[str, str]
+    cores: int
+    memory: int
+    gpus: list[Gpu]
+    locks: dict[str, float]
+
+
+def facts() -> dict[str, Any]:
+    packages, wrong = _packages()
+    return asdict(
+        Facts(
+            host=socket.gethostname(),
+            address=_address(),
+            python=platform.python_version(),
+            packages=packages,
+            wrong=wrong,
+            code=_code(),
+            cores=len(os.sched_getaffinity(0)),
+            memory=psutil.virtual_memory().available,
+            gpus=_gpus(),
+            locks=_locks(),
+        )
+    )
+
+
+def _address() -> str:
+    """The first that `hostname -I` names, which DeepSpeed's launcher takes for the first host's."""
+    found = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+    return found[0] if found else "127.0.0.1"
+
+
+def _packages() -> tuple[dict[str, str], list[str]]:
+    """Versions, and what the project's own requirements say against them."""
+    versions, wrong = {}, []
+    for line in importlib.metadata.requires("infoxlm-ds") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+        versions[requirement.name] = version
+        if not version or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version or 'is missing'}, needed is {requirement.specifier}")
+    return versions, wrong
+
+
+def _code() -> dict[str, str]:
+    files = sorted(path for name in CODE for path in (PROJECT / name).rglob("*.py"))
+    return {str(p.relative_to(PROJECT)): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
+
+
+def _gpus() -> list[Gpu]:
+    query = "--query-gpu=name,driver_version,memory.total,memory.used"
+    try:
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return [Gpu(name, driver, int(total) * 2**20, int(used) * 2**20) for name, driver, total, used in rows]
+
+
+def _locks() -> dict[str, float]:
+    """A build that was killed leaves its lock, and torch waits for it for ever."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    return {str(path): time.time() - path.stat().st_mtime for path in folder.glob("**/lock")}
+
+
+def port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def mark(folder: str, name: str) -> dict[str, Any]:
+    """Leave a file for the other hosts to see. Returns the free bytes there."""
+    (Path(folder) / name).write_text(socket.gethostname(), encoding="utf-8")
+    return {"free": psutil.disk_usage(folder).free}
+
+
+def marks(folder: str, beginning: str) -> list[str]:
+    """The names that are seen here."""
+    return [path.name for path in Path(folder).glob(f"{beginning}*")]
+
+
+def unmark(folder: str, name: str) -> None:
+    (Path(folder) / name).unlink(missing_ok=True)
+
+
+def read_corpus(path: str, share: int, shares: int, seconds: float) -> dict[str, Any]:
+    """Check all names, sizes and indices, and as many packs as can be read in time, in an order that starts elsewhere
+    on each host. UserError for the first thing that is wrong."""
+    corpus = Corpus(Path(path))
+    packs = [(number, pack) for number, source in enumerate(corpus.sources) for pack in range(source.packs)]
+    deadline, read = time.monotonic() + seconds, 0
+    while read < len(packs) and time.monotonic() < deadline:
+        at = (read + share * len(packs) // shares) % len(packs)
+        corpus.pack.__wrapped__(*packs[permuted(at, len(packs), 0)])
+        read += 1
+    return {"packs": len(packs), "read": read, "sha256": corpus.manifest.sha256}
+
+
+def exchange(rank: int, address: str, port: int) -> dict[str, float]:
+    from infoxlm_ds.doctor.network import exchange as measure  # imports torch
+
+    return measure(rank, address, port)
+
+
+QUESTIONS: dict[str, Callable[..., Any]] = {
+    "facts": facts,
+    "clock": time.time,
+    "port_is_free": port_is_free,
+    "free_port": free_port,
+    "mark": mark,
+    "marks": marks,
+    "unmark": unmark,
+    "read_corpus": read_corpus,
+    "exchange": exchange,
+}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = {"value": QUESTIONS[question["what"]](**question["arguments"])}
+        except UserError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""An agent on each host, asked over ssh; or one here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from infoxlm_ds.hosts import python_there
+
+AGENT = ("-m", "infoxlm_ds.doctor.agent")
+
+
+class NoAnswer(Exception):
+    """Why a host did not do what it was asked."""
+
+
+class Agent:
+    """`host`: None for this machine."""
+
+    def __init__(self, host: str | None) -> None:
+        command = [sys.executable, *AGENT] if host is None else python_there(host, *AGENT)
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe would have to be read all the time
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True)
+
+    def ask(self, what: str, seconds: float, arguments: Mapping[str, Any]) -> Any:
+        """NoAnswer where there is none within so many seconds, or it is an error."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        late = threading.Timer(seconds, self._process.kill)
+        late.start()
+        try:
+            self._process.stdin.write(json.dumps({"what": what, "arguments": arguments}) + "\n")
+            self._process.stdin.flush()
+            line = next((line for line in self._process.stdout if line.startswith("{")), "")  # others are its shell's
+        except BrokenPipeError:
+            line = ""
+        finally:
+            late.cancel()
+        if not line:
+            raise NoAnswer(self._last_words(seconds))
+        answer = json.loads(line)
+        if "error" in answer:
+            raise NoAnswer(answer["error"])
+        return answer["value"]
+
+    def _last_words(self, seconds: float) -> str:
+        code = self._process.wait()
+        if code < 0:
+            return f"no answer within {seconds:g} seconds"
+        self._stderr.seek(0)
+        return (self._stderr.read().strip().splitlines() or [f"exit code {code}"])[-1]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+
+class Crew:
+    """Agents by host."""
+
+    def __init__(self, hosts: list[str | None]) -> None:
+        self._pool = ThreadPoolExecutor(max(1, len(hosts)))
+        self._agents = {host or os.uname().nodename: Agent(host) for host in hosts}
+        self.hosts = list(self._agents)
+
+    def ask(
+        self, what: str, arguments: Mapping[str, Mapping[str, Any]] | None = None, seconds: float = 60
+    ) -> dict[str, Any]:
+        """The answers, by host, of those in `arguments`, or of all: a value or a NoAnswer."""
+        asked = arguments if arguments is not None else {host: {} for host in self.hosts}
+        under_way = {host: self._pool.submit(self._agents[host].ask, what, seconds, asked[host]) for host in asked}
+        return {host: answer.exception() or answer.result() for host, answer in under_way.items()}
+
+    def dismiss(self, hosts: list[str]) -> None:
+        for host in hosts:
+            self._agents.pop(host).close()
+            self.hosts.remove(host)
+
+    def close(self) -> None:
+        self.dismiss(list(self.hosts))
+        self._pool.shutdown()

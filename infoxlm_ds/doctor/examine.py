@@ -1,0 +1,242 @@
+"""`infoxlm doctor`: everything that a run needs, looked at before it starts."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from infoxlm_ds.config import Recipe, UserError, load_recipe
+from infoxlm_ds.doctor import judge
+from infoxlm_ds.doctor.agent import Facts, Gpu
+from infoxlm_ds.doctor.crew import Crew, NoAnswer
+from infoxlm_ds.doctor.findings import Finding, failure, ok, warning
+from infoxlm_ds.doctor.network import PATIENCE
+from infoxlm_ds.hosts import read_hostfile
+from infoxlm_ds.placement import ranks_here
+from infoxlm_ds.setting import Setting
+from infoxlm_ds.sizing import checkpoint_bytes, memory
+from infoxlm_ds.sizing_table import GIB, Wishes, read_setting
+from infoxlm_ds.step_cost import wire
+
+PORT = 29500  # DeepSpeed's own
+PARTNERS = 15  # that each host meets: all, up to 16 hosts
+READING = 10.0  # seconds each host reads of the corpus
+
+
+def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) -> Iterator[Finding]:
+    """All findings, as they come. A check that another one's failure makes impossible is left out."""
+    slots: dict[str, int] = {}
+    if hostfile is not None:
+        try:
+            slots = read_hostfile(hostfile)
+        except UserError as error:
+            yield failure("hostfile", str(error), "see hostfile.example")
+            return
+        yield ok("hostfile", f"{len(slots)} hosts, {sum(slots.values())} slots")
+        if shutil.which("pdsh") is None:
+            yield failure("pdsh", "is not installed here, and starts the ranks on the hosts", "install pdsh")
+        else:
+            yield ok("pdsh", "is installed")
+    loaded, setting = None, None
+    if recipe is not None:
+        try:
+            loaded = load_recipe(recipe, overrides)
+            setting = _setting(loaded, recipe, overrides, sum(slots.values()) or ranks_here(loaded.batch.lanes))
+            yield ok("recipe", f"{recipe}, {setting.world} ranks")
+        except UserError as error:
+            yield failure("recipe", str(error), "correct it")
+    unknown = [found for host in slots if (found := _resolved(host))]
+    yield from unknown
+    if slots and not unknown:
+        yield ok("names", "all hosts have an address")
+    with closing(Crew(list(slots) or [None])) as crew:
+        facts: dict[str, Facts] = {}
+        yield from _meet(crew, facts, over_ssh=bool(slots))
+        if facts:
+            yield from _judge(crew, facts, slots, loaded, setting)
+
+
+def _setting(recipe: Recipe, path: Path, overrides: list[str], ranks: int) -> Setting:
+    if recipe.batch.lanes % ranks:
+        raise UserError(f"batch.lanes is {recipe.batch.lanes}, which the hostfile's {ranks} slots do not divide")
+    return read_setting(path, overrides, Wishes(ranks))
+
+
+def _resolved(host: str) -> Finding | None:
+    """As ssh does it, with its own configuration."""
+    settings = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout.splitlines()
+    name = next((line.split()[1] for line in settings if line.startswith("hostname ")), host)
+    try:
+        socket.getaddrinfo(name, 22)
+    except OSError:
+        return failure("names", f"{host} has no address", "correct the hostfile, DNS, /etc/hosts or ~/.ssh/config")
+    return None
+
+
+def _meet(crew: Crew, facts: dict[str, Facts], over_ssh: bool) -> Iterator[Finding]:
+    """Ask all hosts for their facts; go on with those that answer."""
+    for host, answer in crew.ask("facts").items():
+        if isinstance(answer, NoAnswer):
+            yield failure("ssh", f"{host} runs nothing: {answer}", _remedy(host, str(answer)))
+            crew.dismiss([host])
+        else:
+            facts[host] = Facts(**answer | {"gpus": [Gpu(**gpu) for gpu in answer["gpus"]]})
+    if facts and over_ssh:
+        yield ok("ssh", f"answered without a password: {', '.join(facts)}")
+
+
+def _remedy(host: str, said: str) -> str:
+    if "denied" in said:
+        return f"ssh-copy-id {host}"
+    if any(word in said for word in ("No such file", "not found", "No module named", "ModuleNotFound")):
+        return f"bring code and environment to {host} under the same path: {Path.cwd()}"
+    return f"try `ssh {host} true`"
+
+
+def _judge(
+    crew: Crew, facts: Mapping[str, Facts], slots: Mapping[str, int], recipe: Recipe | None, setting: Setting | None
+) -> Iterator[Finding]:
+    yield from judge.code(facts)
+    yield from judge.packages(facts)
+    yield from judge.devices(facts, slots)
+    yield from judge.locks(facts)
+    if slots:
+        yield from judge.clocks(_clocks(crew))
+    yield from _port(crew)
+    if len(crew.hosts) > 1:
+        yield from judge.network(_exchanges(crew, facts), sum(wire(setting).values()) if setting else None)
+    if recipe is not None:
+        yield from _run_folder(crew, recipe.run, 2 * checkpoint_bytes(setting) if setting else 0)
+        yield from _corpus(crew, recipe.corpus)
+    if setting is not None:
+        yield from _memory(setting, facts, slots)
+
+
+def _clocks(crew: Crew) -> dict[str, float]:
+    """How far each clock is ahead, by the quickest of three answers."""
+    found = {}
+    for host in crew.hosts:
+        answers = []
+        for _ in range(3):
+            asked = time.time()
+            there = crew.ask("clock", {host: {}})[host]
+            took = time.time() - asked
+            answers.append((took, there - asked - took / 2))
+        found[host] = min(answers)[1]
+    return found
+
+
+def _port(crew: Crew) -> Iterator[Finding]:
+    first = crew.hosts[0]
+    if crew.ask("port_is_free", {first: {"port": PORT}})[first] is True:
+        yield ok("port", f"{PORT} is free on {first}")
+    else:
+        remedy = "end what listens there, or give `deepspeed` --master_port; `infoxlm train` takes a free one"
+        yield warning("port", f"{PORT}, DeepSpeed's own, is taken on {first}", remedy)
+
+
+def _exchanges(crew: Crew, facts: Mapping[str, Facts]) -> dict[tuple[str, str], Any]:
+    """Rounds of a tournament: in each, hosts meet in disjoint pairs, all at once."""
+    hosts: list[str | None] = [*crew.hosts] + [None] * (len(crew.hosts) % 2)
+    found: dict[tuple[str, str], Any] = {}
+    for _ in range(min(len(hosts) - 1, PARTNERS)):
+        half = len(hosts) // 2
+        pairs = [(a, b) for a, b in zip(hosts[:half], reversed(hosts[half:]), strict=True) if a and b]
+        ports = crew.ask("free_port", {a: {} for a, _ in pairs})
+        asked: dict[str, dict[str, Any]] = {}
+        for a, b in pairs:
+            meeting = {"address": facts[a].address, "port": ports[a]}
+            asked |= {a: {"rank": 0} | meeting, b: {"rank": 1} | meeting}
+        answers = crew.ask("exchange", asked, seconds=3 * PATIENCE)
+        found |= {(a, b): answers[b] if isinstance(answers[a], dict) else answers[a] for a, b in pairs}
+        hosts = [hosts[0], hosts[-1], *hosts[1:-1]]
+    return found
+
+
+def _run_folder(crew: Crew, run: Path, needed: int) -> Iterator[Finding]:
+    """Each host leaves a file that all others must see."""
+    folder = run.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    beginning = f".doctor-{uuid.uuid4().hex[:8]}-"
+    names = {host: {"folder": str(folder), "name": f"{beginning}{host}"} for host in crew.hosts}
+    left = crew.ask("mark", names)
+    bad = {host: answer for host, answer in left.items() if isinstance(answer, NoAnswer)}
+    for host, why in bad.items():
+        yield failure(
+            "run folder", f"{host} cannot write to {folder}: {why}", "correct `run`, the mount or permissions"
+        )
+    writers = [host for host in crew.hosts if host not in bad]
+    seen = {host: [] if isinstance(s, NoAnswer) else s for host, s in _marks(crew, folder, beginning, writers).items()}
+    apart = [host for host in writers if not all(names[other]["name"] in seen[host] for other in writers)]
+    if apart:
+        what = f"{folder} is another folder on {' and on '.join(apart)}"
+        yield failure(
+            "run folder", what, "put `run` on a file system that all hosts share: checkpoints lie there whole"
+        )
+    crew.ask("unmark", names)
+    if writers and not bad and not apart:
+        yield ok("run folder", f"{folder}: written to and seen{judge.everywhere(left)}")
+    if writers and needed:
+        yield _disk(min((left[host]["free"], host) for host in writers), folder, needed)
+
+
+def _marks(crew: Crew, folder: Path, beginning: str, writers: list[str]) -> dict[str, Any]:
+    """What each host sees, a moment later where that is not all: NFS tells others late."""
+    question = {host: {"folder": str(folder), "beginning": beginning} for host in crew.hosts}
+    for _ in range(6):
+        seen = crew.ask("marks", question)
+        if all(isinstance(found, list) and len(found) == len(writers) for found in seen.values()):
+            break
+        time.sleep(0.5)
+    return seen
+
+
+def _disk(least: tuple[int, str], folder: Path, needed: int) -> Finding:
+    free, host = least
+    what = f"{free / GIB:.1f} GiB free in {folder} on {host}; two checkpoints take {needed / GIB:.1f}"
+    return ok("disk", what) if free > needed else failure("disk", what, "make room, or set `run` to a larger disk")
+
+
+def _corpus(crew: Crew, corpus: Path) -> Iterator[Finding]:
+    shares = len(crew.hosts)
+    asked = {
+        host: {"path": str(corpus), "share": i, "shares": shares, "seconds": READING}
+        for i, host in enumerate(crew.hosts)
+    }
+    read = crew.ask("read_corpus", asked, seconds=600)
+    works = {host: answer for host, answer in read.items() if isinstance(answer, dict)}
+    for host in read.keys() - works.keys():
+        yield failure("corpus", f"{host}: {read[host]}", "restore it there; `infoxlm prep verify` reads all of it")
+    for host in judge.odd_ones({host: answer["sha256"] for host, answer in works.items()}):
+        yield failure("corpus", f"{corpus} is another corpus on {host}", "bring the same corpus to every host")
+    if len(works) == len(read):
+        few = min(works.values(), key=lambda answer: answer["read"])
+        part = "" if few["read"] == few["packs"] else f" in {READING:g} seconds; `infoxlm prep verify` reads all"
+        yield ok("corpus", f"{corpus}: {few['read']:,} of {few['packs']:,} packs read{judge.everywhere(read)}{part}")
+
+
+def _memory(s: Setting, facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Finding]:
+    """The plan's peak against the smallest GPU, or against the host's memory where there is none."""
+    needs = memory(s)
+    remedy = "`infoxlm plan` shows what takes it: more ranks, a higher ZeRO stage, smaller batches a lane"
+    for host, found in facts.items():
+        ranks = slots.get(host, s.world)
+        on_host = needs.host if found.gpus else needs.peak + needs.host
+        demands = [("memory", ranks * on_host, found.memory)]
+        demands += [(f"{found.gpus[0].name}", needs.peak, min(g.memory for g in found.gpus))] if found.gpus else []
+        for what, wanted, there in demands:
+            line = f"{host}, {what}: {wanted / GIB:.1f} GiB planned, {there / GIB:.1f} there"
+            if wanted > there:
+                yield failure("memory", line, remedy)
+            elif wanted > 0.9 * there:
+                yield warning("memory", f"{line}: CUDA and buffers take some too", remedy)
+            else:
+                yield ok("memory", line)

@@ -1,0 +1,53 @@
+"""What `infoxlm doctor` found, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+
+STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`remedy`: what to do about a warning or a failure."""
+
+    check: str
+    level: Literal["ok", "warning", "failure"]
+    what: str
+    remedy: str = ""
+
+
+def ok(check: str, what: str) -> Finding:
+    return Finding(check, "ok", what)
+
+
+def warning(check: str, what: str, remedy: str) -> Finding:
+    return Finding(check, "warning", what, remedy)
+
+
+def failure(check: str, what: str, remedy: str) -> Finding:
+    return Finding(check, "failure", what, remedy)
+
+
+def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
+    """Print each as it comes. Returns all."""
+    seen = []
+    for found in findings:
+        line = Text.assemble((f"{found.level:8}", STYLES[found.level]), f"{found.check:12}{found.what}")
+        console.print(line, soft_wrap=True)
+        if found.remedy:
+            console.print(Text(f"{'':20}{found.remedy}"), soft_wrap=True)
+        seen.append(found)
+    return seen
+
+
+def write_json(findings: Sequence[Finding], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(found) for found in findings], indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,51 @@
+"""What two hosts reach between them: an all-reduce as training does it."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from statistics import median
+
+import torch
+import torch.distributed as torch_dist
+
+from infoxlm_ds.placement import interface_towards
+
+LARGE = 16 * 2**20  # bytes
+PATIENCE = 20  # seconds
+
+
+def exchange(rank: int, address: str, port: int) -> dict[str, float]:
+    """All-reduce with one partner; rank 0 is at `address`. Returns seconds of a small one, `latency`, and bytes a
+    second of a large one, `bandwidth`: each of two ranks sends once what is reduced. RuntimeError where they do not
+    meet."""
+    gpu = torch.cuda.is_available()
+    given = os.environ.get("GLOO_SOCKET_IFNAME")
+    os.environ["GLOO_SOCKET_IFNAME"] = given or interface_towards(address)
+    patience = timedelta(seconds=PATIENCE)
+    where = f"tcp://{address}:{port}"
+    torch_dist.init_process_group("nccl" if gpu else "gloo", where, patience, 2, rank)
+    try:
+        device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+        latency, large = (
+            _seconds(torch.zeros(1, device=device), 20),
+            _seconds(torch.zeros(LARGE // 4, device=device), 5),
+        )
+    finally:
+        torch_dist.destroy_process_group()
+        if given is None:
+            del os.environ["GLOO_SOCKET_IFNAME"]
+    return {"latency": latency, "bandwidth": LARGE / large}
+
+
+def _seconds(tensor: torch.Tensor, times: int) -> float:
+    """The median, behind one to warm up."""
+    found = []
+    for _ in range(times + 1):
+        started = time.monotonic()
+        torch_dist.all_reduce(tensor)
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
+        found.append(time.monotonic() - started)
+    return median(found[1:])
