@@ -29,7 +29,6 @@ from infoxlm_ds.model.momentum import Fragment, write_whole
 
 M = TypeVar("M", bound=nn.Module)
 
-
 PATIENT = Timeout()
 
 

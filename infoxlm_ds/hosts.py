@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,11 +49,23 @@ def python_there(host: str, *arguments: str) -> list[str]:
     return ["ssh", *ssh_options(), host, f"cd {folder} && PYTHONPATH={folder} exec {words}"]
 
 
+def last_words(stderr: str, code: int) -> str:
+    """Why a program ended early: the last line that it wrote, or else its exit code."""
+    return (stderr.strip().splitlines() or [f"exit code {code}"])[-1]
+
+
+def free_port_here() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def free_port(host: str) -> int:
     """A port that nobody listens on there. UserError where ssh does not reach the host."""
-    find = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+    find = "from infoxlm_ds.hosts import free_port_here; print(free_port_here())"
     done = subprocess.run(python_there(host, "-c", find), capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        said = last_words(done.stderr, done.returncode)
         raise UserError(f"{host} cannot run {sys.executable} in {Path.cwd()}: {said}; try `infoxlm doctor --hostfile`")
     return int(done.stdout.split()[-1])  # a shell there may have said something before

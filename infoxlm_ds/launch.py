@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.checkpoint.tools import read_through
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.engine_config import check_device
-from infoxlm_ds.hosts import SSH_OPTIONS, free_port, read_hostfile
+from infoxlm_ds.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
 from infoxlm_ds.placement import ranks_here
 from infoxlm_ds.train import STOPPED_ON_REQUEST, check_inputs
 
@@ -68,7 +67,7 @@ def _here(ranks: int, rank_command: Sequence[str]) -> int:
     # The launcher drops CUDA_VISIBLE_DEVICES where a number of devices is given.
     chosen = ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"] if visible else []
     command = [DEEPSPEED, *(chosen or ["--num_accelerators", str(ranks)])]
-    command += ["--log_level", "critical", "--master_port", str(_free_port()), "--no_local_rank", *rank_command]
+    command += ["--log_level", "critical", "--master_port", str(free_port_here()), "--no_local_rank", *rank_command]
 
     def stop(launcher: psutil.Process) -> bool:
         """DeepSpeed's launcher itself would leave the ranks 30 seconds to save."""
@@ -163,9 +162,3 @@ def _agrees_to_fall_back(recipe: Recipe) -> bool:
         return False
     damage = read_through(newest, Console(stderr=True))
     return bool(damage) and typer.confirm(f"{newest}: {damage}.\nGo on from {older[-1].name} instead?")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -72,12 +72,9 @@ def agreed_inputs(recipe: Recipe) -> Inputs:
         inputs = check_inputs(recipe, dist.rank(), dist.world_size())
         check_device(inputs.identity.engine)
     except UserError as error:
-        mistake = str(error)
-    everyone = dist.gather_objects((mistake, failures.here().host))
-    first = next(((rank, said, host) for rank, (said, host) in enumerate(everyone) if said), None)
-    if first is not None:
-        rank, said, host = first
-        raise UserError(said if rank == 0 else f"rank {rank} on {host}: {said}")
+        mistake = f"rank {dist.rank()} on {failures.here().host}: {error}" if dist.rank() else str(error)
+    if mistakes := [said for said in dist.gather_objects(mistake) if said]:
+        raise UserError(mistakes[0])
     assert inputs is not None
     return inputs
 

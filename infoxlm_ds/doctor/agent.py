@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,8 +21,10 @@ from packaging.requirements import Requirement
 
 import infoxlm_ds
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.manifest import sha256_of
 from infoxlm_ds.data.plan import permuted
 from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.hosts import free_port_here
 
 PROJECT = Path(infoxlm_ds.__file__).parent.parent
 CODE = ("infoxlm_ds", "data_prep")
@@ -43,7 +44,6 @@ class Facts:
     with. `code`: a hash by file. `memory`: available, in bytes. `locks`: of builds of extensions, with their age in
     seconds. `address`: where others reach this host, as DeepSpeed's launcher finds it."""
 
-    host: str
     address: str
     python: str
     packages: dict[str, str]
@@ -59,7 +59,6 @@ def facts() -> dict[str, Any]:
     packages, wrong = _packages()
     return asdict(
         Facts(
-            host=socket.gethostname(),
             address=_address(),
             python=platform.python_version(),
             packages=packages,
@@ -98,7 +97,7 @@ def _packages() -> tuple[dict[str, str], list[str]]:
 
 def _code() -> dict[str, str]:
     files = sorted(path for name in CODE for path in (PROJECT / name).rglob("*.py"))
-    return {str(p.relative_to(PROJECT)): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
+    return {str(p.relative_to(PROJECT)): sha256_of(p) for p in files}
 
 
 def _gpus() -> list[Gpu]:
@@ -128,16 +127,10 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def mark(folder: str, name: str) -> dict[str, Any]:
+def mark(folder: str, name: str) -> int:
     """Leave a file for the other hosts to see. Returns the free bytes there."""
-    (Path(folder) / name).write_text(socket.gethostname(), encoding="utf-8")
-    return {"free": psutil.disk_usage(folder).free}
+    (Path(folder) / name).touch()
+    return int(psutil.disk_usage(folder).free)
 
 
 def marks(folder: str, beginning: str) -> list[str]:
@@ -172,7 +165,7 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
     "facts": facts,
     "clock": time.time,
     "port_is_free": port_is_free,
-    "free_port": free_port,
+    "free_port": free_port_here,
     "mark": mark,
     "marks": marks,
     "unmark": unmark,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from infoxlm_ds.hosts import python_there
+from infoxlm_ds.hosts import last_words, python_there
 
 AGENT = ("-m", "infoxlm_ds.doctor.agent")
 
@@ -55,7 +55,7 @@ class Agent:
         if code < 0:
             return f"no answer within {seconds:g} seconds"
         self._stderr.seek(0)
-        return (self._stderr.read().strip().splitlines() or [f"exit code {code}"])[-1]
+        return last_words(self._stderr.read(), code)
 
     def close(self) -> None:
         self._process.kill()

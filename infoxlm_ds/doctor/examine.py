@@ -185,7 +185,7 @@ def _run_folder(crew: Crew, run: Path, needed: int) -> Iterator[Finding]:
     if writers and not bad and not apart:
         yield ok("run folder", f"{folder}: written to and seen{judge.everywhere(left)}")
     if writers and needed:
-        yield _disk(min((left[host]["free"], host) for host in writers), folder, needed)
+        yield _disk(min((left[host], host) for host in writers), folder, needed)
 
 
 def _marks(crew: Crew, folder: Path, beginning: str, writers: list[str]) -> dict[str, Any]:

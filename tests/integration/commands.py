@@ -38,6 +38,11 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_losses(run: Path) -> dict[float, float]:
+    """By step."""
+    return {m["step"]: m["loss"] for m in read_metrics(run) if "loss" in m}
+
+
 def wait_for_steps(process: subprocess.Popen[Any], run: Path, steps: int) -> None:
     """Until the run has logged so many steps."""
     deadline = time.monotonic() + 120

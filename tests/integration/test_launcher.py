@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.corpus import EMBEDDED, ROOT
-from tests.integration.commands import INFOXLM, infoxlm, read_metrics, wait_for_steps, write_recipe
+from tests.integration.commands import INFOXLM, infoxlm, read_losses, read_metrics, wait_for_steps, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,8 +36,7 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path) -> None
 
     again = infoxlm("train", recipe)
     assert again.returncode == 0, again.stderr
-    losses, expected = ({m["step"]: m["loss"] for m in read_metrics(folder) if "loss" in m} for folder in (run, whole))
-    assert losses == expected  # bit-equal: the figures are written in full
+    assert read_losses(run) == read_losses(whole)  # bit-equal: the figures are written in full
     probes = [m for m in read_metrics(run) if "probe/mean" in m]
     assert probes and all({"probe/de", "probe/ru", "probe/trigram_mean"} <= m.keys() for m in probes)
     assert list((run / "tensorboard").glob("events*"))
@@ -155,7 +154,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(corpus: Path, t
     assert 6 <= int((run / "checkpoints" / "latest").read_text().removeprefix("step-")) < 30
     again = infoxlm("train", recipe)
     assert again.returncode == 0, again.stderr
-    losses, expected = ({m["step"]: m["loss"] for m in read_metrics(folder) if "loss" in m} for folder in (run, whole))
-    assert losses == expected
+    assert read_losses(run) == read_losses(whole)
     steps = [m["step"] for m in read_metrics(run) if "loss" in m]
     assert steps == sorted(set(steps))  # what was written beyond the checkpoint was taken out

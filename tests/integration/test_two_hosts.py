@@ -14,7 +14,7 @@ from infoxlm_ds.checkpoint.store import Store, damage_of
 from infoxlm_ds.train import main
 from tests.corpus import ROOT
 from tests.distributed.ranks import run_ranks
-from tests.integration.commands import INFOXLM, read_metrics, wait_for_steps, write_recipe
+from tests.integration.commands import INFOXLM, read_losses, wait_for_steps, write_recipe
 from tests.integration.hosts import Hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.two_hosts, pytest.mark.timeout(600)]
@@ -49,10 +49,6 @@ def _told(output: str) -> str:
     return lines[-1]
 
 
-def _losses(run: Path) -> dict[float, float]:
-    return {m["step"]: m["loss"] for m in read_metrics(run) if "loss" in m}
-
-
 def _on_one_host(rank: int, world: int, recipe: Path, run: Path) -> int:
     return main([str(recipe), f"run={run}"])
 
@@ -84,7 +80,7 @@ def test_two_hosts_give_the_losses_of_one_and_go_on_when_their_network_was_lost(
     process = _train(hosts, recipe)
     output = _end(process, hosts)
     assert process.returncode == 0, output
-    assert _losses(run) == _losses(whole)  # bit-equal
+    assert read_losses(run) == read_losses(whole)  # bit-equal
 
 
 def test_a_run_goes_on_without_a_host_that_died_and_with_it_when_it_is_back(
@@ -104,13 +100,13 @@ def test_a_run_goes_on_without_a_host_that_died_and_with_it_when_it_is_back(
     (rank,) = second.ranks()
     rank.kill()
     told = _told(_end(process, hosts))
-    assert _losses(run).items() <= _losses(whole).items()  # up to there bit-equal
+    assert read_losses(run).items() <= read_losses(whole).items()  # up to there bit-equal
     assert process.returncode == 1 and told.startswith(first.name)
     assert "rank 1 (process " in told and f" on {second.name}) is gone without a word" in told
 
     hosts.hostfile(first)
     process = _train(hosts, *arguments)
-    at = max(_losses(run))
+    at = max(read_losses(run))
     wait_for_steps(process, run, int(at) + 10)
     process.send_signal(signal.SIGTERM)
     output = _end(process, hosts)
@@ -120,8 +116,8 @@ def test_a_run_goes_on_without_a_host_that_died_and_with_it_when_it_is_back(
     process = _train(hosts, *arguments)
     output = _end(process, hosts)
     assert process.returncode == 0, output
-    assert _losses(run).keys() == _losses(whole).keys()
-    assert list(_losses(run).values()) == pytest.approx(list(_losses(whole).values()), rel=1e-3)
+    assert read_losses(run).keys() == read_losses(whole).keys()
+    assert list(read_losses(run).values()) == pytest.approx(list(read_losses(whole).values()), rel=1e-3)
 
 
 def test_a_host_that_does_not_come_in_time_ends_the_start_everywhere(
