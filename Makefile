@@ -1,4 +1,4 @@
-# make demo | ablation | test | torture | check | lock | wheelhouse | clean
+# make demo | ablation | test | torture | check | same | lock | wheelhouse | clean
 # Each target makes .venv from the pinned list first; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture check lock wheelhouse clean
+.PHONY: install demo ablation test torture check same lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,12 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(CPU_ONLY) $(BIN)/python -m pytest -m "not slow"
+
+# Does the working tree train as revision REV does, bit by bit? RECIPE and SET="key.path=value ..." choose another recipe.
+REV ?= HEAD
+same: $(INSTALLED)
+	[ -n "$(RECIPE)" ] || infoxlm prep build data_prep/embedded/corpus.yaml runs/demo/corpus
+	$(CPU_ONLY) $(BIN)/python benchmarks/same.py $(REV) $(if $(RECIPE),--recipe $(RECIPE)) $(SET)
 
 # What is installed becomes the pinned list, without torch's local build tag and what it brings along for a GPU.
 lock:

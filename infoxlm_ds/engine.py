@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infoxlm_ds.engine_config import stage_of  # tells DeepSpeed the device, before that is imported
+from infoxlm_ds.engine_config import stage_of, summed_in  # tells DeepSpeed the device, before that is imported
 
 # isort: split
 import deepspeed
@@ -74,6 +74,8 @@ class Engine:
             "gradient_clipping": optimizer.clip,
             "steps_per_print": 10**9,
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too, without a build
+            "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice a micro-step
+            "communication_data_type": summed_in(config),
         }
         groups = _groups(module, optimizer.weight_decay)
         self._groups = [list(group["params"]) for group in groups]
@@ -86,8 +88,20 @@ class Engine:
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
         self._engine._copy_recovery_script = lambda path: None  # `infoxlm checkpoint consolidate` is ours
+        self._make_moments(stage_of(config))
         self._config, self.stage = config, stage_of(config)
         self._whole_norm = math.nan  # of stage 0, which DeepSpeed does not tell
+
+    def _make_moments(self, stage: int) -> None:
+        """Adam's moments, which torch makes in the first update, are here before a rehearsal measures memory."""
+        zero = self._engine.optimizer
+        groups = [group["params"] for group in self._adamw.param_groups]
+        for master in zero.fp32_partitioned_groups_flat if stage == 3 else [p for group in groups for p in group]:
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
+            }
 
     def forward(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -152,6 +166,11 @@ class Engine:
     def adapts_loss_scale(self) -> bool:
         """Whether a step whose gradients overflowed may succeed with the next loss scale."""
         return self._engine.fp16_enabled() and bool(self._engine.dynamic_loss_scale())
+
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """The optimizer that steps on this rank's masters."""
+        return self._adamw
 
     @property
     def sharded(self) -> bool:

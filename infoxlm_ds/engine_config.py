@@ -105,6 +105,13 @@ def precision_of(config: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled", False)), "fp32")
 
 
+def summed_in(config: dict[str, Any]) -> str:
+    """The precision in which ranks add up gradients. DeepSpeed's own default is that of the weights, which rounds every
+    rank's sum to 16 bits before it is sent."""
+    precision: str = config.get("communication_data_type", "fp32")
+    return precision
+
+
 def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
     """The ZeRO section with DeepSpeed's own defaults filled in."""
     return DeepSpeedZeroConfig(**config.get("zero_optimization", {}))

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.manifest import NAME, Tokenizer, load_manifest
-from infoxlm_ds.engine_config import offloaded, precision_of, zero_settings
+from infoxlm_ds.engine_config import offloaded, precision_of, summed_in, zero_settings
 from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, init_config, outline
 
 XLM_R = Tokenizer(name="XLM-R", vocab_size=250_002, special_ids={}, files=())
@@ -156,6 +156,11 @@ class Setting:
     def element(self) -> int:
         """Bytes of a weight."""
         return 4 if self.precision == "fp32" else 2
+
+    @property
+    def gradient_element(self) -> int:
+        """Bytes of a gradient's element on the wire."""
+        return 4 if summed_in(self.engine) == "fp32" else 2
 
     @property
     def accumulation(self) -> int:

@@ -148,7 +148,7 @@ class _Gradients:
 
 def _gradients(s: Setting, part: Partition) -> _Gradients:
     """As DeepSpeed 0.19's optimizers allocate them. A bucket has its full size however small the model is."""
-    whole, element = s.shape.whole, s.element
+    whole, element, sent_in = s.shape.whole, s.element, s.gradient_element
     if s.stage == 0:
         return _Gradients(0, 4 * whole, 0, 0, 4 * min(whole, ALLREDUCE))
     if s.bf16_optimizer:
@@ -157,16 +157,16 @@ def _gradients(s: Setting, part: Partition) -> _Gradients:
     sent = min(whole, bucket)
     if s.stage == 3:
         flat = 0 if s.offloaded("optimizer") else 4 * part.held
-        copies = element * (sent + s.shape.words) + (4 * sent // s.world if element == 2 else 0)
-        return _Gradients(flat, 0, 0, element * bucket, copies)
+        copies = sent_in * (sent + s.shape.words) + (4 * sent // s.world if sent_in == 2 else 0)
+        return _Gradients(flat, 0, 0, sent_in * bucket, copies)
     buffers = 1 + bool(s.zero.overlap_comm)
     transit = element * s.shape.words * s.offloaded("optimizer")  # the largest gradient, on its way to the host
     if s.stage == 2:
         kept = 4 * (part.touched if element == 4 else part.held)
-        return _Gradients(transit, kept, 0, element * bucket * buffers, element * sent)
+        return _Gradients(transit, kept, 0, sent_in * bucket * buffers, sent_in * sent)
     fresh = 0 if element == 4 else element * whole
     # Gradients move into the bucket, so that its copy takes their place.
-    return _Gradients(transit, 4 * whole, fresh, 4 * bucket * buffers, 2 * sent if element == 2 else 0)
+    return _Gradients(transit, 4 * whole, fresh, 4 * bucket * buffers, 2 * sent if sent_in == 2 else 0)
 
 
 def _weights(s: Setting) -> int:

@@ -63,7 +63,7 @@ def wire(s: Setting) -> dict[str, float]:
     if s.stage == 3 and s.encodes_twice:  # the pass ahead, and what DeepSpeed releases after it: at most
         weights += 2 * s.accumulation * element * shape.momentum
     found = {
-        "gradients": (1 if s.stage == 3 else 2) * share * times * element * shape.whole,
+        "gradients": (1 if s.stage == 3 else 2) * share * times * s.gradient_element * shape.whole,
         "weights": share * weights,
         "key weights": 0.0,
         "keys": 0.0,

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+import json
+from typing import Any
+
+import deepspeed.comm
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
 
 from infoxlm_ds.config import Optimizer
 from infoxlm_ds.engine import Engine, start_ranks
+from tests.corpus import ROOT
 from tests.distributed.ranks import run_ranks
 
 
@@ -21,3 +29,60 @@ def test_ranks_that_hold_no_part_of_a_group_cannot_load_universal_checkpoints() 
     assert run_ranks(_loads_universal, 1, 2) == [True]
     assert run_ranks(_loads_universal, 4, 2) == [True, False, False, False]
     assert all(run_ranks(_loads_universal, 4, 3))
+
+
+CONFIGS = ["zero0_fp32", *(f"zero{stage}_{kind}" for stage in (1, 2, 3) for kind in ("fp32", "bf16"))]
+
+
+def _small_engine(world: int, config: str) -> Engine:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    engine = json.loads((ROOT / "ds_configs" / f"{config}.json").read_text())
+    return Engine(module, engine, Optimizer(learning_rate=0.1, steps=9, warmup=1), world)
+
+
+def _contracts(rank: int, world: int) -> dict[str, tuple[int, set[str], int]]:
+    """By configuration: elements of Adam's moments before the first step; of four steps, the types in which gradients
+    were reduced, and how often a device was synchronised."""
+    start_ranks()
+    seen: dict[str, tuple[int, set[str], int]] = {}
+    for config in CONFIGS:
+        engine = _small_engine(world, config)
+        moments = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in engine.optimizer.state.values())
+        with pytest.MonkeyPatch.context() as patch:
+            reduced, synchronised = _watch_reductions(patch), []
+            patch.setattr(get_accelerator(), "synchronize", lambda *_: synchronised.append(1))
+            for step in range(4):
+                inputs = torch.ones(1, 8, dtype=torch.bfloat16 if "bf16" in config else torch.float32)
+                engine.backward(engine.forward(inputs).sum())
+                engine.step(step)
+        seen[config] = (moments, reduced, len(synchronised))
+    return seen
+
+
+def _watch_reductions(patch: pytest.MonkeyPatch) -> set[str]:
+    """The types of the matrices' and biases' sums over ranks from now on; single numbers, such as norms, are left out."""
+    types: set[str] = set()
+    for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_fn"):
+        original = getattr(deepspeed.comm, name)
+
+        def watched(*arguments: Any, _original: Any = original, **options: Any) -> Any:
+            tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor) and x.numel() > 1]
+            types.update(str(x.dtype) for x in tensors)
+            return _original(*arguments, **options)
+
+        patch.setattr(deepspeed.comm, name, watched)
+    return types
+
+
+def test_moments_are_there_before_the_first_step_gradients_are_summed_in_fp32_and_nothing_is_timed() -> None:
+    """Without the moments, a rehearsal of the longest batch would miss 8 bytes a parameter. The throughput timer would
+    synchronise a GPU twice a micro-step."""
+    parameters = 8 * 8 + 8 + 8 + 1
+    results = run_ranks(_contracts, 2)
+    for config in CONFIGS:
+        moments = [moments for moments, _, _ in (of_rank[config] for of_rank in results)]
+        copies = 2 if config == "zero0_fp32" else 1  # stage 0: every rank holds all of them
+        assert sum(moments) >= 2 * copies * parameters, config
+        for of_rank in results:
+            assert of_rank[config][1:] == ({"torch.float32"}, 0), config

@@ -92,7 +92,7 @@ def test_tensors_of_a_rank_are_as_planned(
     planned = memory(s)
     between = planned.resident + 4 * s.shape.whole * s.bf16_optimizer
     if s.stage == 3:
-        between += 4 * partition(s).held + s.element * 10_000_000
+        between += 4 * partition(s).held + s.gradient_element * 10_000_000
     alive, peak = (max(column) for column in zip(*run_ranks(_tensors, world, recipe), strict=True))
     print(
         f"\n{config} on {world}: {between / 1e6:.1f} planned, {alive / 1e6:.1f} MB of tensors between steps;", end=" "

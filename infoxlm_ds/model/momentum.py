@@ -71,10 +71,11 @@ class MomentumEncoder:
         dtype = next(self.encoder.parameters()).dtype
         before = [f.values.to(dtype, copy=True) for f in self.shadow]
         self.update(number)
-        sums = torch.zeros(4, dtype=torch.float64, device=dist.device())
+        weights = float(sum(old.numel() for old in before))
+        sums = torch.tensor([0.0, weights, 0.0, 0.0], dtype=torch.float64).to(dist.device())
         for old, new, query in zip(before, self.shadow, self._masters(self._source), strict=True):
             changed, apart = (old != new.values.to(dtype)).sum(), (new.values - query.values).square().sum()
-            sums += torch.stack([changed, torch.tensor(old.numel()), apart, query.values.square().sum()]).to(sums)
+            sums += torch.stack([changed, torch.zeros_like(changed), apart, query.values.square().sum()]).to(sums)
         changed, weights, apart, length = dist.sum_over_ranks(sums).tolist()
         return {"momentum/changed_share": changed / weights, "momentum/distance": (apart / length) ** 0.5}
 

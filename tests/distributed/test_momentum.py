@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infoxlm_ds.config import Contrast, Recipe
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.model.momentum import momentum_at
+from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, momentum_at
 from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import TrainState, train_step
 from tests.corpus import ROOT, small_recipe
@@ -85,6 +85,29 @@ def test_schedules_reach_the_average(corpus: Path, tmp_path: Path, config: str) 
     for distance, moved, changed in run_ranks(_against_an_oracle, 2, recipe, 5):
         assert distance < 1e-6 < moved
         assert all(share > 0.5 for share in changed)  # all but the rows of words that no text had
+
+
+def test_what_is_logged_of_the_average_is_computed_where_its_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which mixes with no other: a GPU's scalars and the host's do not mix either."""
+    from infoxlm_ds import dist
+
+    with torch.device("meta"):
+        weights = [torch.nn.Parameter(torch.zeros(3))]
+        encoder = torch.nn.Linear(1, 3, bias=False)
+    devices = []
+
+    def summed(sums: Tensor) -> Tensor:
+        devices.append(sums.device.type)
+        return torch.tensor([1.0, 2.0, 1.0, 4.0])
+
+    monkeypatch.setattr(dist, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(dist, "sum_over_ranks", summed)
+    source: Any = torch.nn.ParameterList(weights)
+    masters = [Fragment(0, 0, torch.zeros(3, device="meta"))]
+    schedule = Contrast.model_validate({"temperature": 1.0, "momentum": 0.5}).momentum
+    momentum = MomentumEncoder(source, cast(Any, encoder), lambda _: masters, lambda *_: None, schedule)
+    assert momentum.follow(1) == {"momentum/changed_share": 0.5, "momentum/distance": 0.5}
+    assert devices == ["meta"]
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_with_refresh", "linear", "exponential"])
