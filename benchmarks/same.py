@@ -83,7 +83,7 @@ def _train(tree: Path, recipe: Path, ranks: int, overrides: tuple[str, ...]) -> 
         shutil.rmtree(old, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     program = Path(sys.executable).with_name("deepspeed")
-    command = [program, "--num_accelerators", str(ranks), "--master_port", str(free_port_here())]
+    command: list[str | Path] = [program, "--num_accelerators", str(ranks), "--master_port", str(free_port_here())]
     command += [tree / "infoxlm_ds" / "train.py", recipe, f"run={run}", *overrides]
     _run(command, environment)
     cli = [sys.executable, "-c", "from infoxlm_ds.cli import main; main()"]

@@ -137,6 +137,20 @@ class Batch(Section):
     tlm_tokens: int = Field(ge=0)
     xlco_pairs: int = Field(ge=0)
 
+    @property
+    def worlds(self) -> list[int]:
+        """The numbers of ranks that divide the lanes, in rising order."""
+        return [world for world in range(1, self.lanes + 1) if self.lanes % world == 0]
+
+    def lanes_of(self, rank: int, world: int) -> list[int]:
+        """The lanes that a rank of `world` runs. UserError where so many ranks do not divide the lanes."""
+        if world not in self.worlds:
+            raise UserError(
+                f"batch.lanes is {self.lanes}, which {world} ranks do not divide: start one of "
+                f"{', '.join(map(str, self.worlds))} ranks"
+            )
+        return list(range(rank, self.lanes, world))
+
 
 class Masking(Section):
     """Of the pieces, never the special tokens: `probability` are chosen; of those `mask` become <mask>, `random` any

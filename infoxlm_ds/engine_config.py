@@ -105,6 +105,11 @@ def precision_of(config: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled", False)), "fp32")
 
 
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """What the model computes in."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_of(config)]
+
+
 def summed_in(config: dict[str, Any]) -> str:
     """The precision in which ranks add up gradients. DeepSpeed's own default is that of the weights, which rounds every
     rank's sum to 16 bits before it is sent."""

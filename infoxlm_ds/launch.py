@@ -21,13 +21,14 @@ import typer
 from rich.console import Console
 
 import infoxlm_ds.train as script
+from infoxlm_ds.build import check_inputs
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.checkpoint.tools import read_through
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.engine_config import check_device
 from infoxlm_ds.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
 from infoxlm_ds.placement import ranks_here
-from infoxlm_ds.train import STOPPED_ON_REQUEST, check_inputs
+from infoxlm_ds.train import STOPPED_ON_REQUEST
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 # Of this environment, what hosts get too: DeepSpeed's launcher itself takes PYTHON*, on GPUs NCCL*, and little else.
@@ -45,7 +46,7 @@ def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None
         overrides = [*overrides, "resume=" + json.dumps(recipe.resume.model_dump() | {"fallback": True})]
         recipe = load_recipe(recipe_path, overrides)
     slots = read_hostfile(hostfile) if hostfile else {}
-    ranks = sum(slots.values()) or ranks_here(recipe.batch.lanes)
+    ranks = sum(slots.values()) or ranks_here(recipe.batch)
     if not slots and ranks < torch.cuda.device_count():
         print(f"using {ranks} of {torch.cuda.device_count()} GPUs: batch.lanes is {recipe.batch.lanes}")
     inputs = check_inputs(recipe, 0, ranks)  # a mistake is one line, not one of the launcher's as well

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import psutil
 import torch
 
+from infoxlm_ds.config import Batch
+
 LOOPBACK = "lo"
 ALONE = {
     "RANK": "0",
@@ -40,10 +42,10 @@ def settle() -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
-def ranks_here(lanes: int) -> int:
+def ranks_here(batch: Batch) -> int:
     """How many ranks a run has on this machine alone: every GPU or else two, as far as they divide the lanes."""
     most = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
-    return max(n for n in range(1, most + 1) if lanes % n == 0)
+    return max(world for world in batch.worlds if world <= most)
 
 
 def from_slurm(environment: Mapping[str, str], gpus: int) -> dict[str, str]:

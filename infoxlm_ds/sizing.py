@@ -241,6 +241,4 @@ def stages(s: Setting) -> Iterator[Setting]:
 
 def smallest_world(s: Setting, memory_bytes: float) -> int | None:
     """The fewest ranks, a divisor of the lanes, on which the setting's stage fits; None if it fits on none."""
-    lanes = s.recipe.batch.lanes
-    worlds = (world for world in range(1, lanes + 1) if lanes % world == 0)
-    return next((world for world in worlds if memory(s.at(world=world)).peak <= memory_bytes), None)
+    return next((world for world in s.recipe.batch.worlds if memory(s.at(world=world)).peak <= memory_bytes), None)

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.config import load_recipe
 from infoxlm_ds.engine_config import load_engine_config
 from infoxlm_ds.setting import Setting, Shape, read_text
 from infoxlm_ds.sizing import memory, smallest_world, stages
@@ -38,10 +38,7 @@ class Wishes:
 def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
     """UserError where the recipe is wrong or does not run on so many ranks."""
     recipe = load_recipe(path, overrides)
-    lanes = recipe.batch.lanes
-    if lanes % wishes.ranks:
-        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
-        raise UserError(f"--gpus {wishes.ranks} does not divide batch.lanes {lanes}: take one of {fitting}")
+    recipe.batch.lanes_of(0, wishes.ranks)
     text = read_text(recipe, wishes.vocabulary)
     return Setting(recipe, load_engine_config(recipe.engine), Shape.of(recipe, text.vocabulary), text, wishes.ranks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import deepspeed.comm
 import pytest
@@ -50,18 +51,18 @@ def _contracts(rank: int, world: int) -> dict[str, tuple[int, set[str], int]]:
         engine = _small_engine(world, config)
         moments = sum(s["exp_avg"].numel() + s["exp_avg_sq"].numel() for s in engine.optimizer.state.values())
         with pytest.MonkeyPatch.context() as patch:
-            reduced, synchronised = _watch_reductions(patch), []
-            patch.setattr(get_accelerator(), "synchronize", lambda *_: synchronised.append(1))
+            reduced, synchronised = _watch_reductions(patch), Mock()
+            patch.setattr(get_accelerator(), "synchronize", synchronised)
             for step in range(4):
                 inputs = torch.ones(1, 8, dtype=torch.bfloat16 if "bf16" in config else torch.float32)
                 engine.backward(engine.forward(inputs).sum())
                 engine.step(step)
-        seen[config] = (moments, reduced, len(synchronised))
+        seen[config] = (moments, reduced, synchronised.call_count)
     return seen
 
 
 def _watch_reductions(patch: pytest.MonkeyPatch) -> set[str]:
-    """The types of the matrices' and biases' sums over ranks from now on; single numbers, such as norms, are left out."""
+    """The types in which ranks add up tensors from now on; single numbers, such as norms, are left out."""
     types: set[str] = set()
     for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_fn"):
         original = getattr(deepspeed.comm, name)

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.data.batch import JointBatch, Sequences
+from infoxlm_ds.data.batch import JointBatch, Sides
+from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch, make_layout
 from infoxlm_ds.losses.contrast import Keys
-from infoxlm_ds.model.encoder import InfoXLM, Packed, packed
-from infoxlm_ds.model.heads import masked_lm_loss
+from infoxlm_ds.model.encoder import InfoXLM
+from infoxlm_ds.model.heads import masked_lm_losses
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, write_whole
 from infoxlm_ds.model.pretrained import build_model, strip_vocabulary
 from infoxlm_ds.model.queue import KeyQueue
@@ -106,7 +107,7 @@ class Replay:
     def fill(self) -> None:
         fill = load_file(GOLDEN / "tiny_fill.safetensors")
         for n in range(3):
-            keys = self.key.encode(_packed(fill[f"fill{n}.xlco.key_tokens"]))
+            keys = self.key.encode(_flat(fill[f"fill{n}.xlco.key_tokens"]))
             torch.testing.assert_close(keys, fill[f"fill{n}.keys"], atol=5e-6, rtol=0)
             self.queue.push(Keys(keys, torch.zeros(len(keys), 2, dtype=torch.int64)), 0)
             torch.testing.assert_close(
@@ -149,7 +150,7 @@ def test_a_step_of_the_reference_is_reproduced(number: int, replayed: list) -> N
     assert float(ours["norm"]) == pytest.approx(stated["gnorm_after_norm_before_clip"], rel=5e-5)
 
 
-def test_the_packed_encoder_gives_the_hidden_states_of_the_reference() -> None:
+def test_the_encoder_gives_the_hidden_states_of_the_reference() -> None:
     path = GOLDEN / "tiny_perloss.safetensors"
     if not path.is_file():
         pytest.skip("tiny_perloss.safetensors is not in the folder: too large to come with the project")
@@ -158,12 +159,12 @@ def test_the_packed_encoder_gives_the_hidden_states_of_the_reference() -> None:
 
     for name in ("mlm", "tlm"):
         tokens = golden[f"in.{name}.input"]
-        batch = _packed(tokens)
+        batch = _flat(tokens)
         hidden = body.embed(batch)
         for depth in range(5):
             expected = golden[f"hidden.fast.{name}"][depth][tokens != PAD]
             torch.testing.assert_close(hidden, expected, atol=5e-6, rtol=0)
-            hidden = body.run(hidden, batch.positions, batch.packing, depth, depth + 1)
+            hidden = body.run(hidden, batch.layout, depth, depth + 1)
 
 
 def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # type: ignore[no-untyped-def, type-arg]
@@ -179,13 +180,13 @@ def _replay_step(replay: Replay, golden: dict[str, Tensor], stated: dict):  # ty
             assert set(context.denominators.values()) == {total}
         context = dataclasses.replace(context, denominators=dict.fromkeys(context.denominators, total))
         torch.testing.assert_close(replay.queue.vectors, golden[f"micro{j}.queue_used"], atol=5e-6, rtol=0)
-        share, report, reps = replay.objective(micro, context, 0)
-        torch.testing.assert_close(reps, golden[f"micro{j}.q"], atol=1e-5, rtol=0)
-        share.backward()
+        losses, report, reps = replay.objective(micro, context, 0)
+        torch.testing.assert_close(reps.first, golden[f"micro{j}.q"], atol=1e-5, rtol=0)
+        torch.stack(list(losses.values())).sum().backward()
         ours[f"micro{j}.xlco_loss_sum"] = torch.as_tensor(report.sums["xlco/loss"])
         masked_lm += float(report.sums["mmlm/loss"]) + float(report.sums["tlm/loss"])
         replay.queue.push(
-            replay.objective.new_keys(context, [micro], [reps]), stated["step"]
+            replay.objective.second_sides(context, [micro], [reps]), stated["step"]
         )  # the reference pushes here
     n_masked = sum(len(m.labels) for m in micros)  # the reference logs the two together, in bits
     assert masked_lm / n_masked / math.log(2) == pytest.approx(stated["log"]["mlm_loss"], rel=2e-6)
@@ -241,42 +242,41 @@ def _masters(parameters: object) -> list[Fragment]:
     return [Fragment(i, 0, p.detach().flatten()) for i, p in enumerate(parameters)]  # type: ignore[arg-type, var-annotated]
 
 
-def _sequences(padded: Tensor) -> Sequences:
-    real = padded != PAD
-    return Sequences(padded[real].numpy(), real.sum(1).numpy())
-
-
-def _packed(padded: Tensor) -> Packed:
-    sequences = _sequences(padded)
-    return packed(sequences.ids, sequences.lengths)
+def _flat(*padded: Tensor) -> FlatBatch:
+    """Padded sequences [S, L], of one kind behind the other."""
+    ids = torch.cat([x[x != PAD] for x in padded])
+    return flat_batch(ids.numpy(), torch.cat([(x != PAD).sum(1) for x in padded]).numpy())
 
 
 def _joint(golden: dict[str, Tensor], prefix: str) -> JointBatch:
     """One micro-batch of the reference as a joint batch."""
-    parts, rows, labels, shift = [], [], [], 0
+    inputs, rows, labels, shift = [], [], [], 0
     for task in ("mlm", "tlm"):
         padded, target = golden[f"{prefix}{task}.input"], golden[f"{prefix}{task}.target"]
-        parts.append(_sequences(padded))
+        inputs.append(padded)
         flat = target[padded != PAD]
-        rows.append(np.nonzero(flat.numpy() != NOT_MASKED)[0] + shift)
-        labels.append(flat[flat != NOT_MASKED].numpy())
+        rows.append(torch.nonzero(flat != NOT_MASKED)[:, 0] + shift)
+        labels.append(flat[flat != NOT_MASKED])
         shift += len(flat)
-    query = _sequences(golden[f"{prefix}xlco.query_tokens"])
-    everything = [*parts, query]
+    query = golden[f"{prefix}xlco.query_tokens"]
+    pairs = len(query)
     return JointBatch(
-        Sequences(np.concatenate([p.ids for p in everything]), np.concatenate([p.lengths for p in everything])),
-        len(parts[0]) + len(parts[1]),
-        np.concatenate(rows),
-        np.concatenate(labels),
-        len(labels[0]),
-        _sequences(golden[f"{prefix}xlco.key_tokens"]),
-        np.zeros((len(query), 2), np.int64),
-        {"xlco": np.full((len(query), 1), "one-other")},
+        tokens=_flat(*inputs, query),
+        trunk=_flat(*inputs).layout,
+        queries=_flat(query).layout,
+        sides=Sides(pairs, 0),
+        keys=_flat(golden[f"{prefix}xlco.key_tokens"]),
+        key_sides=Sides(0, pairs),
+        rows=torch.cat(rows),
+        labels=torch.cat(labels),
+        mmlm=len(labels[0]),
+        text_ids=torch.zeros(pairs, 2, dtype=torch.int64),
+        names={"xlco": np.full((pairs, 1), "one-other")},
     )
 
 
-def test_the_packed_model_equals_transformers_on_the_reference_weights() -> None:
-    """Loss, hidden states and gradients of the reference's first MMLM batch, padded in transformers and packed here."""
+def test_the_model_equals_transformers_on_the_reference_weights() -> None:
+    """Loss, hidden states and gradients of the reference's first MMLM batch, padded in transformers and flat here."""
     replay, golden = Replay(), load_file(STEPS[0])
     padded, target = golden["micro0.mlm.input"], golden["micro0.mlm.target"]
     twin = _model(
@@ -288,11 +288,12 @@ def test_the_packed_model_equals_transformers_on_the_reference_weights() -> None
     expected.loss.backward()
 
     real = padded != PAD
-    tokens = _packed(padded)
+    tokens = _flat(padded)
     (rows,) = torch.nonzero(target[real] != NOT_MASKED, as_tuple=True)
-    hidden, _ = replay.model(tokens, tokens.packing, len(padded))
+    hidden, _ = replay.model(tokens, tokens.layout, make_layout(np.zeros(0, np.int64)))
     weights = torch.full((len(rows),), 1 / len(rows))
-    loss, _ = masked_lm_loss(replay.model.lm, hidden[rows], target[real][rows], weights)
+    weighted, _ = masked_lm_losses(replay.model.lm, hidden[rows], target[real][rows], weights)
+    loss = weighted.sum()
     loss.backward()
 
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)

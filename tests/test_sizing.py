@@ -17,6 +17,7 @@ import yaml
 from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 from typer.testing import CliRunner
 
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.cli import app
 from infoxlm_ds.config import Recipe, UserError, load_recipe
@@ -24,9 +25,9 @@ from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.engine_config import load_engine_config
 from infoxlm_ds.setting import Setting, Shape, read_text
 from infoxlm_ds.sizing import checkpoint_bytes, memory, partition, smallest_world, stages
+from infoxlm_ds.state import TrainState
 from infoxlm_ds.step_cost import flops, tokens_per_step, wire
-from infoxlm_ds.train import agreed_inputs, build
-from infoxlm_ds.trainer import TrainState, _save, train_step
+from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
 from tests.tensor_memory import TensorMemory
@@ -105,7 +106,7 @@ def test_tensors_of_a_rank_are_as_planned(
 def _saved(rank: int, world: int, recipe: Recipe) -> None:
     state = _start(recipe)
     train_step(state)
-    _save(state, None)
+    save(state, None)
     state.loader.close()
 
 
@@ -286,7 +287,7 @@ def test_lanes_that_the_ranks_do_not_divide_are_an_error_with_a_remedy(corpus: P
     small_recipe(corpus, tmp_path / "run")
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--gpus", "3"])
     assert isinstance(result.exception, UserError)
-    assert str(result.exception) == "--gpus 3 does not divide batch.lanes 4: take one of 1, 2, 4"
+    assert str(result.exception) == "batch.lanes is 4, which 3 ranks do not divide: start one of 1, 2, 4 ranks"
 
 
 def test_plan_prints_what_it_writes(corpus: Path, tmp_path: Path) -> None:

@@ -1,56 +1,67 @@
-"""The joint batch: one flat sequence batch for all three losses, assembled from the rows of the three streams.
+"""The joint batch: one flat batch for all three losses, and all that a lane's pass reads, as tensors.
 
-Legend: T tokens, S sequences, M masked rows, B pairs, I text ids an item.
+A lane is one micro-batch of a step. It is the same whatever rank runs it.
 
-Layout of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer.
-In XLM-R's format they are `<s> a </s>` and `<s> a </s></s> b </s>`; other tokenizers have their own.
+Legend: T tokens, S sequences, M masked rows, B pairs of this lane, I text ids an item.
+
+Order of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from infoxlm_ds.config import Contrast, Recipe, UserError
-from infoxlm_ds.data.manifest import Tokenizer
+from infoxlm_ds.data.flat_batch import FlatBatch, Layout, flat_batch, make_layout
 from infoxlm_ds.data.masking import Masked, mask_pieces
 from infoxlm_ds.data.plan import keyed_generator
-from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader, runs
+from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader
+from infoxlm_ds.data.sequences import Sequences, Texts, assemble, mix
+from infoxlm_ds.data.upload import to_device
 
 # Text ids an item, by mixup: two sides and what all translations of the row share.
 N_TEXTS = {"off": 3, "paper": 6, "reference": 6}
+X = TypeVar("X")
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """S sequences one behind the other: ids [T] and lengths [S], both int64."""
+class Sides(NamedTuple, Generic[X]):
+    """Something of the first sides of pairs, and the same of their second sides."""
 
-    ids: np.ndarray
-    lengths: np.ndarray
+    first: X
+    second: X
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+
+def split_sides(rows: Tensor, counts: Sides[int]) -> Sides[Tensor]:
+    """Rows of first sides and, behind them, of second sides, apart."""
+    return Sides(*rows.split(list(counts)))
 
 
 @dataclass(frozen=True)
 class JointBatch:
-    """One lane's micro-batch.
+    """One lane's micro-batch, ready for its pass.
 
-    `tokens`: the first `trunk` sequences are MMLM's and TLM's, the rest XlCo queries: [B], or both sides, [2 B], first
-    sides first. `rows` and `labels` [M]: masked tokens, the first `mmlm` of them MMLM's. `keys`: what the key encoder
-    reads, [B] second sides or [2 B] both; None where keys have a gradient. `text_ids` [B, I] int64. `names`: by task
+    `tokens`: MMLM's and TLM's sequences, the trunk, and behind them XlCo's queries; `trunk` and `queries` are the
+    layouts of either alone. `rows` and `labels` [M] int64: masked tokens, the first `mmlm` of them MMLM's. `sides`: how
+    many queries are first and second sides; `keys`, `key_sides`: the same of what the key encoder reads, None where
+    keys have a gradient. A count is B, or 0 where the side takes no part. `text_ids` [B, I] int64. `names`: by task
     each item's language or pair of languages; XlCo's are [B, 1], or [B, 2] of mixed pairs.
     """
 
-    tokens: Sequences
-    trunk: int
-    rows: np.ndarray
-    labels: np.ndarray
+    tokens: FlatBatch
+    trunk: Layout
+    queries: Layout
+    sides: Sides[int]
+    keys: FlatBatch | None
+    key_sides: Sides[int]
+    rows: Tensor
+    labels: Tensor
     mmlm: int
-    keys: Sequences | None
-    text_ids: np.ndarray
+    text_ids: Tensor
     names: dict[str, np.ndarray]
 
     @property
@@ -58,12 +69,32 @@ class JointBatch:
         """What each task's mean is taken over: masked pieces, masked pieces, pairs."""
         return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
 
+    @property
+    def queries_alone(self) -> FlatBatch:
+        """The queries as a batch of their own. Their layout has dense groups only where such a pass is to come."""
+        return FlatBatch(self.tokens.ids[self.trunk.tokens :], self.queries)
+
+    def to(self, device: torch.device) -> JointBatch:
+        """By one upload."""
+        return to_device(self, device)
+
+
+class _Pairs(NamedTuple):
+    """What a lane has of the contrast: sequences by side, text ids [B, I] and names."""
+
+    sides: Sides[Sequences]
+    text_ids: np.ndarray
+    names: np.ndarray
+
 
 class BatchBuilder:
     """Takes rows from the three streams and makes a lane's next joint batch."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, own_lanes: list[int]) -> None:
-        self._recipe, self._corpus = recipe, corpus
+    def __init__(self, recipe: Recipe, corpus: Corpus, own_lanes: list[int], dense: bool = True) -> None:
+        """`dense`: attention of these batches will run in dense groups."""
+        self._recipe, self._corpus, self._dense = recipe, corpus, dense
+        # Trained keys of several lanes are first encoded in a pass of their own.
+        self._queries_alone = recipe.contrast.keys == "gradient" and len(own_lanes) > 1
         self._tokenizer = corpus.manifest.tokenizer
         self._regular = np.ones(self._tokenizer.vocab_size, bool)
         self._regular[list(self._tokenizer.special_ids.values())] = False
@@ -88,35 +119,33 @@ class BatchBuilder:
 
     def build(self, lane: int, step: int) -> JointBatch:
         """The micro-batch of `lane` at `step`; masks and mixup are keyed by both."""
-        trunk, masked, names = [], [], {}
+        blocks, masked, names = [], {}, {}
         sizes = {
             "mmlm": (self._recipe.batch.mmlm_tokens, self._tokenizer.overhead(1)),
             "tlm": (self._recipe.batch.tlm_tokens, self._tokenizer.overhead(2)),
         }
+        shift = 0
         for task, (tokens, overhead) in sizes.items():
             if task not in self.readers:
                 continue
             rows = self.readers[task].take(lane, tokens=tokens, overhead=overhead)
-            trunk.append(assemble(rows.pool, rows.starts, rows.lengths, self._tokenizer))
-            masked.append((task, self._mask(trunk[-1].ids, self._generator(task, lane, step))))
+            whole = assemble(rows.pool, Texts(rows.starts, rows.lengths), self._tokenizer)
+            chosen = self._mask(whole.ids, self._generator(task, lane, step))
+            masked[task] = Masked(chosen.ids, chosen.rows + shift, chosen.labels)
+            blocks.append(Sequences(chosen.ids, whole.lengths))
             names[task] = self._names(rows)
-        queries, keys, text_ids, rows_of_pairs = self._pairs(lane, step)
-        if rows_of_pairs is not None:
-            names["xlco"] = self._names(rows_of_pairs).reshape(len(text_ids), -1)
-        shift = np.cumsum([0] + [len(one.ids) for one in trunk])
-        rows_at = [m.rows + shift[i] for i, (_, m) in enumerate(masked)]
-        tokens_in = _concatenate(
-            [Sequences(m.ids, s.lengths) for (_, m), s in zip(masked, trunk, strict=True)] + [queries]
-        )
-        return JointBatch(
-            tokens_in,
-            sum(len(one) for one in trunk),
-            np.concatenate([np.zeros(0, np.int64), *rows_at]),
-            np.concatenate([np.zeros(0, np.int64), *(m.labels for _, m in masked)]),
-            sum(len(m.labels) for task, m in masked if task == "mmlm"),
-            keys,
-            text_ids,
-            names,
+            shift += len(whole.ids)
+        pairs = self._pairs(lane, step)
+        if "xlco" in self.readers:
+            names["xlco"] = pairs.names
+        return self._joint(
+            Sequences.concatenate(blocks),
+            pairs.sides,
+            rows=np.concatenate([np.zeros(0, np.int64), *(m.rows for m in masked.values())]),
+            labels=np.concatenate([np.zeros(0, np.int64), *(m.labels for m in masked.values())]),
+            mmlm=len(masked["mmlm"].labels) if "mmlm" in masked else 0,
+            text_ids=pairs.text_ids,
+            names=names,
         )
 
     def longest(self) -> JointBatch:
@@ -132,23 +161,51 @@ class BatchBuilder:
             often = probability * filled + 5 * (probability * filled) ** 0.5  # five standard deviations
             masked.append(min(filled, int(often)))
         pairs = batch.xlco_pairs if tasks["xlco"] else 0
-        contrast = recipe.contrast
-        side = np.full(pairs, one if contrast.mixup == "off" else two)
-        queries = np.tile(side, 2 if contrast.keys == "gradient" or contrast.symmetric else 1)
-        lengths = np.concatenate([np.array(trunk, np.int64), queries])
-        keys = None if contrast.keys == "gradient" else np.tile(side, 2 if contrast.symmetric else 1)
-        piece = self._tokenizer.special_ids["unk"]
-        n_ids = N_TEXTS[contrast.mixup]
-        return JointBatch(
-            _filled(lengths, piece),
-            len(trunk),
-            np.arange(sum(masked)) % max(1, sum(trunk)),
-            np.full(sum(masked), piece),
-            masked[0],
-            None if keys is None else _filled(keys, piece),
-            np.arange(pairs * n_ids).reshape(pairs, n_ids),
-            {},
+        piece, n_ids = self._tokenizer.special_ids["unk"], N_TEXTS[recipe.contrast.mixup]
+        side = Sequences.filled(np.full(pairs, one if recipe.contrast.mixup == "off" else two), piece)
+        return self._joint(
+            Sequences.filled(np.array(trunk, np.int64), piece),
+            Sides(side, side),
+            rows=np.arange(sum(masked)) % max(1, sum(trunk)),
+            labels=np.full(sum(masked), piece),
+            mmlm=masked[0],
+            text_ids=np.arange(pairs * n_ids).reshape(pairs, n_ids),
+            names={},
         )
+
+    def _joint(
+        self,
+        trunk: Sequences,
+        pairs: Sides[Sequences],
+        *,
+        rows: np.ndarray,
+        labels: np.ndarray,
+        mmlm: int,
+        text_ids: np.ndarray,
+        names: dict[str, np.ndarray],
+    ) -> JointBatch:
+        """Sequences and masked rows as tensors, with their layouts."""
+        contrast, none = self._recipe.contrast, Sequences.concatenate([])
+        trained = contrast.keys == "gradient"
+        queries = Sides(pairs.first, pairs.second if trained or contrast.symmetric else none)
+        keys = Sides(pairs.first if contrast.symmetric else none, pairs.second)
+        return JointBatch(
+            tokens=self._flat([trunk, *queries]),
+            trunk=make_layout(trunk.lengths, self._dense),
+            queries=make_layout(Sequences.concatenate(queries).lengths, self._dense and self._queries_alone),
+            sides=Sides(len(queries.first), len(queries.second)),
+            keys=None if trained or not self._recipe.tasks["xlco"] else self._flat(keys),
+            key_sides=Sides(0, 0) if trained else Sides(len(keys.first), len(keys.second)),
+            rows=torch.from_numpy(rows),
+            labels=torch.from_numpy(labels),
+            mmlm=mmlm,
+            text_ids=torch.from_numpy(text_ids),
+            names=names,
+        )
+
+    def _flat(self, parts: list[Sequences] | Sides[Sequences]) -> FlatBatch:
+        together = Sequences.concatenate(parts)
+        return flat_batch(together.ids, together.lengths, self._dense)
 
     def _check_size(self) -> None:
         """UserError where one step would read the corpus more than once."""
@@ -162,24 +219,20 @@ class BatchBuilder:
                     f"{self._corpus.path} has {has}: set a smaller batch.{name} or bring more text"
                 )
 
-    def _pairs(self, lane: int, step: int) -> tuple[Sequences, Sequences | None, np.ndarray, Rows | None]:
-        if "xlco" not in self.readers:
-            return _concatenate([]), None, np.zeros((0, N_TEXTS[self._recipe.contrast.mixup]), np.int64), None
+    def _pairs(self, lane: int, step: int) -> _Pairs:
         contrast, pairs = self._recipe.contrast, self._recipe.batch.xlco_pairs
+        if "xlco" not in self.readers:
+            none = Sequences.concatenate([])
+            return _Pairs(Sides(none, none), np.zeros((0, N_TEXTS[contrast.mixup]), np.int64), np.zeros((0, 1), str))
         mixing = contrast.mixup != "off"
         rows = self.readers["xlco"].take(lane, items=pairs * (2 if mixing else 1))
-        starts, lengths = rows.starts, rows.lengths
-        text_ids = rows.text_ids.T.astype(np.int64)
+        text_ids, texts = rows.text_ids.T.astype(np.int64), Texts(rows.starts, rows.lengths)
         if mixing:
-            sides = _mixed(starts, lengths, contrast.mixup == "paper", self._generator("mixup", lane, step))
-            text_ids = text_ids.reshape(pairs, -1)
+            sides = mix(texts, contrast.mixup == "paper", self._generator("mixup", lane, step))
         else:
-            sides = [(starts[side : side + 1], lengths[side : side + 1]) for side in (0, 1)]
-        first, second = (assemble(rows.pool, *side, self._tokenizer) for side in sides)
-        both = _concatenate([first, second])
-        gradient = contrast.keys == "gradient"
-        queries = both if gradient or contrast.symmetric else first
-        return queries, None if gradient else (both if contrast.symmetric else second), text_ids, rows
+            sides = (Texts(rows.starts[:1], rows.lengths[:1]), Texts(rows.starts[1:], rows.lengths[1:]))
+        first, second = (assemble(rows.pool, side, self._tokenizer) for side in sides)
+        return _Pairs(Sides(first, second), text_ids.reshape(pairs, -1), self._names(rows).reshape(pairs, -1))
 
     def _mask(self, ids: np.ndarray, generator: np.random.Generator) -> Masked:
         mask_id = self._tokenizer.special_ids["mask"]
@@ -198,48 +251,6 @@ def _grouping(contrast: Contrast) -> Grouping:
     return Grouping(contrast.pairs_per_row, neighbours=contrast.mixup == "reference")
 
 
-def assemble(pool: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> Sequences:
-    """Sequences from one or two texts each, which lie in `pool` at `starts` [1 or 2, S] with `lengths` [1 or 2, S]."""
-    two = len(starts) == 2
-    total = lengths.sum(0) + tokenizer.overhead(2 if two else 1)
-    begin = np.cumsum(total) - total
-    ids = np.full(int(total.sum()), tokenizer.special_ids["eos"], np.int64)
-    ids[begin] = tokenizer.special_ids["bos"]
-    ids[runs(begin + 1, lengths[0])] = pool[runs(starts[0], lengths[0])]
-    if two:
-        second = begin + 1 + lengths[0] + tokenizer.separators
-        ids[runs(second, lengths[1])] = pool[runs(starts[1], lengths[1])]
-    return Sequences(ids, total.astype(np.int64))
-
-
-def _mixed(
-    starts: np.ndarray, lengths: np.ndarray, crossing: bool, generator: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Mixup contrast (InfoXLM, section 3.3): pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, where `crossing`
-    allows code-switched sides, <c1 d2, c2 d1>, the order within each side by chance. Neighbours in the stream are
-    partners: random ones, new every epoch, unless the reader keeps the corpus' own neighbours together."""
-    n = starts.shape[1] // 2
-    c, d = np.arange(n) * 2, np.arange(n) * 2 + 1
-    crossed = generator.integers(2, size=n) * crossing
-    sides = []
-    for side in (0, 1):
-        texts = [(np.full(n, side), c), (side ^ crossed, d)]
-        flipped = generator.integers(2, size=n).astype(bool)
-        picked = []
-        for table in (starts, lengths):
-            one, two = (table[which, row] for which, row in texts)
-            picked.append(np.stack([np.where(flipped, two, one), np.where(flipped, one, two)]))
-        sides.append((picked[0], picked[1]))
-    return sides
-
-
-def _concatenate(parts: list[Sequences]) -> Sequences:
-    empty = np.zeros(0, np.int64)
-    return Sequences(
-        np.concatenate([empty, *(p.ids for p in parts)]), np.concatenate([empty, *(p.lengths for p in parts)])
-    )
-
-
 def longest_sequence(recipe: Recipe, corpus: Corpus) -> int:
     """Tokens of the longest sequence a recipe can make of a corpus, special tokens included."""
     two = recipe.tasks["tlm"] or recipe.contrast.mixup != "off"
@@ -248,7 +259,3 @@ def longest_sequence(recipe: Recipe, corpus: Corpus) -> int:
 
 def _longest(corpus: Corpus, texts: Literal[1, 2]) -> int:
     return texts * corpus.manifest.max_tokens + corpus.manifest.tokenizer.overhead(texts)
-
-
-def _filled(lengths: np.ndarray, piece: int) -> Sequences:
-    return Sequences(np.full(int(lengths.sum()), piece), lengths.astype(np.int64))

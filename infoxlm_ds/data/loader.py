@@ -6,9 +6,12 @@ import queue
 import threading
 from dataclasses import dataclass
 
-from infoxlm_ds.config import Recipe, UserError
+import torch
+
+from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import BatchBuilder, JointBatch
 from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.data.upload import in_one_buffer
 
 Cursors = dict[str, dict[int, tuple[int, int]]]  # stream -> lane -> (window, offset)
 STEPS_AHEAD = 2
@@ -18,21 +21,18 @@ STEPS_AHEAD = 2
 class StepBatches:
     """A step's micro-batches of this rank, lowest lane first, and where the streams stand after them."""
 
-    micros: list[JointBatch]
+    lanes: list[JointBatch]
     cursors: Cursors
 
 
 class Loader:
     """Iterates over steps for ever. `rank` of `world` runs the lanes l = rank (mod world)."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, rank: int, world: int) -> None:
-        lanes = recipe.batch.lanes
-        if lanes % world:
-            raise UserError(
-                f"batch.lanes is {lanes}, which {world} ranks do not divide: start 1 to {lanes} ranks that do"
-            )
-        self.lanes = list(range(rank, lanes, world))
-        self._builder = BatchBuilder(recipe, corpus, self.lanes)
+    def __init__(self, recipe: Recipe, corpus: Corpus, rank: int, world: int, varlen: bool = False) -> None:
+        """`varlen`: the batches go to a GPU that runs varlen attention."""
+        self.lanes = recipe.batch.lanes_of(rank, world)
+        self._builder = BatchBuilder(recipe, corpus, self.lanes, dense=not varlen)
+        self._pinned = torch.cuda.is_available()
         self.cursors: Cursors = self._position()
         self._step = 0
         self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(STEPS_AHEAD)
@@ -56,7 +56,7 @@ class Loader:
         if isinstance(ready, BaseException):
             raise ready
         self.cursors = ready.cursors
-        return ready.micros
+        return ready.lanes
 
     def close(self) -> None:
         """End the thread. A process that ends before it is aborted where the interpreter stops the thread inside torch
@@ -75,9 +75,11 @@ class Loader:
     def _work(self) -> None:
         try:
             while not self._stop.is_set():
-                micros = [self._builder.build(lane, self._step) for lane in self.lanes]
+                lanes = [self._builder.build(lane, self._step) for lane in self.lanes]
+                if self._pinned:
+                    lanes = [in_one_buffer(lane, pinned=True) for lane in lanes]
                 self._step += 1
-                self._put(StepBatches(micros, self._position()))
+                self._put(StepBatches(lanes, self._position()))
         except BaseException as error:  # whatever it is, the consumer raises it
             self._put(error)
 

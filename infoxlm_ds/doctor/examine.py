@@ -48,7 +48,8 @@ def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) ->
     if recipe is not None:
         try:
             loaded = load_recipe(recipe, overrides)
-            setting = _setting(loaded, recipe, overrides, sum(slots.values()) or ranks_here(loaded.batch.lanes))
+            ranks = sum(slots.values()) or ranks_here(loaded.batch)
+            setting = read_setting(recipe, overrides, Wishes(ranks))
             yield ok("recipe", f"{recipe}, {setting.world} ranks")
         except UserError as error:
             yield failure("recipe", str(error), "correct it")
@@ -61,12 +62,6 @@ def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) ->
         yield from _meet(crew, facts, over_ssh=bool(slots))
         if facts:
             yield from _judge(crew, facts, slots, loaded, setting)
-
-
-def _setting(recipe: Recipe, path: Path, overrides: list[str], ranks: int) -> Setting:
-    if recipe.batch.lanes % ranks:
-        raise UserError(f"batch.lanes is {recipe.batch.lanes}, which the hostfile's {ranks} slots do not divide")
-    return read_setting(path, overrides, Wishes(ranks))
 
 
 def _resolved(host: str) -> Finding | None:

@@ -1,11 +1,11 @@
-"""Sentence vectors from a model folder in Hugging Face format.
+"""Sentence vectors, in mid-training and from a model folder in Hugging Face format.
 
-Legend: n sentences, b sentences of one batch, t tokens, D width, L layers asked for. Layers are numbered as in
+Legend: n sentences, b sentences of one batch, T tokens, D width, L layers asked for. Layers are numbered as in
 Hugging Face's `hidden_states`: 0 is the embeddings, i the output of the i-th layer.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,69 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from infoxlm_ds import dist
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch
+from infoxlm_ds.data.upload import to_device
 from infoxlm_ds.evaluation import Pooling
-from infoxlm_ds.model.families import family_of, part, positions_of
+from infoxlm_ds.model.attention import FLAT_ATTENTION, runs_varlen
+from infoxlm_ds.model.encoder import Body
+from infoxlm_ds.model.families import family_of, positions_of
+from infoxlm_ds.model.heads import pool
 
 Vectors = npt.NDArray[np.float32]
+BATCH = 128  # sentences
 
 log = logging.getLogger(__name__)
+
+
+def embed(
+    sentences: list[str],
+    tokenizer: Any,
+    longest: int,
+    encode: Callable[[FlatBatch], Tensor],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    description: str = "",
+) -> Vectors:
+    """L2-normalised vectors of sentences, in their order, from what `encode` makes of a batch: [b, D] to [n, D], or
+    [b, L, D] to [n, L, D]. The ranks take batches in turn; all get the result. Collective.
+
+    `longest`: sentences of more tokens are cut, with a warning. `dtype`: what the encoder computes in. `description`:
+    of a bar, on a terminal.
+    """
+    token_ids = _tokenize(sentences, tokenizer, longest)
+    by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
+    batches = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
+    dense, world, parts = not runs_varlen(device, dtype), dist.world_size(), []
+    turns = [batches[first : first + world] for first in range(0, len(batches), world)]
+    for turn in _progress(turns, description):
+        # Every rank calls the encoder in every turn, which ZeRO 3 asks for; one too many repeats the first batch.
+        batch = [token_ids[i] for i in turn[dist.rank() if dist.rank() < len(turn) else 0]]
+        flat = flat_batch(np.concatenate(batch), np.array([len(ids) for ids in batch]), dense)
+        vectors = normalize(encode(to_device(flat, device)).float(), dim=-1)
+        counts = [len(of_rank) for of_rank in turn] + [0] * (world - len(turn))
+        parts.append(dist.gather_rows(vectors[: counts[dist.rank()]], counts).cpu())
+    in_order = np.argsort(by_length)
+    result: Vectors = torch.cat(parts).numpy()[in_order] if parts else np.zeros((0, 0), np.float32)
+    return result
+
+
+def _tokenize(sentences: list[str], tokenizer: Any, longest: int) -> list[list[int]]:
+    if not sentences:
+        return []
+    token_ids: list[list[int]] = tokenizer(sentences, verbose=False)["input_ids"]
+    too_long = sum(len(ids) > longest for ids in token_ids)
+    if too_long:
+        if dist.rank() == 0:
+            log.warning("%d of %d sentences have more than %d tokens and were cut", too_long, len(sentences), longest)
+        token_ids = tokenizer(sentences, truncation=True, max_length=longest)["input_ids"]
+    return token_ids
 
 
 class SentenceEmbedder:
@@ -43,75 +96,31 @@ class SentenceEmbedder:
         device: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.tokenizer = _load(folder)
-        config = self.model.config
+        model, self.tokenizer = _load(folder)
+        config = model.config
         self.layers = _chosen_layers(layers, config, folder)
         self.pooling: Pooling = getattr(config, "sentence_pooling", "mean") if pooling is None else pooling
         self.max_tokens = min(self.tokenizer.model_max_length, positions_of(config))
-        self._outputs = self._outputs_by_layer()
-        self.model.to(self.device).eval()
+        self._body = Body(model.to(self.device).eval(), self.layers[-1])
+        self._width: int = config.hidden_size
 
-    def _outputs_by_layer(self) -> list[torch.nn.Module]:
-        """What gives `hidden_states[i]`. Takes the layers out that nobody asked for."""
-        family = family_of(self.model.config)
-        layers = part(self.model, family.layers)
-        norm = part(self.model, family.norm) if self.layers[-1] == len(layers) else None
-        del layers[self.layers[-1] :]
-        outputs = [self.model.embeddings, *layers]
-        return outputs if norm is None else [*outputs[:-1], norm]
-
-    def embed(self, sentences: list[str], batch_size: int = 64, description: str = "embedding") -> Vectors:
+    def embed(self, sentences: list[str], *, description: str = "embedding") -> Vectors:
         """L2-normalised vectors [L, n, D] in the order of `sentences`; a bar with `description` runs on a terminal."""
-        token_ids = self._tokenize(sentences)
-        by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
-        batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-        vectors = np.empty((len(self.layers), len(sentences), self.model.config.hidden_size), dtype=np.float32)
-        for batch in _progress(batches, description):
-            vectors[:, batch] = self._embed_batch([token_ids[i] for i in batch])
-        return vectors
-
-    def _tokenize(self, sentences: list[str]) -> list[list[int]]:
         if not sentences:
-            return []
-        token_ids: list[list[int]] = self.tokenizer(sentences, verbose=False)["input_ids"]
-        too_long = sum(len(ids) > self.max_tokens for ids in token_ids)
-        if too_long:
-            log.warning(
-                "%d of %d sentences have more than %d tokens and were cut", too_long, len(sentences), self.max_tokens
-            )
-            token_ids = self.tokenizer(sentences, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return token_ids
+            return np.zeros((len(self.layers), 0, self._width), np.float32)
+        vectors = embed(sentences, self.tokenizer, self.max_tokens, self._pooled, self.device, description=description)
+        return np.ascontiguousarray(vectors.swapaxes(0, 1))
 
     @torch.inference_mode()
-    def _embed_batch(self, token_ids: list[list[int]]) -> Vectors:
-        """[L, b, D]; a layer is pooled as it is computed, so that one layer's tokens [b, t, D] are alive at a time."""
-        padded = self.tokenizer.pad({"input_ids": token_ids}, return_tensors="pt").to(self.device)
-        mask = padded["attention_mask"]
-        pooled: dict[int, torch.Tensor] = {}
-
-        def pool_output_of(layer: int) -> Any:
-            def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                pooled[layer] = torch.nn.functional.normalize(pool(hidden, mask, self.pooling), dim=-1)
-
-            return hook
-
-        handles = [self._outputs[layer].register_forward_hook(pool_output_of(layer)) for layer in self.layers]
-        try:
-            self.model(input_ids=padded["input_ids"], attention_mask=mask)
-        finally:
-            for handle in handles:
-                handle.remove()
-        vectors: Vectors = torch.stack([pooled[layer] for layer in self.layers]).float().cpu().numpy()
-        return vectors
-
-
-def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """[b, t, D], [b, t] -> [b, D]: the first token, or the mean of all real tokens, <s> and </s> among them."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
+    def _pooled(self, batch: FlatBatch) -> Tensor:
+        """[b, L, D]; a layer is pooled as it is computed, so that one layer's tokens [T, D] are alive at a time."""
+        hidden, pooled = self._body.embed(batch), []
+        for layer in range(self.layers[-1] + 1):
+            if layer:
+                hidden = self._body.run(hidden, batch.layout, layer - 1, layer)
+            if layer in self.layers:
+                pooled.append(pool(hidden, batch.layout, self.pooling))
+        return torch.stack(pooled, dim=1)
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -124,7 +133,11 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            attn_implementation=FLAT_ATTENTION,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
         )
         family_of(model.config, f"model folder {folder}")
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -150,6 +163,7 @@ def _chosen_layers(layers: int | Literal["all"] | None, config: Any, folder: Pat
     return [layer]
 
 
-def _progress(batches: list[list[int]], description: str) -> Iterable[list[int]]:
+def _progress(turns: list[list[list[int]]], description: str) -> Iterable[list[list[int]]]:
     console = Console(stderr=True)
-    return track(batches, description, console=console, transient=True, disable=not console.is_terminal)
+    hidden = not description or not console.is_terminal
+    return track(turns, description, console=console, transient=True, disable=hidden)

@@ -25,7 +25,17 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds import dist
-from infoxlm_ds.losses.negatives import NEVER, Anchors, Block, Fate, Keys, attract, push, sum_negatives
+from infoxlm_ds.losses.negatives import (
+    NEVER,
+    Anchors,
+    Block,
+    Fate,
+    Keys,
+    TextIndex,
+    attract,
+    push,
+    sum_negatives,
+)
 
 __all__ = ["Form", "Keys", "Report", "Temperature", "contrast", "contrast_with_keys", "finished"]
 
@@ -122,7 +132,7 @@ def contrast(
     _check(query, key, temperature, form, ids, queue, hard, symmetric)
     ids = _ids(ids, query, form)
     sides = [_wide(query, form), _wide(key, form)]
-    more = Keys(_wide(hard.vectors, form), _ids(hard.ids, hard.vectors, form)) if hard is not None else None
+    more = _keys(hard, _wide(hard.vectors, form), form) if hard is not None else None
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         step = _Step(sides, ids, more, queue, temperature, form, key_gradient, group)
         turns = [step.direction(turn) for turn in ((0, 1) if symmetric else (0,))]
@@ -160,7 +170,8 @@ def contrast_with_keys(
     ids, wide = _ids(ids, query, form), _wide(query, form)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         vectors = _wide(keys.vectors, form)
-        blocks = _blocks(form, Keys(vectors, _ids(keys.ids, vectors, form)), own, None, queue)
+        in_batch = _keys(keys, vectors, form) if form.in_batch else None
+        blocks = _blocks(form, in_batch, own, None, queue)
         one = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
     inputs = [(wide, one.gradient / total)]
     if isinstance(temperature, Tensor):
@@ -204,14 +215,14 @@ class _Step:
         self.pairs = sum(self._counts)
         self._own = torch.arange(self.pairs, device=ids.device)[dist.own_rows(self._counts, group)]
         self._gathered: dict[int, Tensor] = {}
-        self._all_ids = self._gather(ids)
+        self._texts = TextIndex(self._gather(ids))  # of both sides' items
         self._all_hard = self._hard_of_all_ranks()
         self.gradients: list[Tensor | None] = [None, None, None]
 
     def direction(self, turn: int) -> _Direction:
         """From queries to keys (turn 0) or from keys to queries (turn 1). Adds to the gradients."""
         form, target = self._form, self._sides[1 - turn]
-        keys = Keys(self._everyone(1 - turn), self._all_ids) if form.in_batch else None
+        keys = Keys.indexed(self._everyone(1 - turn), self._texts) if form.in_batch else None
         blocks = _blocks(form, keys, self._own, self._all_hard if turn == 0 else None, self._queue)
         one = _direct(self._sides[turn], target, self._ids, blocks, self._temperature, form, self._group)
         self._add(turn, one.gradient)
@@ -234,13 +245,13 @@ class _Step:
         scale = 1 / _number(self._temperature, one.gradient)
         columns = self._gather(torch.cat([one.fate, torch.stack([one.anchors.positive, one.anchors.cut], 1)], 1))
         *fate, positive, cut = columns.unbind(1)
-        anchors = Anchors(scale * self._everyone(turn), self._all_ids, positive, cut)
+        anchors = Anchors(scale * self._everyone(turn), self._texts.ids, positive, cut)
         margin, attracts = scale * self._form.margin, self._form.same_text == "positive"
         if self._form.in_batch:
             targets = Keys(self._sides[1 - turn], self._ids)
-            self._add(1 - turn, push(targets, self._own, anchors, Fate(*fate), margin, attracts))
+            self._add(1 - turn, push(targets, self._own, anchors, self._texts, Fate(*fate), margin, attracts))
         if hard is not None:
-            self._add(HARD, push(hard, None, anchors, Fate(*fate), margin, attracts=False))
+            self._add(HARD, push(hard, None, anchors, self._texts, Fate(*fate), margin, attracts=False))
 
     def _gather(self, rows: Tensor) -> Tensor:
         return dist.gather_rows(rows, self._counts, self._group)
@@ -254,7 +265,7 @@ class _Step:
         if self._hard is None:
             return None
         counts = dist.row_counts(self._hard.ids, self._group)
-        vectors, ids = (dist.gather_rows(column, counts, self._group) for column in self._hard[:2])
+        vectors, ids = (dist.gather_rows(x, counts, self._group) for x in (self._hard.vectors, self._hard.ids))
         return Keys(vectors, ids)
 
 
@@ -298,12 +309,17 @@ def _direct(
 
 
 def _blocks(form: Form, keys: Keys | None, own: Tensor, hard: Keys | None, queue: Keys | None) -> list[Block]:
-    blocks = [Block(keys, own)] if keys is not None and form.in_batch else []
+    blocks = [Block(keys, own)] if keys is not None else []
     blocks += [Block(hard, attracts=False)] if hard is not None else []
-    if queue is not None:
-        ids = _ids(queue.ids, queue.vectors, form)
-        blocks.append(Block(Keys(queue.vectors, ids, queue.sharded), unit=form.cosine))
+    blocks += [Block(_keys(queue, queue.vectors, form), unit=form.cosine)] if queue is not None else []
     return blocks
+
+
+def _keys(keys: Keys, vectors: Tensor, form: Form) -> Keys:
+    """The keys with other vectors, and with no texts where those are ignored."""
+    if form.same_text == "ignore":
+        return Keys(vectors, _ids(None, vectors, form), keys.sharded)
+    return Keys.indexed(vectors, keys.texts, keys.sharded)
 
 
 def _wide(x: Tensor, form: Form) -> Tensor:

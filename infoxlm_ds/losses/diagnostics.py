@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+SAMPLE = 2048  # vectors that `describe_space` reads
+
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared distance of the pairs (a [n, D], b [n, D]), []: 0 where translations coincide, 2 where they are
@@ -27,3 +29,14 @@ def effective_rank(x: Tensor) -> Tensor:
     values = torch.linalg.svdvals(normalize(x.float(), dim=1))
     share = values / values.sum()
     return torch.special.entr(share).sum().exp()
+
+
+def describe_space(first: Tensor, second: Tensor, queue: Tensor | None) -> dict[str, Tensor]:
+    """The figures above of n pairs and, where there is one, of a queue of keys; of the first SAMPLE vectors each."""
+    first, second = first[:SAMPLE], second[:SAMPLE]
+    values = {"alignment": alignment(first, second), "effective_rank": effective_rank(first)}
+    if len(first) > 1:
+        values["uniformity"] = uniformity(first)
+    if queue is not None:
+        values["queue_effective_rank"] = effective_rank(queue[:SAMPLE])
+    return values

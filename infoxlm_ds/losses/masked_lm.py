@@ -20,16 +20,19 @@ CHUNK_ROWS = 1024  # a chunk of 16 rows reads V x D for almost nothing; 1,024 ro
 def masked_lm(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, row_weights: Tensor, vocabulary: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of cross-entropies and each row's own cross-entropy in nats.
+    """Weighted cross-entropies of the rows [M], to be added up; and without gradient the cross-entropies [M] in nats.
 
     hidden [M, D]; weight [V, D]; bias [V]; labels [M] int64; row_weights [M] (a task's weight over its global count,
-    which makes the sum over lanes and ranks the weighted mean of the task). Returns a scalar with gradient and [M]
-    without. M may be 0. `vocabulary`: only the first so many rows of `weight` are pieces; the others pad.
+    which makes the sum over lanes and ranks the weighted mean of the task). M may be 0. `vocabulary`: only the first so
+    many rows of `weight` are pieces; the others pad.
+
+    The gradient is that of the sum over all rows, in as many parts as one likes, times one factor: rows cannot be
+    weighted again behind this function.
     """
-    total, rows = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    weighted, rows = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, row_weights, vocabulary or len(weight)
     )
-    return total, rows
+    return weighted, rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -64,10 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight.addmm_(gradient.t(), hidden[part])
         ctx.save_for_backward(d_hidden, d_weight, d_bias.to(bias.dtype), unit)
         ctx.mark_non_differentiable(rows)
-        return (rows * row_weights).sum(), rows
+        return rows * row_weights, rows
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_weighted: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, unit = ctx.saved_tensors
-        d_total = d_total * unit
+        d_total = d_weighted[:1].sum() * unit  # the same for all rows; 0 where there is none
         return d_hidden * d_total, d_weight.mul_(d_total), d_bias * d_total, None, None, None

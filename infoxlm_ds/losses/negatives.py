@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -24,12 +25,45 @@ HEADROOM = 40.0  # exp(40) times a billion keys is still far from the largest fl
 NEVER = 50.0  # torch's softplus is a straight line above 20 by default, an error of 2e-9
 
 
-class Keys(NamedTuple):
-    """Keys [n, D] and the text ids of their items [n, I], int64. `sharded`: each rank holds other keys of the set."""
+class TextIndex:
+    """Text ids [n, I] of keys, sorted once to find the keys that share a text with given items."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+        self._texts, order = ids.flatten().sort()
+        self._key_of = order // max(1, ids.shape[1])
+
+    def sharing(self, ids: Tensor) -> Tensor:
+        """The keys that share a text with any of these items, in order: the only ones to compare one by one."""
+        wanted = ids.unique()
+        first = torch.searchsorted(self._texts, wanted)
+        count = torch.searchsorted(self._texts, wanted, right=True) - first
+        before = count.cumsum(0) - count
+        places = torch.arange(int(count.sum()), device=ids.device) + torch.repeat_interleave(first - before, count)
+        return self._key_of[places].unique()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys [n, D] and the text ids of their items [n, I], int64. `sharded`: each rank holds other keys of the set.
+
+    The index of the texts is made when it is first read, and once: hold on to the object as long as its keys stay.
+    """
 
     vectors: Tensor
     ids: Tensor
     sharded: bool = False
+
+    @cached_property
+    def texts(self) -> TextIndex:
+        return TextIndex(self.ids)
+
+    @staticmethod
+    def indexed(vectors: Tensor, texts: TextIndex, sharded: bool = False) -> Keys:
+        """Keys of items whose index is there already."""
+        keys = Keys(vectors, texts.ids, sharded)
+        keys.__dict__["texts"] = texts
+        return keys
 
 
 class Anchors(NamedTuple):
@@ -54,27 +88,16 @@ class Block:
     def __init__(self, keys: Keys, own: Tensor | None = None, *, unit: bool = False, attracts: bool = True) -> None:
         """`own` [b]: which of the keys is each anchor's positive, where the block holds them. `unit`: divide the keys
         by their norms. `attracts`: keys that share a text may be further positives."""
-        self.vectors, self.ids, self.sharded = keys
+        self.vectors, self.texts, self.sharded = keys.vectors, keys.texts, keys.sharded
         self.own, self._unit, self.attracts = own, unit, attracts
-        found, order = self.ids.flatten().sort()
-        self._texts, self._key_of = found, order // max(1, self.ids.shape[1])
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def part(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    def part(self, keys: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Some of the keys, as wide as the anchors."""
-        vectors = self.vectors[which].to(dtype)
+        vectors = self.vectors[keys].to(dtype)
         return normalize(vectors, dim=1) if self._unit else vectors
-
-    def sharing(self, ids: Tensor) -> Tensor:
-        """The keys that share a text with any of these items, in order. What is compared one by one are these few."""
-        wanted = ids.unique()
-        first = torch.searchsorted(self._texts, wanted)
-        count = torch.searchsorted(self._texts, wanted, right=True) - first
-        before = count.cumsum(0) - count
-        places = torch.arange(int(count.sum()), device=ids.device) + torch.repeat_interleave(first - before, count)
-        return self._key_of[places].unique()
 
 
 @dataclass
@@ -141,7 +164,7 @@ def _sum_rows(anchors: Anchors, rows: slice, blocks: list[Block]) -> Sums:
     sums = Sums.none(anchors)
     for block in blocks:
         own = None if block.own is None else block.own[rows]
-        sharing = block.sharing(anchors.ids)
+        sharing = block.texts.sharing(anchors.ids)
         for part in _key_tiles(block):
             keys = block.part(part, anchors.vectors.dtype)
             logits = torch.addmm(sums.shift[:, None], anchors.vectors, keys.t(), beta=-1)
@@ -257,7 +280,7 @@ def _attract_rows(
     found = Attraction.none(anchors.vectors)
     for block in blocks:
         own = None if block.own is None else block.own[rows]
-        sharing = block.sharing(anchors.ids)
+        sharing = block.texts.sharing(anchors.ids)
         for columns in sharing.split(_sizes(sharing)[1]):
             same = _others_sharing(anchors.ids, block, columns, own)
             keys = block.part(columns, anchors.vectors.dtype)
@@ -281,15 +304,22 @@ class Fate(NamedTuple):
 
 
 def push(
-    keys: Keys, own: Tensor | None, anchors: Anchors, fate: Fate, margin: float | Tensor, attracts: bool
+    keys: Keys,
+    own: Tensor | None,
+    anchors: Anchors,
+    texts: TextIndex,
+    fate: Fate,
+    margin: float | Tensor,
+    attracts: bool,
 ) -> Tensor:
     """d (sum of the anchors' losses) / d keys, [n, D], without what the own pair adds: `own` [n] says which of the
-    anchors [N] that is. Anchors have the keys as negatives, or where `attracts` as further positives."""
-    block = Block(Keys(anchors.vectors, anchors.ids), own)
+    anchors [N] that is. `texts`: the index of the anchors' texts. Anchors have the keys as negatives, or as further
+    positives where `attracts`."""
+    block = Block(Keys.indexed(anchors.vectors, texts), own)
     vectors, sums = keys.vectors.to(anchors.vectors.dtype), []
     total = fate.log_mass.clamp_min(torch.finfo(fate.log_mass.dtype).min)  # of an anchor without negatives -inf
     for rows in _row_tiles(keys):
-        ids, mine, sharing = keys.ids[rows], None if own is None else own[rows], block.sharing(keys.ids[rows])
+        ids, mine, sharing = keys.ids[rows], None if own is None else own[rows], block.texts.sharing(keys.ids[rows])
         pushed = torch.zeros_like(vectors[rows])
         for part in _key_tiles(block):
             # In the layout of the rows, whose rounding this has to meet.
@@ -319,7 +349,7 @@ def shares_text(ids: Tensor, other: Tensor) -> Tensor:
 
 def _others_sharing(ids: Tensor, block: Block, columns: Tensor, own: Tensor | None) -> Tensor:
     """[m, len(columns)]: keys other than the rows' own positives that share a text with them."""
-    same = shares_text(ids, block.ids[columns])
+    same = shares_text(ids, block.texts.ids[columns])
     return same if own is None else same & (own[:, None] != columns)
 
 
@@ -334,5 +364,5 @@ def _row_tiles(rows: Anchors | Keys) -> Iterator[slice]:
 
 
 def _key_tiles(block: Block) -> Iterator[slice]:
-    size, count = _sizes(block.ids)[1], len(block)
+    size, count = _sizes(block.texts.ids)[1], len(block)
     return (slice(start, min(count, start + size)) for start in range(0, count, size))

@@ -1,50 +1,17 @@
-"""Encoders on packed sequences: transformers' own embeddings and layers, run on one flat row of tokens.
+"""Encoders on flat batches: transformers' own embeddings and layers, run on one row of tokens.
 
 Legend: T tokens, S sequences, D width, K the universal layer, L layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from infoxlm_ds.model.attention import Packing, pack
+from infoxlm_ds.data.flat_batch import FlatBatch, Layout
+from infoxlm_ds.model import attention  # noqa: F401  # registers flat attention with transformers
 from infoxlm_ds.model.families import family_of, part
 from infoxlm_ds.model.heads import SentenceHead
-
-
-@dataclass(frozen=True)
-class Packed:
-    """S sequences one behind the other: ids [T], positions [T] from 0, the sequence of each token [T] and the lengths
-    [S]."""
-
-    ids: Tensor
-    positions: Tensor
-    sequence: Tensor
-    lengths: Tensor
-    packing: Packing
-
-    def to(self, device: torch.device) -> Packed:
-        ids, positions, sequence, lengths = (
-            x.to(device) for x in (self.ids, self.positions, self.sequence, self.lengths)
-        )
-        return Packed(ids, positions, sequence, lengths, self.packing.to(device))
-
-
-def packed(ids: np.ndarray, lengths: np.ndarray) -> Packed:
-    """Pack flat ids [T] of sequences with these lengths [S]."""
-    starts = np.cumsum(lengths) - lengths
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.arange(len(ids)) - starts[sequence]
-
-    def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
-
-    return Packed(tensor(ids), tensor(positions), tensor(sequence), tensor(lengths), pack(lengths))
 
 
 class Body(nn.Module):
@@ -60,24 +27,24 @@ class Body(nn.Module):
         self.rotary = part(model, family.rotary)
         self._first_position = model.config.pad_token_id + 1 if family.counts_from_padding else 0
 
-    def embed(self, batch: Packed) -> Tensor:
+    def embed(self, batch: FlatBatch) -> Tensor:
         """[T, D], `hidden_states[0]` of transformers."""
-        positions = {} if self.rotary else {"position_ids": batch.positions[None] + self._first_position}
+        positions = {} if self.rotary else {"position_ids": batch.layout.positions[None] + self._first_position}
         out: Tensor = self.embeddings(input_ids=batch.ids[None], **positions)
         return out[0]
 
-    def run(self, hidden: Tensor, positions: Tensor, packing: Packing, first: int, last: int) -> Tensor:
-        """hidden [T, D], of tokens at these positions [T], through layers `first` to `last` - 1, each sequence for
-        itself. Behind layer L comes the final norm of families that have one."""
+    def run(self, hidden: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+        """hidden [T, D] through layers `first` to `last` - 1, each sequence on its own. Families that have a
+        final norm apply it behind layer L."""
         flat, angles = hidden[None], {}
         for layer in self.layers[first:last]:
             if self.rotary:
                 kind = layer.attention_type
                 if kind not in angles:
-                    angles[kind] = self.rotary(flat, positions[None], kind)
-                flat = layer(flat, None, position_embeddings=angles[kind], packing=packing)
+                    angles[kind] = self.rotary(flat, layout.positions[None], kind)
+                flat = layer(flat, None, position_embeddings=angles[kind], layout=layout)
             else:
-                flat = layer(flat, None, packing=packing)
+                flat = layer(flat, None, layout=layout)
         if self.norm is not None and first < last == len(self.layers):
             flat = self.norm(flat)
         return flat[0]
@@ -90,11 +57,11 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.body, self.head = body, head
 
-    def forward(self, batch: Packed) -> Tensor:
-        """Representations [S, D] of the packed sequences."""
+    def forward(self, batch: FlatBatch) -> Tensor:
+        """Representations [S, D] of the sequences."""
         body = self.body
-        hidden = body.run(body.embed(batch), batch.positions, batch.packing, 0, len(body.layers))
-        out: Tensor = self.head(hidden, batch.sequence, batch.lengths)
+        hidden = body.run(body.embed(batch), batch.layout, 0, len(body.layers))
+        out: Tensor = self.head(hidden, batch.layout)
         return out
 
 
@@ -109,20 +76,19 @@ class InfoXLM(nn.Module):
     def body(self) -> Body:
         return Body(self.lm.base_model)
 
-    def forward(self, batch: Packed, trunk: Packing, n_trunk: int) -> tuple[Tensor, Tensor]:
-        """One pass for all losses: the last `S - n_trunk` sequences are the contrast's and leave after the universal
-        layer.
+    def forward(self, batch: FlatBatch, trunk: Layout, queries: Layout) -> tuple[Tensor, Tensor]:
+        """One pass for all losses, of the trunk's sequences and, behind them, the contrast's queries, which leave after
+        the universal layer.
 
-        `trunk` packs the first `n_trunk` sequences alone. Returns the last layer's states of the trunk's tokens and the
-        representations [S - n_trunk, D].
+        Returns the last layer's states of the trunk's tokens, and the queries' representations.
         """
         body, middle = self.body, self.universal_layer
-        hidden = body.run(body.embed(batch), batch.positions, batch.packing, 0, middle)
-        tokens = len(trunk.scatter)
-        leaving = self.head(hidden[tokens:], batch.sequence[tokens:] - n_trunk, batch.lengths[n_trunk:])
-        if n_trunk == 0:
-            return hidden[:0], leaving
-        return body.run(hidden[:tokens], batch.positions[:tokens], trunk, middle, len(body.layers)), leaving
+        hidden = body.run(body.embed(batch), batch.layout, 0, middle)
+        states, leaving = hidden[: trunk.tokens], hidden[trunk.tokens :]
+        representations = self.head(leaving, queries)
+        if trunk.tokens:
+            states = body.run(states, trunk, middle, len(body.layers))
+        return states, representations
 
     def sentence_encoder(self) -> SentenceEncoder:
         """The part that the contrast trains, as a view on these weights."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
+from infoxlm_ds.data.flat_batch import Layout
 from infoxlm_ds.losses.masked_lm import masked_lm
 from infoxlm_ds.model.families import family_of
 
@@ -29,29 +30,30 @@ class SentenceHead(nn.Module):
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=0.02)
 
-    def forward(self, hidden: Tensor, sequence: Tensor, lengths: Tensor) -> Tensor:
-        """hidden [T, D] of packed sequences; `sequence` [T] says whose token it is, `lengths` [S] how many each has."""
-        pooled = pool(hidden, sequence, lengths, self.pooling)
+    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """hidden [T, D] of a flat batch's tokens to [S, D]."""
+        pooled = pool(hidden, layout, self.pooling)
         if self.projection is not None:
             pooled = self.projection(pooled)
         return normalize(pooled.float(), dim=1) if self.normalized else pooled
 
 
-def pool(hidden: Tensor, sequence: Tensor, lengths: Tensor, how: Pooling) -> Tensor:
+def pool(hidden: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     """[T, D] to [S, D]: each sequence's first token (`cls`) or the mean over its tokens, special ones included.
 
     The mean is taken in fp32, or wider if `hidden` is.
     """
-    if how == "cls":
-        return hidden[torch.cumsum(lengths, 0) - lengths]
+    if pooling == "cls":
+        return hidden[layout.cu_seqlens[:-1].long()]
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    sums = wide.new_zeros(len(lengths), wide.shape[1]).index_add(0, sequence, wide)
-    return (sums / lengths[:, None]).to(hidden.dtype)
+    sums = wide.new_zeros(len(layout.lengths), wide.shape[1]).index_add(0, layout.sequence, wide)
+    return (sums / layout.lengths[:, None]).to(hidden.dtype)
 
 
-def masked_lm_loss(lm: PreTrainedModel, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The masked LM head on the masked rows [M, D] only: the weighted sum of cross-entropies, and each row's own [M] in
-    nats. The vocabulary matrix may have more rows than the vocabulary, see `pad_vocabulary`."""
+def masked_lm_losses(lm: PreTrainedModel, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The masked LM head on the masked rows [M, D] only: their weighted cross-entropies [M] and, without gradient, the
+    cross-entropies [M] in nats; see `masked_lm`. The vocabulary matrix may have more rows than the vocabulary, see
+    `pad_vocabulary`."""
     decoder = lm.get_output_embeddings()
     features = family_of(lm.config).features(lm, rows)
     return masked_lm(features, decoder.weight, decoder.bias, labels, weights, lm.config.vocab_size)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import Constant, ConstantWithRefresh, Exponential, Linear
-from infoxlm_ds.model.encoder import Packed, SentenceEncoder
+from infoxlm_ds.data.flat_batch import FlatBatch
+from infoxlm_ds.model.encoder import SentenceEncoder
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class MomentumEncoder:
         self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self._source)]
 
     @torch.no_grad()
-    def encode(self, batch: Packed) -> Tensor:
-        """Keys [S, D] of packed sequences."""
+    def encode(self, batch: FlatBatch) -> Tensor:
+        """Keys [S, D] of the batch's sequences."""
         out: Tensor = self.encoder(batch)
         return out
 

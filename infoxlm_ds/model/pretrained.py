@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import Model, UserError
-from infoxlm_ds.model.attention import PACKED
+from infoxlm_ds.model.attention import FLAT_ATTENTION
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
 from infoxlm_ds.model.heads import SentenceHead
@@ -67,8 +67,9 @@ def strip_vocabulary(lm: PreTrainedModel) -> PreTrainedModel:
     return _resize(lm, lm.config.vocab_size)
 
 
-def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
-    """UserError where the corpus cannot go into the model: another tokenizer than `init` has, or too few positions.
+def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> int:
+    """The model's number of positions. UserError where the corpus cannot go into it: another tokenizer than `init` has,
+    or too few positions.
 
     `longest`: tokens of the longest sequence that the corpus can give, special tokens included.
     """
@@ -91,6 +92,7 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> None:
             f"the corpus has sequences of {longest} tokens, the model {positions} positions: "
             f"set model.positions to {longest} or prepare the corpus with a smaller max_tokens"
         )
+    return positions
 
 
 def init_config(init: str) -> PreTrainedConfig:
@@ -135,7 +137,9 @@ def shape_of(model: Model, vocabulary: int, special_ids: Mapping[str, int] = XLM
 
 
 def _empty(config: PreTrainedConfig) -> PreTrainedModel:
-    return _without_dropout(AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32))
+    return _without_dropout(
+        AutoModelForMaskedLM.from_config(config, attn_implementation=FLAT_ATTENTION, dtype=torch.float32)
+    )
 
 
 def _load(init: str) -> PreTrainedModel:
@@ -144,7 +148,7 @@ def _load(init: str) -> PreTrainedModel:
     if dist.rank() > 0:
         disable_progress_bar()
     lm, report = AutoModelForMaskedLM.from_pretrained(
-        init, attn_implementation=PACKED, dtype=torch.float32, output_loading_info=True
+        init, attn_implementation=FLAT_ATTENTION, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(report["missing_keys"])
     if lost := [name for name in missing if name.startswith(lm.base_model_prefix + ".")]:

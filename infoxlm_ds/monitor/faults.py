@@ -11,19 +11,23 @@ from torch import Tensor
 from infoxlm_ds import dist
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.objective import Report
+from infoxlm_ds.xlco import Representations
 
 SHOWN = 4  # lanes of a message, languages of a lane
 
 
 def find_faults(
-    lanes: Sequence[int], micros: Sequence[JointBatch], reports: Sequence[Report], reps: Sequence[Tensor]
+    numbers: Sequence[int],
+    lanes: Sequence[JointBatch],
+    reports: Sequence[Report],
+    representations: Sequence[Representations],
 ) -> list[str]:
     """Tasks of the step whose losses are not finite, with rank, lane and languages: the same list on every rank, empty
     where only gradients are not finite. Collective."""
     own = [
-        f"{task} on rank {dist.rank()}, lane {lane}{languages}"
-        for lane, micro, report, lane_reps in zip(lanes, micros, reports, reps, strict=True)
-        for task, languages in _faults(micro, report, lane_reps).items()
+        f"{task} on rank {dist.rank()}, lane {number}{languages}"
+        for number, lane, report, of_lane in zip(numbers, lanes, reports, representations, strict=True)
+        for task, languages in _faults(lane, report, of_lane).items()
     ]
     return [fault for faults in dist.gather_objects(own) for fault in faults]
 
@@ -37,20 +41,21 @@ def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
     return said if faults else f"{said}: how fp16 finds its scale, normal at the start and now and then later"
 
 
-def _faults(micro: JointBatch, report: Report, reps: Tensor) -> dict[str, str]:
+def _faults(lane: JointBatch, report: Report, own: Representations) -> dict[str, str]:
     """Tasks of a lane whose losses are not finite, with the languages of the items that are to blame."""
-    found: dict[str, Iterable[str]] = {}
-    sequences = np.searchsorted(np.cumsum(micro.tokens.lengths), micro.rows, side="right")
+    blamed: dict[str, Iterable[str]] = {}
+    ends = lane.tokens.layout.cu_seqlens[1:].cpu().numpy()
+    sequences = np.searchsorted(ends, lane.rows.cpu().numpy(), side="right")
     bad = _not_finite(report.masked[:, None])
-    names = np.concatenate([micro.names.get(task, np.zeros(0, str)) for task in ("mmlm", "tlm")])
-    for task, part in (("mmlm", slice(None, micro.mmlm)), ("tlm", slice(micro.mmlm, None))):
+    names = np.concatenate([lane.names.get(task, np.zeros(0, str)) for task in ("mmlm", "tlm")])
+    for task, part in (("mmlm", slice(None, lane.mmlm)), ("tlm", slice(lane.mmlm, None))):
         if bad[part].any():
-            found[task] = names[sequences[part][bad[part]]]
-    loss = report.sums.get("xlco/loss", 0.0)
-    if not np.isfinite(float(loss)) or _not_finite(reps).any():
-        rows = np.flatnonzero(_not_finite(reps)) % max(1, len(micro.text_ids))  # none: the fault is another lane's
-        found["xlco"] = micro.names["xlco"][rows].ravel()
-    return {task: _languages(blamed) for task, blamed in found.items()}
+            blamed[task] = names[sequences[part][bad[part]]]
+    loss, sides = report.sums.get("xlco/loss", 0.0), [_not_finite(side) for side in own if len(side)]
+    if not np.isfinite(float(loss)) or any(side.any() for side in sides):
+        items = np.concatenate([np.flatnonzero(side) for side in sides])  # none: the fault is another lane's
+        blamed["xlco"] = lane.names["xlco"][items].ravel()
+    return {task: _languages(names) for task, names in blamed.items()}
 
 
 def _languages(names: Iterable[str]) -> str:

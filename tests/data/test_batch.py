@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.data.batch import N_TEXTS, BatchBuilder, JointBatch, Sequences, assemble
+from infoxlm_ds.data.batch import N_TEXTS, BatchBuilder, JointBatch
+from infoxlm_ds.data.flat_batch import FlatBatch
 from infoxlm_ds.data.manifest import Tokenizer
 from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.data.sequences import Sequences, Texts, assemble
 from tests.corpus import small_recipe
 
 LANES = [0, 1, 2, 3]
 BOS, EOS = 0, 2
 
 
-def _split(sequences: Sequences) -> list[list[int]]:
-    ends = np.cumsum(sequences.lengths)
-    return [sequences.ids[end - n : end].tolist() for end, n in zip(ends, sequences.lengths, strict=True)]
+def _split(batch: FlatBatch | Sequences) -> list[list[int]]:
+    lengths = batch.layout.lengths if isinstance(batch, FlatBatch) else batch.lengths
+    ends = np.cumsum(np.asarray(lengths))
+    return [batch.ids[end - n : end].tolist() for end, n in zip(ends, np.asarray(lengths), strict=True)]
+
+
+def _queries(batch: JointBatch) -> list[list[int]]:
+    return _split(batch.queries_alone)
 
 
 def _build(recipe: Recipe, lane: int = 1, step: int = 3) -> JointBatch:
@@ -30,13 +37,13 @@ def _build(recipe: Recipe, lane: int = 1, step: int = 3) -> JointBatch:
 def test_layout_is_the_tokenizers_for_one_text_and_for_two() -> None:
     pool = np.arange(10, 20, dtype=np.uint32)
     xlm_r = Tokenizer(name="x", vocab_size=20, special_ids={"bos": BOS, "eos": EOS}, files=())
-    one = assemble(pool, np.array([[0, 4]]), np.array([[3, 1]]), xlm_r)
+    one = assemble(pool, Texts(np.array([[0, 4]]), np.array([[3, 1]])), xlm_r)
     assert _split(one) == [[BOS, 10, 11, 12, EOS], [BOS, 14, EOS]]
-    texts = np.array([[0, 4], [7, 5]]), np.array([[3, 1], [2, 4]])
-    two = assemble(pool, *texts, xlm_r)
+    texts = Texts(np.array([[0, 4], [7, 5]]), np.array([[3, 1], [2, 4]]))
+    two = assemble(pool, texts, xlm_r)
     assert _split(two) == [[BOS, 10, 11, 12, EOS, EOS, 17, 18, EOS], [BOS, 14, EOS, EOS, 15, 16, 17, 18, EOS]]
     bert = Tokenizer(name="b", vocab_size=20, special_ids={"bos": 8, "eos": 9}, separators=1, files=())
-    assert _split(assemble(pool, *texts, bert)) == [[8, 10, 11, 12, 9, 17, 18, 9], [8, 14, 9, 15, 16, 17, 18, 9]]
+    assert _split(assemble(pool, texts, bert)) == [[8, 10, 11, 12, 9, 17, 18, 9], [8, 14, 9, 15, 16, 17, 18, 9]]
 
 
 def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
@@ -45,14 +52,15 @@ def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
     special = set(Corpus(corpus).manifest.tokenizer.special_ids.values())
     # Nothing masked: the same rows, by the same keys, as they stood.
     plain = _build(small_recipe(corpus, tmp_path / "plain", "masking.probability=0"))
-    restored = batch.tokens.ids.copy()
+    restored = batch.tokens.ids.clone()
     restored[batch.rows] = batch.labels
     assert (restored == plain.tokens.ids).all() and len(plain.rows) == 0
     assert not special & set(batch.labels.tolist())
     sequences = _split(plain.tokens)
     doubles = [sum(a == b == EOS for a, b in itertools.pairwise(s)) for s in sequences]
     n_mmlm = doubles.index(1)
-    assert doubles == [0] * n_mmlm + [1] * (batch.trunk - n_mmlm) + [0] * (len(sequences) - batch.trunk)
+    trunk = len(batch.trunk.lengths)
+    assert doubles == [0] * n_mmlm + [1] * (trunk - n_mmlm) + [0] * (len(sequences) - trunk)
     assert all(s[0] == BOS and s[-1] == EOS for s in sequences)
     mmlm_tokens = sum(map(len, sequences[:n_mmlm]))
     assert mmlm_tokens <= recipe.batch.mmlm_tokens
@@ -71,9 +79,9 @@ def test_queries_and_keys_are_the_sides_of_the_same_pairs(corpus: Path, tmp_path
     gradient = _build(small_recipe(corpus, tmp_path / "gradient", "contrast.keys=gradient"))
     assert symmetric.keys is not None and single.keys is not None and gradient.keys is None
     pairs = len(single.text_ids)
-    both = _split(symmetric.tokens)[symmetric.trunk :]
-    assert both == _split(symmetric.keys) == _split(gradient.tokens)[gradient.trunk :]
-    assert both[:pairs] == _split(single.tokens)[single.trunk :]
+    both = _queries(symmetric)
+    assert both == _split(symmetric.keys) == _queries(gradient)
+    assert both[:pairs] == _queries(single)
     assert both[pairs:] == _split(single.keys)
     assert all(a != b for a, b in zip(both[:pairs], both[pairs:], strict=True))
 
@@ -94,9 +102,9 @@ def test_mixup_joins_two_pairs_crossed_and_flipped_by_chance(corpus: Path, tmp_p
     apart = small_recipe(corpus, tmp_path / "apart", "batch.xlco_pairs=80", "contrast.queue.size=400")
     mixed, pairs = _build(recipe), _build(apart)
     assert (mixed.text_ids.reshape(80, 3) == pairs.text_ids).all()
-    sides = _split(pairs.tokens)[pairs.trunk :]
+    sides = _queries(pairs)
     content = [side[1:-1] for side in sides]
-    made = _split(mixed.tokens)[mixed.trunk :]
+    made = _queries(mixed)
     kinds = set()
     for item in range(40):
         c, d = 2 * item, 2 * item + 1
@@ -118,8 +126,8 @@ def test_the_references_mixup_keeps_sides_in_one_language(corpus: Path, tmp_path
     common."""
     how = ("batch.xlco_pairs=40", "contrast.queue.size=400", "contrast.mixup=reference")
     batch = _build(small_recipe(corpus, tmp_path / "run", *how))
-    made, ids = _split(batch.tokens)[batch.trunk :], batch.text_ids.reshape(40, 2, 3)
-    assert len(made) == 80 and len(np.unique(ids[:, :, 2])) == 80
+    made, ids = _queries(batch), batch.text_ids.reshape(40, 2, 3)
+    assert len(made) == 80 and len(np.unique(ids[:, :, 2].numpy())) == 80
     same = [one == other for one, other in batch.names["xlco"].tolist()]
     assert sum(same) > 30  # the others have no two languages in common
     again = _build(small_recipe(corpus, tmp_path / "again", *how))
@@ -130,7 +138,7 @@ def test_several_pairs_of_a_row_are_in_one_micro_batch(corpus: Path, tmp_path: P
     how = ("contrast.same_text=positive", "contrast.pairs_per_row=2")
     batch = _build(small_recipe(corpus, tmp_path / "run", *how))
     assert (batch.text_ids[::2, 2] == batch.text_ids[1::2, 2]).all()
-    assert len(np.unique(batch.text_ids[:, 2])) == len(batch.text_ids) // 2
+    assert len(np.unique(batch.text_ids[:, 2].numpy())) == len(batch.text_ids) // 2
 
 
 def test_a_step_larger_than_the_corpus_is_refused_by_name(corpus: Path, tmp_path: Path) -> None:

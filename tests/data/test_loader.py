@@ -34,9 +34,9 @@ def unbroken(recipe: Recipe) -> list[list[bytes]]:
 def content(micro: JointBatch) -> bytes:
     """All that a step can depend on."""
     keys = micro.keys.ids if micro.keys is not None else micro.rows[:0]
-    arrays = (micro.tokens.ids, micro.tokens.lengths, keys, micro.rows, micro.labels, micro.text_ids)
+    tensors = (micro.tokens.ids, micro.tokens.layout.lengths, keys, micro.rows, micro.labels, micro.text_ids)
     names = {task: of_task.tolist() for task, of_task in micro.names.items()}
-    return b"".join(array.tobytes() for array in arrays) + repr((micro.trunk, micro.mmlm, names)).encode()
+    return b"".join(x.numpy().tobytes() for x in tensors) + repr((micro.trunk.tokens, micro.mmlm, names)).encode()
 
 
 def read(recipe: Recipe, world: int, steps: range, cursors: Cursors) -> list[list[bytes]]:

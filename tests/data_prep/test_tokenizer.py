@@ -19,9 +19,9 @@ from data_prep.build import build
 from data_prep.clean import clean
 from data_prep.tokenizer import load_fast
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.batch import assemble
 from infoxlm_ds.data.packs import text_id
 from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.data.sequences import Texts, assemble
 from tests.conftest import HubCache
 from tests.corpus import LANGUAGES
 from tests.data_prep.small import bag, describe, prepare, read_rows, stored, write_rows
@@ -121,7 +121,7 @@ def test_a_bert_tokenizer_is_reused_with_its_own_layout(tmp_path: Path) -> None:
     assert tokenizer.separators == 1 and tokenizer.name == "wordpiece"
     assert [row["en"][0] for row in stored(corpus, "mono.en")] == [[5, 6, 7, 1, 5]]
     pool = np.array([5, 6, 7, 5], np.uint32)
-    pair = assemble(pool, np.array([[0], [2]]), np.array([[2], [2]]), tokenizer)
+    pair = assemble(pool, Texts(np.array([[0], [2]]), np.array([[2], [2]])), tokenizer)
     assert pair.ids.tolist() == bert("one a", "say one")["input_ids"]
 
 

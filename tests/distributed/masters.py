@@ -11,7 +11,7 @@ from infoxlm_ds import dist
 from infoxlm_ds.engine import Engine
 from infoxlm_ds.model.momentum import Fragment
 from infoxlm_ds.model.queue import KeyQueue
-from infoxlm_ds.trainer import TrainState
+from infoxlm_ds.state import TrainState
 
 
 def whole_masters(engine: Engine, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

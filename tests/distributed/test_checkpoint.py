@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from infoxlm_ds.build import agreed_inputs, build, check_inputs
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import agreed_inputs, build, check_inputs
-from infoxlm_ds.trainer import SaveFailed, _save, fit, train_step
+from infoxlm_ds.trainer import SaveFailed, fit, save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole_state
 from tests.distributed.ranks import run_ranks
@@ -42,7 +42,7 @@ def stop_after_two(rank: int, world: int, recipe: Recipe) -> None:
     state = build(agreed_inputs(recipe))
     for _ in range(2):
         train_step(state)
-        _save(state, None)
+        save(state, None)
     state.loader.close()
 
 

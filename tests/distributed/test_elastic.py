@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store, universal_of
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import agreed_inputs, build
-from infoxlm_ds.trainer import _save, train_step
+from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.data.test_loader import content
 from tests.distributed.masters import assert_close, whole_state
@@ -51,7 +51,7 @@ def _steps(rank: int, world: int, recipe: Recipe, to: int) -> Trained:
             pass
         losses.append(state.meter.collect()[0]["loss"])
         if state.step in (CUT, to):
-            _save(state, None)
+            save(state, None)
     state.loader.close()
     return losses, given, whole_state(state)
 

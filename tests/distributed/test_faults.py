@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from infoxlm_ds import dist
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine import NotFinite, schedule, start_ranks
 from infoxlm_ds.monitor.sinks import Sinks
-from infoxlm_ds.objective import StepContext
-from infoxlm_ds.train import agreed_inputs, build
-from infoxlm_ds.trainer import TrainState, fit, train_step
+from infoxlm_ds.objective import Step
+from infoxlm_ds.state import TrainState
+from infoxlm_ds.trainer import fit, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
 
@@ -67,9 +68,8 @@ class _InHand:
 
 
 def _languages_with(word: int, micro: JointBatch) -> list[str]:
-    tokens, names = micro.tokens, micro.names
-    ends = tokens.lengths.cumsum()
-    holders = [n for n, end in enumerate(ends) if word in tokens.ids[end - tokens.lengths[n] : end]]
+    ids, lengths, names = micro.tokens.ids, micro.tokens.layout.lengths.tolist(), micro.names
+    holders = [n for n, sequence in enumerate(ids.split(lengths)) if word in sequence]
     sequences = [*names["mmlm"], *names["tlm"], *names["xlco"][:, 0], *names["xlco"][:, 0]]
     return sorted({str(sequences[n]) for n in holders})
 
@@ -108,8 +108,8 @@ def _an_infinite_share(rank: int, world: int, recipe: Recipe) -> tuple[bool, boo
     share = iter([torch.tensor(torch.inf if rank == 1 else 0.0), torch.tensor(0.0)])
 
     def forwarding(*arguments: Any) -> Any:
-        loss, *rest = forward(*arguments)
-        return loss + next(share), *rest
+        losses, *rest = forward(*arguments)
+        return losses | {"more": next(share)}, *rest
 
     state.engine.forward = forwarding  # type: ignore[method-assign]
     return train_step(state), not _equal(before, _everything(state))
@@ -189,7 +189,7 @@ def _fall_silent(rank: int, world: int, recipe: Recipe) -> None:
     state = _start(recipe)
     prepare = state.objective.prepare
 
-    def preparing(*arguments: Any) -> StepContext:
+    def preparing(*arguments: Any) -> Step:
         if rank == 1 and state.step == 2:
             time.sleep(60)
         return prepare(*arguments)

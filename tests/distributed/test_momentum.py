@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Contrast, Recipe
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, momentum_at
-from infoxlm_ds.train import agreed_inputs, build
-from infoxlm_ds.trainer import TrainState, train_step
+from infoxlm_ds.state import TrainState
+from infoxlm_ds.trainer import train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole, whole_masters
 from tests.distributed.ranks import run_ranks

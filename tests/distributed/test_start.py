@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import agreed_inputs, build, main
-from infoxlm_ds.trainer import _save, train_step
+from infoxlm_ds.train import main
+from infoxlm_ds.trainer import save, train_step
 from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
 
@@ -28,7 +29,7 @@ def _start(rank: int, world: int, recipe: Recipe) -> list[str]:
     state = build(agreed_inputs(recipe))
     seen = [path for path in listed if path.startswith((str(recipe.run), str(recipe.corpus)))]
     train_step(state)
-    _save(state, None)
+    save(state, None)
     state.loader.close()
     return seen
 

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.train import _fit, agreed_inputs, build
+from infoxlm_ds.train import fit_and_close
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole_state
 from tests.distributed.ranks import run_ranks
@@ -36,7 +37,7 @@ def _train(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
     inputs = agreed_inputs(recipe)
     inputs.checkpoints.lock()
     state = build(inputs)
-    assert _fit(state) == 0
+    assert fit_and_close(state) == 0
     return whole_state(state)
 
 

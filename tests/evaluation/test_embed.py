@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.evaluation import embed as module
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from tests.evaluation.tiny_xlmr import SENTENCES
 
@@ -32,7 +33,7 @@ def _oracle(folder: Path, sentences: list[str], pooling: Pooling) -> npt.NDArray
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_every_layer_equals_hugging_face_hidden_states(model_folder: Path, pooling: Pooling) -> None:
-    vectors = SentenceEmbedder(model_folder, "all", pooling).embed(SENTENCES, batch_size=4)
+    vectors = SentenceEmbedder(model_folder, "all", pooling).embed(SENTENCES)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, _oracle(model_folder, SENTENCES, pooling), atol=1e-5)
 
@@ -43,11 +44,12 @@ def test_one_layer_alone_is_that_layer_of_all(model_folder: Path, layer: int) ->
     np.testing.assert_array_equal(alone[0], SentenceEmbedder(model_folder, "all").embed(SENTENCES)[layer])
 
 
-def test_vectors_do_not_depend_on_batch_size_or_order(model_folder: Path) -> None:
+def test_vectors_do_not_depend_on_batch_size_or_order(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = SentenceEmbedder(model_folder, "all")
     vectors = embedder.embed(SENTENCES)
     for batch_size in (1, 2, 7):
-        np.testing.assert_allclose(embedder.embed(SENTENCES, batch_size), vectors, atol=1e-6)
+        monkeypatch.setattr(module, "BATCH", batch_size)
+        np.testing.assert_allclose(embedder.embed(SENTENCES), vectors, atol=1e-6)
     np.testing.assert_allclose(embedder.embed(SENTENCES[::-1]), vectors[:, ::-1], atol=1e-6)
 
 

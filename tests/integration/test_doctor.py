@@ -138,7 +138,7 @@ def test_hosts_that_run_nothing_are_told_apart(corpus: Path, tmp_path: Path, hos
         first.configure("")
         second.run("umount", ROOT / "infoxlm_ds")
     assert code == 1
-    assert "which the hostfile's 3 slots do not divide" in found["recipe"][0]["what"]
+    assert "which 3 ranks do not divide" in found["recipe"][0]["what"]
     assert found["pdsh"][0]["level"] == "failure" and "install" in found["pdsh"][0]["remedy"]
     assert "node-9.invalid has no address" in found["names"][0]["what"]
     said = {f["what"].split()[0]: f for f in found["ssh"]}

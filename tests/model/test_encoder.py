@@ -1,4 +1,4 @@
-"""It is XLM-R: the packed joint pass equals XLMRobertaForMaskedLM on padded batches."""
+"""It is XLM-R: the joint pass on a flat batch equals XLMRobertaForMaskedLM on padded batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import XLMRobertaForMaskedLM
 
 from infoxlm_ds.config import Model
-from infoxlm_ds.model.attention import pack
-from infoxlm_ds.model.encoder import InfoXLM, packed
-from infoxlm_ds.model.heads import masked_lm_loss, pool
+from infoxlm_ds.data.flat_batch import flat_batch, make_layout
+from infoxlm_ds.model.encoder import InfoXLM
+from infoxlm_ds.model.heads import masked_lm_losses, pool
 from infoxlm_ds.model.pretrained import build_model
 
 PAD, VOCABULARY = 1, 300
+NOTHING = make_layout(np.zeros(0, np.int64))
 SHAPE = Model(layers=3, width=48, heads=4, feed_forward=96, positions=64, universal_layer=2)
 
 
@@ -56,17 +57,19 @@ def _batch(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_packed_masked_lm_equals_transformers_on_padded_batches(seed: int) -> None:
+def test_masked_lm_on_a_flat_batch_equals_transformers_on_padded_batches(seed: int) -> None:
     model, (ids, mask, labels) = _noisy_model(seed), _batch(seed, 7)
     twin = _padded_twin(model)
     out = twin(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True)
     out.loss.backward()
 
-    tokens = packed(ids[mask].numpy(), mask.sum(1).numpy())
+    tokens = flat_batch(ids[mask].numpy(), mask.sum(1).numpy())
     (rows,) = torch.nonzero(labels[mask] >= 0, as_tuple=True)
-    hidden, leaving = model(tokens, tokens.packing, len(ids))
+    hidden, leaving = model(tokens, tokens.layout, NOTHING)
     assert leaving.shape == (0, SHAPE.width)
-    loss, each = masked_lm_loss(model.lm, hidden[rows], labels[mask][rows], torch.full((len(rows),), 1 / len(rows)))
+    weights = torch.full((len(rows),), 1 / len(rows))
+    weighted, each = masked_lm_losses(model.lm, hidden[rows], labels[mask][rows], weights)
+    loss = weighted.sum()
     loss.backward()
 
     torch.testing.assert_close(loss, out.loss, atol=1e-5, rtol=0)
@@ -86,41 +89,41 @@ def test_packed_masked_lm_equals_transformers_on_padded_batches(seed: int) -> No
 def test_hidden_states_of_every_layer_equal_transformers() -> None:
     model, (ids, mask, _) = _noisy_model(4), _batch(4, 9)
     expected = _padded_twin(model)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    tokens = packed(ids[mask].numpy(), mask.sum(1).numpy())
+    tokens = flat_batch(ids[mask].numpy(), mask.sum(1).numpy())
     hidden = model.body.embed(tokens)
     for depth, states in enumerate(expected):
         torch.testing.assert_close(hidden, states[mask], atol=1e-5, rtol=0)
-        hidden = model.body.run(hidden, tokens.positions, tokens.packing, depth, depth + 1)
+        hidden = model.body.run(hidden, tokens.layout, depth, depth + 1)
 
 
 def test_queries_that_leave_early_get_the_same_states_and_leave_the_trunk_alone() -> None:
     model, (ids, mask, _) = _noisy_model(5), _batch(5, 8)
     model.head.pooling, model.head.projection, model.head.normalized = "mean", None, False
     lengths = mask.sum(1).numpy()
-    tokens, trunk_only = packed(ids[mask].numpy(), lengths), packed(ids[:5][mask[:5]].numpy(), lengths[:5])
-    hidden, reps = model(tokens, pack(lengths[:5]), 5)
-    alone, _ = model(trunk_only, trunk_only.packing, 5)
+    tokens, trunk = flat_batch(ids[mask].numpy(), lengths), flat_batch(ids[:5][mask[:5]].numpy(), lengths[:5])
+    hidden, reps = model(tokens, trunk.layout, make_layout(lengths[5:]))
+    alone, _ = model(trunk, trunk.layout, NOTHING)
     torch.testing.assert_close(hidden, alone, atol=1e-5, rtol=0)
     states = _padded_twin(model)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2]
     expected = torch.stack([row[:n].mean(0) for row, n in zip(states[5:], lengths[5:], strict=True)])
     torch.testing.assert_close(reps, expected, atol=1e-5, rtol=0)
     encoder = model.sentence_encoder()
-    torch.testing.assert_close(encoder(packed(ids[5:][mask[5:]].numpy(), lengths[5:])), reps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(flat_batch(ids[5:][mask[5:]].numpy(), lengths[5:])), reps, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=30))
-def test_packing_is_a_bijection_between_tokens_and_real_columns(lengths: list[int]) -> None:
-    packing = pack(np.array(lengths, dtype=np.int64))
-    torch.testing.assert_close(packing.gather[packing.scatter], torch.arange(sum(lengths)))
-    real = sum(int(g.mask.sum()) if g.mask is not None else g.stop - g.start for g in packing.groups)
+def test_dense_groups_are_a_bijection_between_tokens_and_real_columns(lengths: list[int]) -> None:
+    dense = make_layout(np.array(lengths, dtype=np.int64)).dense
+    assert dense is not None
+    torch.testing.assert_close(dense.gather[dense.scatter], torch.arange(sum(lengths)))
+    real = sum(int(g.mask.sum()) if g.mask is not None else g.stop - g.start for g in dense.groups)
     assert real == sum(lengths)
-    assert all(group.stop - group.start <= 1.15 * sum(lengths) for group in packing.groups)
+    assert all(group.stop - group.start <= 1.15 * sum(lengths) for group in dense.groups)
 
 
-def test_cls_and_mean_pooling_of_packed_sequences() -> None:
-    hidden, lengths = torch.randn(9, 4), torch.tensor([2, 4, 3])
-    sequence = torch.repeat_interleave(torch.arange(3), lengths)
-    parts = hidden.split(lengths.tolist())
-    torch.testing.assert_close(pool(hidden, sequence, lengths, "cls"), torch.stack([p[0] for p in parts]))
-    torch.testing.assert_close(pool(hidden, sequence, lengths, "mean"), torch.stack([p.mean(0) for p in parts]))
+def test_cls_and_mean_pooling_of_a_flat_batch() -> None:
+    hidden, layout = torch.randn(9, 4), make_layout(np.array([2, 4, 3]))
+    parts = hidden.split([2, 4, 3])
+    torch.testing.assert_close(pool(hidden, layout, "cls"), torch.stack([p[0] for p in parts]))
+    torch.testing.assert_close(pool(hidden, layout, "mean"), torch.stack([p.mean(0) for p in parts]))

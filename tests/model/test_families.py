@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
 
 from infoxlm_ds.config import Model, UserError
-from infoxlm_ds.model.encoder import InfoXLM, packed
+from infoxlm_ds.data.flat_batch import flat_batch, make_layout
+from infoxlm_ds.model.attention import FLAT_ATTENTION
+from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
-from infoxlm_ds.model.heads import masked_lm_loss
+from infoxlm_ds.model.heads import masked_lm_losses
 from infoxlm_ds.model.pretrained import assemble, pad_vocabulary, shape_of
 
 PAD, VOCABULARY = 1, 300
@@ -39,9 +41,9 @@ def _padded(family: str) -> PreTrainedModel:
     return lm
 
 
-def _packed_twin(lm: PreTrainedModel, universal_layer: int) -> InfoXLM:
+def _flat_twin(lm: PreTrainedModel, universal_layer: int) -> InfoXLM:
     twin = copy.deepcopy(lm)
-    twin.set_attn_implementation("infoxlm_packed")
+    twin.set_attn_implementation(FLAT_ATTENTION)
     return assemble(pad_vocabulary(twin), _shape(lm.config.model_type, universal_layer))
 
 
@@ -59,13 +61,15 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_equal_transformers_on_padded_batches(family: str) -> None:
     lm, (ids, mask, labels) = _padded(family), _batch()
-    model = _packed_twin(lm, universal_layer=2)
+    model = _flat_twin(lm, universal_layer=2)
     expected = lm(input_ids=ids, attention_mask=mask, labels=labels)
     expected.loss.backward()
-    tokens = packed(ids[mask].numpy(), mask.sum(1).numpy())
+    tokens = flat_batch(ids[mask].numpy(), mask.sum(1).numpy())
     (rows,) = torch.nonzero(labels[mask] >= 0, as_tuple=True)
-    hidden, _ = model(tokens, tokens.packing, len(ids))
-    loss, _ = masked_lm_loss(model.lm, hidden[rows], labels[mask][rows], torch.full((len(rows),), 1 / len(rows)))
+    hidden, _ = model(tokens, tokens.layout, make_layout(np.zeros(0, np.int64)))
+    weights = torch.full((len(rows),), 1 / len(rows))
+    weighted, _ = masked_lm_losses(model.lm, hidden[rows], labels[mask][rows], weights)
+    loss = weighted.sum()
     loss.backward()
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
     ours = dict(model.lm.named_parameters())
@@ -85,12 +89,13 @@ def test_representations_come_from_the_hidden_state_of_that_number(family: str, 
     """In the joint pass, from the part of the encoder that the contrast trains, and by transformers' numbering, in
     which the last state has gone through the final norm."""
     lm, (ids, mask, _) = _padded(family), _batch()
-    model, lengths = _packed_twin(lm, universal_layer), mask.sum(1).numpy()
+    model, lengths = _flat_twin(lm, universal_layer), mask.sum(1).numpy()
     with torch.no_grad():
         states = lm(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        tokens, trunk = packed(ids[mask].numpy(), lengths), packed(ids[:5][mask[:5]].numpy(), lengths[:5])
-        hidden, reps = model(tokens, trunk.packing, 5)
-        alone = model.sentence_encoder()(packed(ids[5:][mask[5:]].numpy(), lengths[5:]))
+        tokens, trunk = flat_batch(ids[mask].numpy(), lengths), make_layout(lengths[:5])
+        queries = flat_batch(ids[5:][mask[5:]].numpy(), lengths[5:])
+        hidden, reps = model(tokens, trunk, queries.layout)
+        alone = model.sentence_encoder()(queries)
     torch.testing.assert_close(hidden, states[-1][:5][mask[:5]], atol=2e-5, rtol=0)
     expected = torch.stack([s[:n].mean(0) for s, n in zip(states[universal_layer][5:], lengths[5:], strict=True)])
     torch.testing.assert_close(reps, expected, atol=2e-5, rtol=0)
@@ -108,7 +113,7 @@ def test_the_longest_sequence_that_a_family_takes(family: str) -> None:
             lm(input_ids=torch.full((1, 65), 7))
 
 
-def test_what_cannot_run_packed_is_refused_with_its_reason(tmp_path: Path) -> None:
+def test_what_cannot_run_on_a_flat_batch_is_refused_with_its_reason(tmp_path: Path) -> None:
     cases = {
         "deberta-v2": "outside transformers' attention interface",
         "gpt2": "no masked LM head",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaForMaskedLM
 
+from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine import start_ranks
 from infoxlm_ds.publish.export import SAMPLE, export
-from infoxlm_ds.train import agreed_inputs, build
 from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe
 from tests.distributed.masters import whole_masters

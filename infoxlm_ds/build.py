@@ -1,0 +1,150 @@
+"""From a recipe to a TrainState: check all that it names, then build or load."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+
+from infoxlm_ds import dist
+from infoxlm_ds.checkpoint.checkpoints import Checkpoints
+from infoxlm_ds.checkpoint.identity import Identity
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
+from infoxlm_ds.data.loader import Loader
+from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.engine import Engine
+from infoxlm_ds.engine_config import check_device, dtype_of, load_engine_config, precision_of
+from infoxlm_ds.model.attention import runs_varlen
+from infoxlm_ds.model.momentum import MomentumEncoder
+from infoxlm_ds.model.pretrained import build_model, check_fit
+from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.monitor import failures
+from infoxlm_ds.monitor.probe import RetrievalProbe
+from infoxlm_ds.objective import Objective
+from infoxlm_ds.state import TrainState
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, read and found to fit together."""
+
+    identity: Identity
+    corpus: Corpus
+    loader: Loader
+    checkpoints: Checkpoints
+    finished: bool  # the newest checkpoint is of the recipe's last step, as the first rank sees
+    probe: RetrievalProbe | None
+
+
+def agreed_inputs(recipe: Recipe) -> Inputs:
+    """`check_inputs` on every rank. UserError on all of them where one has a mistake: a host may lack what others have.
+    Collective."""
+    inputs, mistake = None, ""
+    try:
+        inputs = check_inputs(recipe, dist.rank(), dist.world_size())
+        check_device(inputs.identity.engine)
+    except UserError as error:
+        mistake = f"rank {dist.rank()} on {failures.here().host}: {error}" if dist.rank() else str(error)
+    if mistakes := [said for said in dist.gather_objects(mistake) if said]:
+        raise UserError(mistakes[0])
+    assert inputs is not None
+    return inputs
+
+
+def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
+    """Read all that the recipe names, for one of `world` ranks. UserError for the first thing that is missing or does
+    not fit; nothing is written. The first rank alone looks at every file of the corpus and at the run's checkpoints:
+    thousands of ranks would keep a shared file system busy."""
+    engine_config = load_engine_config(recipe.engine)
+    corpus = Corpus(recipe.corpus, look_at_files=rank == 0)
+    tokenizer = recipe.corpus / "tokenizer"
+    positions = check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
+    loader = Loader(recipe, corpus, rank, world, runs_varlen(dist.device(), dtype_of(engine_config)))
+    checkpoints = Checkpoints(recipe)
+    hashes = {file.name: file.sha256 for file in corpus.manifest.tokenizer.files}
+    identity = Identity(recipe, engine_config, corpus.manifest.sha256, hashes)
+    finished = rank == 0 and checkpoints.check(identity)
+    probe = RetrievalProbe(recipe.probe, tokenizer, positions) if recipe.probe else None
+    if finished:
+        print(f"{recipe.run}: finished at step {recipe.optimizer.steps}, nothing to do")
+    return Inputs(identity, corpus, loader, checkpoints, finished, probe)
+
+
+def build(inputs: Inputs) -> TrainState:
+    """Everything `fit` needs, from scratch or from the run's newest checkpoint. Collective."""
+    found = inputs.checkpoints.find(inputs.identity)
+    state = _from_scratch(inputs)
+    recipe = state.recipe
+    if found is not None:
+        saved = inputs.checkpoints.load(found, state.engine, state.momentum, state.queue)
+        state.step, state.consumed, state.best = saved.step, saved.consumed, saved.best
+        _check_filling(state)
+        inputs.loader.restore(saved.consumed, saved.cursors)
+    elif dist.rank() == 0:
+        # What an export needs beside the weights.
+        shutil.copytree(recipe.corpus / "tokenizer", recipe.run / "model", dirs_exist_ok=True)
+        state.objective.model.lm.config.save_pretrained(recipe.run / "model")
+    return state
+
+
+def _from_scratch(inputs: Inputs) -> TrainState:
+    recipe, contrast = inputs.identity.recipe, inputs.identity.recipe.contrast
+    tokenizer = inputs.corpus.manifest.tokenizer
+    model = build_model(recipe.model, tokenizer.vocab_size, recipe.seed, tokenizer.special_ids)
+    if recipe.memory.activation_checkpointing:  # ZeRO 2 and 3 fail with the reentrant kind
+        model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    objective = Objective(recipe, model, recipe.batch.lanes // dist.world_size())
+    follows = recipe.tasks["xlco"] and contrast.keys == "momentum"
+    copied = copy.deepcopy(model.sentence_encoder()) if follows else None  # before the engine cuts the model up
+    engine = Engine(objective, inputs.identity.engine, recipe.optimizer, recipe.batch.lanes)
+    momentum = queue = None
+    if copied is not None:
+        source = model.sentence_encoder()
+        momentum = MomentumEncoder(source, engine.copy(copied), engine.masters, engine.write, contrast.momentum)
+    if recipe.tasks["xlco"] and contrast.uses_queue:
+        width, settings = model.lm.config.hidden_size, contrast.queue
+        queue = KeyQueue(settings.size, width, N_TEXTS[contrast.mixup], dist.device(), settings.sharded)
+    return TrainState(
+        identity=inputs.identity,
+        vocabulary=tokenizer.vocab_size,
+        loader=inputs.loader,
+        objective=objective,
+        engine=engine,
+        momentum=momentum,
+        queue=queue,
+        checkpoints=inputs.checkpoints,
+        probe=inputs.probe,
+    )
+
+
+def _check_filling(state: TrainState) -> None:
+    """UserError where a queue that was made larger would not fill in the steps that are left."""
+    queue, batch = state.queue, state.recipe.batch
+    left = state.recipe.optimizer.steps - state.step
+    if queue is None or queue.filled == 1 or left == 0:
+        return
+    coming = left * batch.lanes * batch.xlco_pairs
+    if coming <= round((1 - queue.filled) * queue.size):
+        raise UserError(
+            f"contrast.queue.size {queue.size}: the queue holds {queue.filled:.0%} and the {left} steps that are left "
+            f"bring {coming} pairs, so it would never be full: set a smaller one"
+        )
+
+
+def summary(state: TrainState) -> str:
+    """One line on what is about to train."""
+    recipe, queue = state.recipe, state.queue
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.objective.parameters())  # stage 3's are cut up
+    tasks = "+".join(task for task, used in recipe.tasks.items() if used)
+    where = (
+        f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}, "
+        f"{precision_of(state.identity.engine)}"
+    )
+    filling = ""
+    if queue is not None and queue.filled < 1:
+        filling = f"; the queue holds {queue.filled:.0%} of {len(queue)} keys and is read once it is full"
+    return (
+        f"{recipe.run}: {tasks}, {parameters / 1e6:.1f}M parameters, {where}, "
+        f"step {state.step} of {recipe.optimizer.steps}{filling}"
+    )

@@ -1,0 +1,66 @@
+"""One upload a batch: all its tensors lie in one buffer, page-locked where a GPU will read it.
+
+A batch is any nest of dataclasses and tuples; its tensors are moved, everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+B = TypeVar("B")
+ALIGNMENT = 16  # bytes; a tensor of any type may begin there
+
+
+def in_one_buffer(batch: B, pinned: bool) -> B:
+    """The same batch with its tensors, which are on the host, copied into one buffer."""
+    sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in _tensors(batch)]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+    parts = iter(buffer.split(sizes))
+
+    def copied(x: Tensor) -> Tensor:
+        part = next(parts)[: x.nbytes].view(x.dtype).view(x.shape)
+        return part.copy_(x)
+
+    moved: B = _mapped(batch, copied)
+    return moved
+
+
+def to_device(batch: B, device: torch.device) -> B:
+    """The same batch on a device, by one copy that does not hold up the host. On a CPU it stays where it is."""
+    if device.type == "cpu":
+        return batch
+    if len({x.untyped_storage().data_ptr() for x in _tensors(batch)}) > 1:
+        batch = in_one_buffer(batch, pinned=device.type == "cuda")
+    storage = _tensors(batch)[0].untyped_storage()
+    buffer = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, non_blocking=True)
+
+    def viewed(x: Tensor) -> Tensor:
+        start = x.storage_offset() * x.element_size()
+        return buffer[start : start + x.nbytes].view(x.dtype).view(x.shape)
+
+    moved: B = _mapped(batch, viewed)
+    return moved
+
+
+def _tensors(batch: object) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    _mapped(batch, lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+    return tensors
+
+
+def _mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `move` of each tensor in it, always in the same order."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _mapped(getattr(value, field.name), move) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, tuple):
+        items = [_mapped(item, move) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value

@@ -1,0 +1,110 @@
+"""What the user is told of a run: figures, probes, saves, steps that were not applied."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+
+import torch
+
+from infoxlm_ds import dist
+from infoxlm_ds.checkpoint.checkpoints import Best
+from infoxlm_ds.checkpoint.protocol import Outcome
+from infoxlm_ds.engine import NotFinite, schedule
+from infoxlm_ds.monitor.meters import Scalars, scalars
+from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.state import TrainState
+
+
+def say(sinks: Sinks | None, text: str) -> None:
+    """A line on rank 0's screen."""
+    if sinks is not None:
+        sinks.say(text)
+
+
+def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
+    """Figures of the interval since the last log. Collective."""
+    sums, languages, pairs, seconds = state.meter.collect()
+    _return_freed_memory()
+    steps, world = sums["steps"] / dist.world_size(), dist.world_size()
+    values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
+    values |= {
+        "optimizer/gradient_norm": state.engine.gradient_norm,
+        "optimizer/learning_rate": state.recipe.optimizer.learning_rate * schedule(state.step, state.recipe.optimizer),
+        "optimizer/skipped_steps": sums.get("skipped", 0) / world,
+        "memory/peak": peak_memory(),
+        "speed/tokens": sums["tokens"] / seconds,
+        "speed/data_wait_share": sums["data_wait"] / world / seconds,
+    }
+    if state.engine.loss_scale != 1:
+        values["optimizer/loss_scale"] = state.engine.loss_scale
+    if state.queue is not None:
+        values["queue/filled"] = state.queue.filled
+        if state.queue.filled == 1.0:
+            values["queue/mean_age"] = state.queue.mean_age(state.step)
+    values |= state.observed
+    state.observed = {}
+    if sinks is not None:
+        sinks.write(state.step, values, {"languages": languages, "pairs": pairs, "seconds": seconds})
+        sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)
+
+
+def probe(state: TrainState, sinks: Sinks | None) -> None:
+    """Measure retrieval on held-out text. Collective."""
+    assert state.probe is not None
+    values = state.probe.run(state.objective.model.sentence_encoder())
+    if state.best is None or values["probe/mean"] > state.best.value:
+        state.best = Best(state.step, values["probe/mean"])
+    values["probe/best"] = state.best.value
+    if sinks is not None:
+        sinks.write(state.step, values)
+        beside = f"best {state.best.value:.3f} at step {state.best.step}, trigrams {values['probe/trigram_mean']:.3f}"
+        sinks.say(f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} ({beside})")
+
+
+def tell_of_skip(state: TrainState, sinks: Sinks | None) -> None:
+    """Say why the last step was not applied. NotFinite where that was one too many in a row."""
+    why, times = state.skipped[-1], len(state.skipped)
+    if sinks is not None:
+        sinks.write(state.step, {}, {"skipped": why})
+        sinks.say(f"the step after {state.step} was not applied ({times} in a row): {why}")
+    if times == state.recipe.optimizer.most_skipped:
+        good = state.checkpoints.store.latest()
+        on = f"go on from {good.name}, with resume.allow_change=[optimizer.learning_rate] and" if good else "start with"
+        raise NotFinite(
+            f"{times} steps in a row after step {state.step} were not applied: {why}. Look into that data, or {on} a "
+            "lower optimizer.learning_rate"
+        )
+
+
+def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None) -> None:
+    """What a save cost, or why it failed: then training goes on, and saves again when it is due. None: no save has come
+    to its end."""
+    if outcome is None:
+        return
+    state.unsaved = outcome.problem
+    if sinks is None:
+        return
+    if outcome.problem:
+        newest = state.checkpoints.store.latest()
+        sinks.say(
+            f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}. "
+            + (f"The newest is {newest.name}, as before" if newest else "There is none yet")
+        )
+        sinks.write(state.step, {}, {"save_failed": outcome.problem})
+        return
+    values = {"blocked": outcome.blocked, "seconds": outcome.took, "gigabytes": outcome.bytes / 1e9}
+    sinks.write(state.step, {f"checkpoint/{name}": value for name, value in values.items()})
+
+
+def peak_memory() -> float:
+    """The most memory this rank has held so far, in GiB: a GPU's, else the process' resident memory."""
+    if dist.device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _return_freed_memory() -> None:
+    """Batches differ in length, and glibc keeps what they leave: a CPU rank grew from 0.7 to 4.4 GB in 700 steps."""
+    if dist.device().type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
