@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.elastic import suited
-from infoxlm_ds.checkpoint.files import Contents, read_slices, restore_rng, rng_state, to_host
+from infoxlm_ds.checkpoint.files import Contents, read_slices, to_host
 from infoxlm_ds.checkpoint.identity import ORDER, Difference, Identity
-from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, commit_protocol, on_first_rank
+from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, on_first_rank
 from infoxlm_ds.checkpoint.store import (
     FORMAT,
     STATE,
     Store,
     damage_of,
-    read_json,
     read_receipts,
     read_state,
 )
@@ -134,8 +133,6 @@ class Checkpoints:
             momentum.load_state_dict(read_slices(parts, wanted))
         if queue is not None:
             queue.load_state_dicts(load_file(path / n) for n in names if n.startswith("queue-"))
-        if state["world_size"] == dist.world_size():
-            restore_rng(read_json(path / f"rng-{dist.rank():05d}.json"))
         skipped = any(d.below(*ORDER) for d in found.differences)  # the window in hand has other items now
         cursors = {
             task: {int(lane): (window + 1, 0) if skipped else (window, offset) for lane, (window, offset) in at.items()}
@@ -153,8 +150,7 @@ class Checkpoints:
         contents = _contents(saved, identity, engine, momentum, queue)
         if self._settings.asynchronous:
             contents = to_host(contents)
-        protocol = commit_protocol(self.store, self._settings, saved.step, contents)
-        self._under_way = Save(saved.step, protocol, self._settings.asynchronous, started)
+        self._under_way = Save(self.store, self._settings, saved.step, contents, started)
 
     def poll(self) -> Outcome | None:
         """Bring a save that is under way as far as its threads are, without waiting for them. Collective while there is
@@ -197,7 +193,6 @@ def _contents(
     """This rank's files of a checkpoint. Collective."""
     rank = dist.rank()
     contents: Contents = dict(engine.snapshot())
-    contents[f"rng-{rank:05d}.json"] = rng_state()
     if momentum is not None and (engine.sharded or rank == 0):
         contents[f"momentum-{rank:05d}.safetensors"] = momentum.state_dict()
     if queue is not None:

@@ -9,12 +9,10 @@ import copy
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -116,25 +114,3 @@ def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tens
         if not any(missing.values()):
             return found
     raise RuntimeError(f"no file holds all of the fragments {[name for name, left in missing.items() if left]}")
-
-
-def rng_state() -> dict[str, Any]:
-    """Where this process' random generators stand. Nothing in training draws from them today: masks, order and mixup
-    are keyed by the step."""
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": cuda,
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
