@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from infoxlm_ds.config import check, read_yaml
+from infoxlm_ds.config import Section, check, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a corpus, a source, a language: they become names of folders
 Name = Annotated[str, Field(pattern=NAME)]
 KEYS = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TokenizerDescription(_Section):
+class TokenizerDescription(Section):
     """Either `path`, a Hugging Face folder or a name on its hub, whose tokenizer is reused, or a unigram model of
     `vocab_size` pieces in all, trained here."""
 
@@ -34,14 +30,14 @@ class TokenizerDescription(_Section):
         return self
 
 
-class SourceDescription(_Section):
+class SourceDescription(Section):
     """One source. What `path` and `languages` mean depends on `format`, see data_prep/sources."""
 
     name: Name
     kind: Literal["mono", "para", "nway"]
     format: Literal["jsonl", "text", "moses", "tsv"]
     path: Path | None = None
-    paths: dict[str, Path] = {}
+    paths: dict[str, Path] = Field(default_factory=dict)
     languages: tuple[str, ...] = ()
     mono: bool = False  # also emit each side of each row as monolingual text, mono.<language>
 
@@ -64,12 +60,12 @@ class SourceDescription(_Section):
         return self
 
 
-class CorpusDescription(_Section):
+class CorpusDescription(Section):
     name: Name
     max_tokens: int = Field(default=128, gt=1, lt=65536)  # of one side, in pieces
     seed: int = 1
     languages: tuple[str, ...] = ()  # keep only these; empty: all
-    rename: dict[str, str] = {}  # language codes of the data to codes of the corpus
+    rename: dict[str, str] = Field(default_factory=dict)  # language codes of the data to codes of the corpus
     tokenizer: TokenizerDescription
     sources: tuple[SourceDescription, ...] = Field(min_length=1)
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from data_prep.cli import app as prep
-from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.config import Pooling, UserError
 
 app = typer.Typer(
     help="Pre-training of cross-lingual encoders after InfoXLM.",

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Pooling = Literal["cls", "mean"]
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -35,22 +36,19 @@ class Model(Section):
     feed_forward: Positive = 3072
     positions: Positive = 512
     universal_layer: Positive = 8  # InfoXLM, section 4.1: the contrast reads the output of this many layers
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Pooling = "cls"
     projection: bool = True
     normalize: bool = False  # L2, before the dot product
 
 
-Factor = Annotated[float, Field(ge=0, le=1)]  # 1 is a key encoder that stands still
-
-
 class Constant(Section):
     schedule: Literal["constant"]
-    value: Factor
+    value: Fraction
 
 
 class ConstantWithRefresh(Section):
     schedule: Literal["constant_with_refresh"]
-    value: Factor
+    value: Fraction
     every: Positive  # updates; each time the key encoder becomes a copy
 
 
@@ -59,7 +57,7 @@ class Linear(Section):
 
     schedule: Literal["linear"]
     updates: tuple[int, int]
-    values: tuple[Factor, Factor]
+    values: tuple[Fraction, Fraction]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -73,7 +71,7 @@ class Exponential(Section):
 
     schedule: Literal["exponential"]
     power: float = Field(gt=0)
-    within: tuple[Factor, Factor]
+    within: tuple[Fraction, Fraction]
 
 
 Momentum = Annotated[
@@ -142,18 +140,18 @@ class Masking(Section):
     """Of the pieces, never the special tokens: `probability` are chosen; of those `mask` become <mask>, `random` any
     piece."""
 
-    probability: Share = 0.15
-    mask: Share = 0.8
-    random: Share = 0.1
+    probability: Fraction = 0.15
+    mask: Fraction = 0.8
+    random: Fraction = 0.1
 
 
 class Sampling(Section):
     """Sources are drawn with p^alpha of their items; items are shuffled over a window of packs of 512 rows."""
 
-    alpha: Share = 0.7
+    alpha: Fraction = 0.7
     window_packs: Positive = 16
     pivot: str | None = None  # of an n-way row, this language is one side ...
-    pivot_share: Share = 0.0  # ... in at least this share of draws
+    pivot_share: Fraction = 0.0  # ... in at least this share of draws
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -172,7 +170,7 @@ class Optimizer(Section):
     """AdamW with linear warm-up and decay; biases and LayerNorms are not decayed."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, ge=0)  # global gradient norm; 0 leaves it alone
@@ -215,6 +213,13 @@ class Resume(Section):
     allow_change: tuple[str, ...] = ()  # keys of the recipe, or sections, that may differ from the run's so far
     fallback: bool = False  # where the newest checkpoint is damaged, go on from the newest that is not
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_section(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"write resume: {{mode: {value}}}, or resume.mode={value} on the command line")
+        return value
+
 
 class Probe(Section):
     """A held-out retrieval probe at the universal layer, every n steps."""
@@ -244,7 +249,7 @@ class Recipe(Section):
     timeout: Timeout = Timeout()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
-    resume: Annotated[Resume, BeforeValidator(lambda x: {"mode": x} if isinstance(x, str) else x)] = Resume()
+    resume: Resume = Resume()
     probe: Probe | None = None
 
     @model_validator(mode="after")
@@ -325,6 +330,8 @@ def _explain(error: Any) -> str:
         return f"{key} is not a known key: remove it or correct its spelling"
     if error["type"] == "missing":
         return f"{key} is missing: set it"
+    if error["type"] == "model_type":
+        return f"{key} is a section: give its keys, not {error['input']!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{key}: {message} (got {error['input']!r})" if key else message
 
@@ -336,8 +343,6 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
-        if parent == "resume" and isinstance(below, str):
-            below = tree[parent] = {"mode": below}
         if not isinstance(below, dict):
             raise UserError(f"{override!r}: {parent} is a value, not a section")
         tree = below

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -42,7 +41,7 @@ def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None
     hosts of a hostfile, a rank a slot. Returns the exit code."""
     recipe = load_recipe(recipe_path, overrides)
     if sys.stdin.isatty() and not recipe.resume.fallback and _agrees_to_fall_back(recipe):
-        overrides = [*overrides, "resume=" + json.dumps(recipe.resume.model_dump() | {"fallback": True})]
+        overrides = [*overrides, "resume.fallback=true"]
         recipe = load_recipe(recipe_path, overrides)
     slots = read_hostfile(hostfile) if hostfile else {}
     ranks = sum(slots.values()) or ranks_here(recipe.batch.lanes)

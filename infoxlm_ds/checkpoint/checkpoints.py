@@ -70,12 +70,14 @@ class Checkpoints:
         run, newest = self.store.run, self.store.latest()
         if newest is None:
             if self._resume.mode == "required":
-                raise UserError(f"{run} holds no checkpoint and resume is required: correct `run`, or set resume=auto")
+                raise UserError(
+                    f"{run} holds no checkpoint and resume.mode is required: correct `run`, or set resume.mode=auto"
+                )
             return False
         if self._resume.mode == "never":
             raise UserError(
-                f"{run} holds a run that has come to {newest.name} and resume is never: take another run folder, or "
-                "set resume=auto"
+                f"{run} holds a run that has come to {newest.name} and resume.mode is never: "
+                "take another run folder, or set resume.mode=auto"
             )
         for path in self._candidates():
             try:

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.evaluation.parallel_text import Pairs, matches, pairs_with_pivot, read_rows
 
 Vectors = npt.NDArray[np.float32]
