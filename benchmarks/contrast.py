@@ -135,9 +135,9 @@ def _memory(who: str, n: int, k: int, width: int) -> tuple[float, float]:
     return (_resident("VmHWM") - before) / 1024, seconds
 
 
-def _resident(which: str) -> int:
+def _resident(field: str) -> int:
     """The process' resident set as it is (VmRSS), or its peak (VmHWM), in KiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
 def _precision(temperature: float) -> tuple[float, list[float]]:

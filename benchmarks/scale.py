@@ -47,10 +47,10 @@ class PaperCorpus:
         self.sources = [_source(name, int(share * rows)) for name, share in SHARES.items()]
 
     def pack(self, source: int, number: int) -> Pack:
-        one = self.sources[source]
+        of_source = self.sources[source]
         generator = keyed_generator("lengths", source, number)
-        rows = min(ROWS, one.items - number * ROWS)
-        lengths = generator.integers(5, 60, (len(one.languages), rows)).astype(np.uint16)
+        rows = min(ROWS, of_source.items - number * ROWS)
+        lengths = generator.integers(5, 60, (len(of_source.languages), rows)).astype(np.uint16)
         return Pack(np.zeros(int(lengths.sum()), np.uint32), lengths, lengths.astype(np.uint64))
 
     def first_row(self, source: int, number: int) -> int:
@@ -101,14 +101,14 @@ def simulate(
     corpus: Any = PaperCorpus(rows)
     taken: dict[str, list[np.ndarray]] = {stream: [] for stream in sizes}
     lanes = {stream: Lanes(corpus, stream, world, window_packs) for stream in sizes}
-    how: dict[str, Any] = {"seed": SEED, "alpha": ALPHA, "lanes": world, "window_packs": window_packs}
+    options: dict[str, Any] = {"seed": SEED, "alpha": ALPHA, "lanes": world, "window_packs": window_packs}
     astray = missing = 0
     seconds, early, late = 0.0, 0, 0
     for rank in ranks:
         if trace:
             tracemalloc.start()
         started = time.process_time()
-        readers = {stream: StreamReader(corpus, stream, own_lanes=[rank], **how) for stream in sizes}
+        readers = {stream: StreamReader(corpus, stream, own_lanes=[rank], **options) for stream in sizes}
         of_rank: dict[str, list[np.ndarray]] = {stream: [] for stream in sizes}
         for step in range(steps):
             for stream, size in sizes.items():

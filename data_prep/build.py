@@ -99,7 +99,9 @@ def build(description_path: Path, out: Path) -> None:
 def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out: Path, console: Console) -> None:
     counts: Counter[str] = Counter()
     console.print("reading", highlight=False)
-    parallel = [_read_parallel(one, description, base, counts) for one in description.sources if one.kind != "mono"]
+    parallel = [
+        _read_parallel(source, description, base, counts) for source in description.sources if source.kind != "mono"
+    ]
     documents = _read_documents(description, base, parallel)
     console.print("making the tokenizer", highlight=False)
     every_side = itertools.chain(
@@ -261,11 +263,11 @@ def _tokenise(texts: list[str], tokenizer: Pieces, counts: Counter[str]) -> list
     out: list[np.ndarray] = []
     for start in range(0, len(texts), CHUNK):
         encoded = tokenizer.fast.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
-        ids = np.array([number for one in encoded for number in one.ids], np.uint32)
+        ids = np.array([number for encoding in encoded for number in encoding.ids], np.uint32)
         spelled = np.isin(ids, special)
         ids[spelled] = tokenizer.unk
         counts["special_tokens_in_text"] += int(spelled.sum())
-        out += np.split(ids, np.cumsum([len(one) for one in encoded])[:-1])
+        out += np.split(ids, np.cumsum([len(encoding) for encoding in encoded])[:-1])
     return out
 
 

@@ -40,21 +40,21 @@ def _specials(folder: Path | str) -> dict[str, Any]:
     it puts them otherwise around texts than the batch builder does."""
     tokenizer = _load(folder)
     names = {"bos": ("cls", "bos"), "pad": ("pad",), "eos": ("sep", "eos"), "unk": ("unk",), "mask": ("mask",)}
-    found = {
+    special_ids = {
         name: next((i for t in tried if (i := getattr(tokenizer, f"{t}_token_id", None)) is not None), None)
         for name, tried in names.items()
     }
-    if missing := [name for name, number in found.items() if number is None]:
+    if missing := [name for name, number in special_ids.items() if number is None]:
         raise UserError(f"{folder}: the tokenizer has no {', '.join(missing)} token: give one for a masked LM")
-    bos, eos, text = found["bos"], found["eos"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
-    separators = len(two) - 2 * len(text) - 2
-    if one != [bos, *text, eos] or two != [bos, *text, *[eos] * separators, *text, eos] or separators not in (1, 2):
+    bos, eos, text = special_ids["bos"], special_ids["eos"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    single, pair = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
+    separators = len(pair) - 2 * len(text) - 2
+    if single != [bos, *text, eos] or pair != [bos, *text, *[eos] * separators, *text, eos] or separators not in (1, 2):
         raise UserError(
-            f"{folder}: the tokenizer makes {one} of one text and {two} of two: only <s> a </s></s> b </s> and "
+            f"{folder}: the tokenizer makes {single} of one text and {pair} of two: only <s> a </s></s> b </s> and "
             "[CLS] a [SEP] b [SEP] are known"
         )
-    return {"special_ids": found, "separators": separators}
+    return {"special_ids": special_ids, "separators": separators}
 
 
 def load_fast(folder: Path) -> Tokenizer:

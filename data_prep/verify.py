@@ -27,12 +27,12 @@ def verify(corpus: Path) -> list[str]:
 
 def _files(corpus: Path, manifest: Manifest) -> list[str]:
     expected = {file.name: file for file in manifest.files()}
-    found = {str(path.relative_to(corpus)): path for path in sorted(corpus.rglob("*")) if path.is_file()}
-    problems = [f"{corpus / name}: missing" for name in expected.keys() - found.keys()]
-    problems += [f"{corpus / name}: not part of the corpus" for name in found.keys() - expected.keys() - {NAME}]
-    for name in sorted(expected.keys() & found.keys()):
-        if sha256_of(found[name]) != expected[name].sha256:
-            problems.append(f"{found[name]}: differs from what was written")
+    present = {str(path.relative_to(corpus)): path for path in sorted(corpus.rglob("*")) if path.is_file()}
+    problems = [f"{corpus / name}: missing" for name in expected.keys() - present.keys()]
+    problems += [f"{corpus / name}: not part of the corpus" for name in present.keys() - expected.keys() - {NAME}]
+    for name in sorted(expected.keys() & present.keys()):
+        if sha256_of(present[name]) != expected[name].sha256:
+            problems.append(f"{present[name]}: differs from what was written")
     return sorted(problems)
 
 

@@ -58,7 +58,7 @@ def doctor(
     findings = told(examine(hostfile, recipe, overrides or []), Console())
     if json:
         write_json(findings, json)
-    if any(found.level == "failure" for found in findings):
+    if any(finding.level == "failure" for finding in findings):
         raise typer.Exit(1)
 
 

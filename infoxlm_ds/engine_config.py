@@ -145,7 +145,7 @@ def _check_offload(config: dict[str, Any], path: Path) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    key = ".".join(str(part) for part in found["loc"])
-    message = "is not a known key" if found["type"] == "extra_forbidden" else str(found["msg"])
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = "is not a known key" if first["type"] == "extra_forbidden" else str(first["msg"])
     return f"{key} {message}".strip()

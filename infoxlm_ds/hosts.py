@@ -26,12 +26,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     for number, line in enumerate(lines, start=1):
         if not (text := line.partition("#")[0].strip()):
             continue
-        found = re.fullmatch(r"([\w.@-]+)\s+slots=([1-9]\d*)", text)
-        if found is None:
+        match = re.fullmatch(r"([\w.@-]+)\s+slots=([1-9]\d*)", text)
+        if match is None:
             raise UserError(f"{path}, line {number}: {line.strip()!r} is not of the form HOST slots=NUMBER")
-        if found[1] in slots:
-            raise UserError(f"{path}, line {number}: {found[1]} is there twice: give it one line with all its slots")
-        slots[found[1]] = int(found[2])
+        if match[1] in slots:
+            raise UserError(f"{path}, line {number}: {match[1]} is there twice: give it one line with all its slots")
+        slots[match[1]] = int(match[2])
     if not slots:
         raise UserError(f"{path} names no host: write one after hostfile.example")
     return slots

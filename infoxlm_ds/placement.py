@@ -24,12 +24,12 @@ ALONE = {
 def settle() -> None:
     """Put what torch's `env://` reads into this process' environment, share the cores among the ranks of a host, and
     tell gloo where to listen. What is set already stays."""
-    found = ALONE
+    variables = ALONE
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        found = from_slurm(os.environ, torch.cuda.device_count())
+        variables = from_slurm(os.environ, torch.cuda.device_count())
     elif "RANK" in os.environ and "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher's name for it
-        found = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]}
-    for name, value in found.items():
+        variables = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]}
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
@@ -48,16 +48,16 @@ def ranks_here(lanes: int) -> int:
 
 def from_slurm(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
     """What `srun` says of this task, in torch's names. `gpus`: how many this task sees."""
-    job, tasks = environment, int(environment["SLURM_STEP_NUM_TASKS"])
-    local = int(job["SLURM_LOCALID"])
+    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+    local = int(environment["SLURM_LOCALID"])
     return {
-        "RANK": job["SLURM_PROCID"],
+        "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         # With one GPU bound to each task, all call theirs number 0.
         "LOCAL_RANK": str(local % gpus if gpus else local),
-        "LOCAL_WORLD_SIZE": str(-(-tasks // int(job["SLURM_STEP_NUM_NODES"]))),
-        "MASTER_ADDR": first_of_nodelist(job["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20000 + int(job["SLURM_JOB_ID"]) % 10000),
+        "LOCAL_WORLD_SIZE": str(-(-tasks // int(environment["SLURM_STEP_NUM_NODES"]))),
+        "MASTER_ADDR": first_of_nodelist(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 10000),
     }
 
 
@@ -78,5 +78,7 @@ def interface_towards(address: str) -> str:
             own = probe.getsockname()[0]
     except OSError:
         return LOOPBACK
-    here = psutil.net_if_addrs().items()
-    return next((name for name, found in here if any(a.address.split("%")[0] == own for a in found)), LOOPBACK)
+    interfaces = psutil.net_if_addrs().items()
+    return next(
+        (name for name, addresses in interfaces if any(a.address.split("%")[0] == own for a in addresses)), LOOPBACK
+    )

@@ -77,8 +77,8 @@ class Shape:
     @staticmethod
     def of(recipe: Recipe, vocabulary: int) -> Shape:
         """`model.init` gives the shape, or else the recipe's own numbers."""
-        found = _published(recipe.model.init)
-        model = outline(recipe.model, vocabulary, found)
+        published = _published(recipe.model.init)
+        model = outline(recipe.model, vocabulary, published)
         config = model.lm.config
         if recipe.model.universal_layer > config.num_hidden_layers:
             raise UserError(f"model.universal_layer {recipe.model.universal_layer} is above {config.num_hidden_layers}")
@@ -91,7 +91,7 @@ class Shape:
             config.intermediate_size,
             config.num_attention_heads,
             vocabulary,
-            found is None,
+            published is None,
             tuple(size for matrix, size in sizes if matrix),
             tuple(size for matrix, size in sizes if not matrix),
         )

@@ -60,21 +60,21 @@ def days(s: Setting, wishes: Wishes) -> float:
 def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
     """Everything that the tables show, in bytes and operations."""
     limit = wishes.memory_gib and wishes.memory_gib * GIB
-    found: dict[str, Any] = {
+    tree: dict[str, Any] = {
         "ranks": s.world,
         "stage": s.stage,
         "notes": list(s.text.notes),
         "parameters": {"whole": s.shape.whole, "momentum": s.shape.momentum},
-        "memory": [asdict(memory(one)) for one in stages(s)],
+        "memory": [asdict(memory(variant)) for variant in stages(s)],
         "flops": flops(s),
         "wire": wire(s),
         "tokens_per_step": tokens_per_step(s),
     }
     if limit:
-        found["smallest_world"] = {one.stage: smallest_world(one, limit) for one in stages(s)}
+        tree["smallest_world"] = {variant.stage: smallest_world(variant, limit) for variant in stages(s)}
     if wishes.tokens is not None:
-        found |= {"steps": wishes.tokens / tokens_per_step(s), "days": days(s, wishes)}
-    return found
+        tree |= {"steps": wishes.tokens / tokens_per_step(s), "days": days(s, wishes)}
+    return tree
 
 
 def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
@@ -104,13 +104,15 @@ def _memory_table(s: Setting, wishes: Wishes) -> Table:
     table = _table(f"GiB a rank, on {s.world}")
     table.add_column("")
     limit, columns = (wishes.memory_gib or 0) * GIB, []
-    for one in stages(s):
-        table.add_column(f"ZeRO {one.stage}{' *' if one.stage == s.stage else ''}", justify="right", no_wrap=True)
-        found = memory(one)
-        cells = {name: f"{getattr(found, name) / GIB:.2f}" for name in KINDS} | {"peak at": found.peak_at}
+    for variant in stages(s):
+        table.add_column(
+            f"ZeRO {variant.stage}{' *' if variant.stage == s.stage else ''}", justify="right", no_wrap=True
+        )
+        needed = memory(variant)
+        cells = {name: f"{getattr(needed, name) / GIB:.2f}" for name in KINDS} | {"peak at": needed.peak_at}
         if limit:
-            cells["fits"] = "yes" if found.peak <= limit else "no"
-            cells["smallest world"] = str(smallest_world(one, limit) or "none")
+            cells["fits"] = "yes" if needed.peak <= limit else "no"
+            cells["smallest world"] = str(smallest_world(variant, limit) or "none")
         columns.append(cells)
     for name in columns[0]:
         if name != "host" or any(float(cells[name]) for cells in columns):
@@ -144,15 +146,15 @@ def _time(s: Setting, wishes: Wishes) -> str:
     assert wishes.tokens is not None
     steps = wishes.tokens / tokens_per_step(s)
     if wishes.tokens_per_second is not None:
-        how = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
+        speed = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
     else:
-        how = (
+        speed = (
             f"assuming an MFU of {wishes.utilisation:g} of {wishes.peak_flops / 1e12:g} TFLOP/s a GPU: "
             "give --tokens-per-second once it is measured"
         )
     return (
         f"{wishes.tokens:,.0f} tokens: {steps:,.0f} steps of {tokens_per_step(s):,.0f}, "
-        f"{days(s, wishes):.1f} days on {s.world} GPUs ({how})"
+        f"{days(s, wishes):.1f} days on {s.world} GPUs ({speed})"
     )
 
 

@@ -29,10 +29,10 @@ def flops(s: Setting) -> dict[str, float]:
     bodies = {task: forward(tokens, length, shape.layers) for task, (tokens, length) in trunk.items()}
     of_a_side = forward(batch.xlco_pairs * s.text.mean, s.text.mean, shape.universal_layer)
     queries, keys = s.query_sides * of_a_side, s.key_sides * of_a_side
-    found = {task: 3 * (bodies[task] + head(tokens)) for task, (tokens, _) in trunk.items()}
-    found |= {"xlco queries": 3 * queries, "xlco keys": keys, "xlco logits": _logits(s)}
-    found["recomputed"] = queries * s.encodes_twice + (sum(bodies.values()) + queries) * s.checkpointing
-    return found
+    operations = {task: 3 * (bodies[task] + head(tokens)) for task, (tokens, _) in trunk.items()}
+    operations |= {"xlco queries": 3 * queries, "xlco keys": keys, "xlco logits": _logits(s)}
+    operations["recomputed"] = queries * s.encodes_twice + (sum(bodies.values()) + queries) * s.checkpointing
+    return operations
 
 
 def useful(s: Setting) -> float:
@@ -53,7 +53,7 @@ def wire(s: Setting) -> dict[str, float]:
     """Bytes that a rank sends in a step by rings: an all-reduce of n bytes sends 2 n (W - 1) / W, a gather to, or a
     reduction from, n bytes in all n (W - 1) / W."""
     shape, batch, contrast = s.shape, s.recipe.batch, s.recipe.contrast
-    share, element, lanes = (s.world - 1) / s.world, s.element, batch.lanes
+    fraction, element, lanes = (s.world - 1) / s.world, s.element, batch.lanes
     small = int(s.zero.param_persistence_threshold)
     cut = sum(n for n, _ in shape.matrices + shape.vectors if n > small)
     times = s.accumulation if s.stage >= 2 else 1  # from stage 2 on, each micro-step reduces
@@ -62,26 +62,26 @@ def wire(s: Setting) -> dict[str, float]:
     weights = {0: 0, 3: element * (gathers * cut + shape.whole - cut)}.get(s.stage, element * shape.whole)
     if s.stage == 3 and s.encodes_twice:  # the pass ahead, and what DeepSpeed releases after it: at most
         weights += 2 * s.accumulation * element * shape.momentum
-    found = {
-        "gradients": (1 if s.stage == 3 else 2) * share * times * element * shape.whole,
-        "weights": share * weights,
+    sent = {
+        "gradients": (1 if s.stage == 3 else 2) * fraction * times * element * shape.whole,
+        "weights": fraction * weights,
         "key weights": 0.0,
         "keys": 0.0,
         "queue": 0.0,
     }
     if s.has_momentum:
-        found["key weights"] = {0: 0.0, 3: share * element * shape.momentum * s.accumulation}.get(
-            s.stage, 2 * share * element * shape.momentum
+        sent["key weights"] = {0: 0.0, 3: fraction * element * shape.momentum * s.accumulation}.get(
+            s.stage, 2 * fraction * element * shape.momentum
         )
     if s.recipe.tasks["xlco"]:
         pairs, sides = lanes * batch.xlco_pairs, s.key_sides or 2 + contrast.uses_queue
         width = 4 if s.recipe.model.normalize or contrast.keys == "gradient" else element
-        found["keys"] = share * pairs * (sides * width * shape.width + 8 * N_TEXTS[contrast.mixup])
+        sent["keys"] = fraction * pairs * (sides * width * shape.width + 8 * N_TEXTS[contrast.mixup])
         if contrast.uses_queue and contrast.queue.sharded:
             # Anchors go to all ranks, sums over their negatives come back.
             rows = pairs * (1 + contrast.symmetric)
-            found["queue"] = share * rows * 4 * shape.width * 3
-    return found
+            sent["queue"] = fraction * rows * 4 * shape.width * 3
+    return sent
 
 
 def tokens_per_step(s: Setting) -> float:

@@ -121,10 +121,10 @@ class Checkpoints:
             raise UserError(f"{'; '.join(damaged)}: {self._remedy()}")
         return None
 
-    def load(self, found: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
+    def load(self, source: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
         """Take everything from a checkpoint that `find` gave, of any number of ranks. Collective. UserError where it
         cannot be converted for this one."""
-        path, state = found.path, found.state
+        path, state = source.path, source.state
         files = suited(path, state, engine)
         engine.load(files, universal=files != path)
         own = path / f"momentum-{dist.rank():05d}.safetensors"
@@ -135,7 +135,7 @@ class Checkpoints:
             momentum.load_state_dict(read_slices(parts, wanted))
         if queue is not None:
             queue.load_state_dicts(load_file(path / n) for n in names if n.startswith("queue-"))
-        skipped = any(d.below(*ORDER) for d in found.differences)  # the window in hand has other items now
+        skipped = any(d.below(*ORDER) for d in source.differences)  # the window in hand has other items now
         cursors = {
             task: {int(lane): (window + 1, 0) if skipped else (window, offset) for lane, (window, offset) in at.items()}
             for task, at in state["cursors"].items()

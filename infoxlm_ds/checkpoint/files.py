@@ -94,7 +94,7 @@ def to_host(contents: Contents) -> Contents:
 def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tensor]:
     """Fragments `parameter:start` of so many values each, put together from fragments that were cut anywhere else.
     RuntimeError where some are in no part."""
-    found = {name: torch.empty(length) for name, length in wanted.items()}
+    values_of = {name: torch.empty(length) for name, length in wanted.items()}
     missing = dict(wanted)
     by_parameter: dict[str, list[tuple[str, int]]] = {}
     for name in wanted:
@@ -109,8 +109,8 @@ def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tens
                 for name, own in by_parameter.get(parameter, []):
                     low, high = max(theirs.start, own), min(theirs.stop, own + wanted[name])
                     if low < high:
-                        found[name][low - own : high - own] = values[low - theirs.start : high - theirs.start]
+                        values_of[name][low - own : high - own] = values[low - theirs.start : high - theirs.start]
                         missing[name] -= high - low
         if not any(missing.values()):
-            return found
+            return values_of
     raise RuntimeError(f"no file holds all of the fragments {[name for name, left in missing.items() if left]}")

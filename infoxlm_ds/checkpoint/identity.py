@@ -89,12 +89,12 @@ class Identity:
         for tree, saved in zip(trees, (state, self.as_json()), strict=True):
             tree |= {key: saved[key] for key in ("engine", "corpus", "tokenizer")}
         flat = [dict(_leaves(tree)) for tree in trees]
-        found = [
+        differences = [
             Difference(key, flat[0].get(key), flat[1].get(key))
             for key in dict.fromkeys((*flat[0], *flat[1]))
             if flat[0].get(key) != flat[1].get(key)
         ]
-        return [d for d in found if d.key != "engine.zero_optimization.stage"]  # `check` looks at that
+        return [d for d in differences if d.key != "engine.zero_optimization.stage"]  # `check` looks at that
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -79,8 +79,8 @@ class Store:
     def steps(self) -> list[Path]:
         """Committed checkpoints, oldest first."""
         latest = self.latest()
-        found = (p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
-        return sorted((p for p in found if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
+        named = (p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
+        return sorted((p for p in named if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint, whether it is still there or not. UserError where `latest` names none."""
@@ -96,10 +96,10 @@ class Store:
         newest = self.latest()
         if newest is None:
             raise UserError(f"{self.run} holds no checkpoint: train there first, or correct the path")
-        found = {step_of(path): path for path in self.steps()}
-        if step is not None and step not in found:
-            raise UserError(f"{self.run} holds no checkpoint of step {step}, but of {', '.join(map(str, found))}")
-        return newest if step is None else found[step]
+        paths = {step_of(path): path for path in self.steps()}
+        if step is not None and step not in paths:
+            raise UserError(f"{self.run} holds no checkpoint of step {step}, but of {', '.join(map(str, paths))}")
+        return newest if step is None else paths[step]
 
     def point_to(self, checkpoint: Path) -> None:
         """From now on this is the newest. Atomic."""

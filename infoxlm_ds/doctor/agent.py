@@ -74,8 +74,8 @@ def facts() -> dict[str, Any]:
 
 def _address() -> str:
     """The first that `hostname -I` names, which DeepSpeed's launcher takes for the first host's."""
-    found = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
-    return found[0] if found else "127.0.0.1"
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+    return addresses[0] if addresses else "127.0.0.1"
 
 
 def _packages() -> tuple[dict[str, str], list[str]]:

@@ -52,7 +52,7 @@ def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) ->
             yield ok("recipe", f"{recipe}, {setting.world} ranks")
         except UserError as error:
             yield failure("recipe", str(error), "correct it")
-    unknown = [found for host in slots if (found := _resolved(host))]
+    unknown = [finding for host in slots if (finding := _resolved(host))]
     yield from unknown
     if slots and not unknown:
         yield ok("names", "all hosts have an address")
@@ -121,7 +121,7 @@ def _judge(
 
 def _clocks(crew: Crew) -> dict[str, float]:
     """How far each clock is ahead, by the quickest of three answers."""
-    found = {}
+    ahead = {}
     for host in crew.hosts:
         answers = []
         for _ in range(3):
@@ -129,8 +129,8 @@ def _clocks(crew: Crew) -> dict[str, float]:
             there = crew.ask("clock", {host: {}})[host]
             took = time.time() - asked
             answers.append((took, there - asked - took / 2))
-        found[host] = min(answers)[1]
-    return found
+        ahead[host] = min(answers)[1]
+    return ahead
 
 
 def _port(crew: Crew) -> Iterator[Finding]:
@@ -145,7 +145,7 @@ def _port(crew: Crew) -> Iterator[Finding]:
 def _exchanges(crew: Crew, facts: Mapping[str, Facts]) -> dict[tuple[str, str], Any]:
     """Rounds of a tournament: in each, hosts meet in disjoint pairs, all at once."""
     hosts: list[str | None] = [*crew.hosts] + [None] * (len(crew.hosts) % 2)
-    found: dict[tuple[str, str], Any] = {}
+    results: dict[tuple[str, str], Any] = {}
     for _ in range(min(len(hosts) - 1, PARTNERS)):
         half = len(hosts) // 2
         pairs = [(a, b) for a, b in zip(hosts[:half], reversed(hosts[half:]), strict=True) if a and b]
@@ -155,9 +155,9 @@ def _exchanges(crew: Crew, facts: Mapping[str, Facts]) -> dict[tuple[str, str], 
             meeting = {"address": facts[a].address, "port": ports[a]}
             asked |= {a: {"rank": 0} | meeting, b: {"rank": 1} | meeting}
         answers = crew.ask("exchange", asked, seconds=3 * PATIENCE)
-        found |= {(a, b): answers[b] if isinstance(answers[a], dict) else answers[a] for a, b in pairs}
+        results |= {(a, b): answers[b] if isinstance(answers[a], dict) else answers[a] for a, b in pairs}
         hosts = [hosts[0], hosts[-1], *hosts[1:-1]]
-    return found
+    return results
 
 
 def _run_folder(crew: Crew, run: Path, needed: int) -> Iterator[Finding]:
@@ -193,7 +193,7 @@ def _marks(crew: Crew, folder: Path, beginning: str, writers: list[str]) -> dict
     question = {host: {"folder": str(folder), "beginning": beginning} for host in crew.hosts}
     for _ in range(6):
         seen = crew.ask("marks", question)
-        if all(isinstance(found, list) and len(found) == len(writers) for found in seen.values()):
+        if all(isinstance(listed, list) and len(listed) == len(writers) for listed in seen.values()):
             break
         time.sleep(0.5)
     return seen
@@ -227,11 +227,13 @@ def _memory(s: Setting, facts: Mapping[str, Facts], slots: Mapping[str, int]) ->
     """The plan's peak against the smallest GPU, or against the host's memory where there is none."""
     needs = memory(s)
     remedy = "`infoxlm plan` shows what takes it: more ranks, a higher ZeRO stage, smaller batches a lane"
-    for host, found in facts.items():
+    for host, of_host in facts.items():
         ranks = slots.get(host, s.world)
-        on_host = needs.host if found.gpus else needs.peak + needs.host
-        demands = [("memory", ranks * on_host, found.memory)]
-        demands += [(f"{found.gpus[0].name}", needs.peak, min(g.memory for g in found.gpus))] if found.gpus else []
+        on_host = needs.host if of_host.gpus else needs.peak + needs.host
+        demands = [("memory", ranks * on_host, of_host.memory)]
+        demands += (
+            [(f"{of_host.gpus[0].name}", needs.peak, min(g.memory for g in of_host.gpus))] if of_host.gpus else []
+        )
         for what, wanted, there in demands:
             line = f"{host}, {what}: {wanted / GIB:.1f} GiB planned, {there / GIB:.1f} there"
             if wanted > there:

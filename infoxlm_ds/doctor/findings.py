@@ -39,15 +39,15 @@ def failure(check: str, what: str, remedy: str) -> Finding:
 def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
     """Print each as it comes. Returns all."""
     seen = []
-    for found in findings:
-        line = Text.assemble((f"{found.level:8}", STYLES[found.level]), f"{found.check:12}{found.what}")
+    for finding in findings:
+        line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.check:12}{finding.what}")
         console.print(line, soft_wrap=True)
-        if found.remedy:
-            console.print(Text(f"{'':20}{found.remedy}"), soft_wrap=True)
-        seen.append(found)
+        if finding.remedy:
+            console.print(Text(f"{'':20}{finding.remedy}"), soft_wrap=True)
+        seen.append(finding)
     return seen
 
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(found) for found in findings], indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n", encoding="utf-8")

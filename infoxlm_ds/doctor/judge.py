@@ -36,8 +36,8 @@ def code(facts: Mapping[str, Facts]) -> Iterator[Finding]:
 def packages(facts: Mapping[str, Facts]) -> Iterator[Finding]:
     remedy = "install requirements.lock there (`make install`; without a network, `make wheelhouse`)"
     bad = set()
-    for host, found in facts.items():
-        for wrong in found.wrong:
+    for host, of_host in facts.items():
+        for wrong in of_host.wrong:
             bad.add(host)
             yield failure("packages", f"{host}: {wrong}", remedy)
     for host, (own, usual) in odd_ones({h: tuple(sorted(f.packages.items())) for h, f in facts.items()}).items():
@@ -45,8 +45,8 @@ def packages(facts: Mapping[str, Facts]) -> Iterator[Finding]:
         if differing and host not in bad:
             bad.add(host)
             yield failure("packages", f"{host} has {', '.join(differing)}", remedy)
-    for host, found in facts.items():
-        if found.gpus and found.packages.get("torch", "").endswith("+cpu"):
+    for host, of_host in facts.items():
+        if of_host.gpus and of_host.packages.get("torch", "").endswith("+cpu"):
             bad.add(host)
             yield failure("packages", f"{host} has GPUs and a torch without CUDA", "install torch from PyPI there")
     if not bad:
@@ -57,23 +57,23 @@ def packages(facts: Mapping[str, Facts]) -> Iterator[Finding]:
 
 def devices(facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Finding]:
     """GPUs against slots, and all of one kind; where no host has one, cores."""
-    with_gpus = [host for host, found in facts.items() if found.gpus]
+    with_gpus = [host for host, of_host in facts.items() if of_host.gpus]
     bad = False
-    for host, found in facts.items():
+    for host, of_host in facts.items():
         wanted = slots.get(host, 0)
-        if with_gpus and (wanted or 1) > len(found.gpus):
+        if with_gpus and (wanted or 1) > len(of_host.gpus):
             bad = True
             yield failure(
-                "devices", f"{host} has {len(found.gpus)} GPUs, {wanted or 1} wanted", _slots(len(found.gpus))
+                "devices", f"{host} has {len(of_host.gpus)} GPUs, {wanted or 1} wanted", _slots(len(of_host.gpus))
             )
-        elif with_gpus and 0 < wanted < len(found.gpus):
+        elif with_gpus and 0 < wanted < len(of_host.gpus):
             bad = True
-            idle = f"{host} has {len(found.gpus)} GPUs, and {wanted} slots"
-            yield warning("devices", f"{idle}: some stay idle", _slots(len(found.gpus)))
-        elif not with_gpus and wanted > found.cores:
+            idle = f"{host} has {len(of_host.gpus)} GPUs, and {wanted} slots"
+            yield warning("devices", f"{idle}: some stay idle", _slots(len(of_host.gpus)))
+        elif not with_gpus and wanted > of_host.cores:
             bad = True
-            yield warning("devices", f"{host} has {found.cores} cores for {wanted} CPU ranks", _slots(found.cores))
-        for number, gpu in enumerate(found.gpus):
+            yield warning("devices", f"{host} has {of_host.cores} cores for {wanted} CPU ranks", _slots(of_host.cores))
+        for number, gpu in enumerate(of_host.gpus):
             if gpu.used > 0.05 * gpu.memory:
                 bad = True
                 busy = f"GPU {number} of {host} has {gpu.used / GB:.1f} of {gpu.memory / GB:.0f} GB in use"
@@ -89,14 +89,14 @@ def devices(facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Fi
 
 
 def locks(facts: Mapping[str, Facts]) -> Iterator[Finding]:
-    found = [(host, path, age) for host, one in facts.items() for path, age in one.locks.items()]
-    for host, path, age in found:
+    ages = [(host, path, age) for host, of_host in facts.items() for path, age in of_host.locks.items()]
+    for host, path, age in ages:
         if age > LOCK_AGE:
             what = f"{host}: {path} is {age / 60:.0f} minutes old: its build was killed, and every run waits for it"
             yield failure("JIT lock", what, f"rm {path}")
         else:
             yield warning("JIT lock", f"{host}: {path}: an extension is being built", "wait for it, or remove the lock")
-    if not found:
+    if not ages:
         yield ok("JIT lock", "no build of an extension is under way")
 
 
@@ -113,25 +113,25 @@ def clocks(ahead: Mapping[str, float]) -> Iterator[Finding]:
 
 def network(pairs: Mapping[tuple[str, str], Any], sent: float | None) -> Iterator[Finding]:
     """What `exchange` told of each pair of hosts, or why it failed. `sent`: bytes that a rank sends a step."""
-    works = {pair: found for pair, found in pairs.items() if isinstance(found, dict)}
-    for pair, found in pairs.items():
+    works = {pair: measured for pair, measured in pairs.items() if isinstance(measured, dict)}
+    for pair, measured in pairs.items():
         if pair not in works:
             remedy = (
                 "open all ports between the hosts; set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if there are several"
             )
-            yield failure("network", f"{' and '.join(pair)} do not meet: {str(found).splitlines()[0]}", remedy)
+            yield failure("network", f"{' and '.join(pair)} do not meet: {str(measured).splitlines()[0]}", remedy)
     if not works:
         return
-    usual = median(found["bandwidth"] for found in works.values())
-    for pair, found in works.items():
-        speed = found["bandwidth"]
-        what = f"{' and '.join(pair)}: all-reduce {found['latency'] * 1e6:,.0f} µs, {speed / 1e6:,.0f} MB/s"
+    usual = median(measured["bandwidth"] for measured in works.values())
+    for pair, measured in works.items():
+        speed = measured["bandwidth"]
+        what = f"{' and '.join(pair)}: all-reduce {measured['latency'] * 1e6:,.0f} µs, {speed / 1e6:,.0f} MB/s"
         if speed < max(SLOW * usual, LITTLE):
             remedy = "look at cables, switch ports, the interface in use, and who else sends"
             yield warning("network", f"{what}, {usual / 1e6:,.0f} in the median", remedy)
         elif len(works) <= FEW:
             yield ok("network", what)
-    slowest = min(found["bandwidth"] for found in works.values())
+    slowest = min(measured["bandwidth"] for measured in works.values())
     step = f": a step's {sent / GB:.2f} GB a rank take {sent / slowest:.1f} s" if sent else ""
     yield ok("network", f"{len(works)} pairs met, {slowest / 1e6:,.0f} MB/s at least{step}")
 

@@ -41,11 +41,11 @@ def exchange(rank: int, address: str, port: int) -> dict[str, float]:
 
 def _seconds(tensor: torch.Tensor, times: int) -> float:
     """The median, behind one to warm up."""
-    found = []
+    seconds = []
     for _ in range(times + 1):
         started = time.monotonic()
         torch_dist.all_reduce(tensor)
         if tensor.is_cuda:
             torch.cuda.synchronize()
-        found.append(time.monotonic() - started)
-    return median(found[1:])
+        seconds.append(time.monotonic() - started)
+    return median(seconds[1:])

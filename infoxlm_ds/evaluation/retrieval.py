@@ -74,22 +74,23 @@ def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk
 
 def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_pairs: int) -> dict[str, list[Pairs]]:
     """The pairs of each file, by its path. Raises UserError as `pairs_with_pivot`, or for a language no file has."""
-    pairs = {str(path): pairs_with_pivot(read_rows(path), pivot, languages, min_pairs, str(path)) for path in paths}
-    found = {one.language for of_file in pairs.values() for one in of_file}
+    by_file = {str(path): pairs_with_pivot(read_rows(path), pivot, languages, min_pairs, str(path)) for path in paths}
+    codes = {pairs.language for of_file in by_file.values() for pairs in of_file}
     for wanted in languages:
-        if not any(matches(code, wanted) for code in found):
+        if not any(matches(code, wanted) for code in codes):
             raise UserError(f"--languages {wanted}: no file has {min_pairs} pairs of {wanted!r} with {pivot!r}")
-    return pairs
+    return by_file
 
 
 def evaluate_retrieval(embedder: Embedder, data: str, pairs: Sequence[Pairs]) -> list[RetrievalRow]:
     """One row for every layer and every language of `pairs`, the layers outermost; `data` names the file."""
-    position = {text: i for i, text in enumerate(dict.fromkeys(text for one in pairs for text in one.pivot_text))}
+    different = dict.fromkeys(text for of_language in pairs for text in of_language.pivot_text)
+    position = {text: i for i, text in enumerate(different)}
     pivots = embedder.embed(list(position), description="pivot")
     rows = []
-    for one in pairs:
-        pivot = pivots[:, [position[text] for text in one.pivot_text]]
-        rows += _rows_of_language(embedder, data, one, pivot)
+    for of_language in pairs:
+        pivot = pivots[:, [position[text] for text in of_language.pivot_text]]
+        rows += _rows_of_language(embedder, data, of_language, pivot)
     return sorted(rows, key=lambda row: row.layer)
 
 

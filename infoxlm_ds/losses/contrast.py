@@ -161,11 +161,11 @@ def contrast_with_keys(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         vectors = _wide(keys.vectors, form)
         blocks = _blocks(form, Keys(vectors, _ids(keys.ids, vectors, form)), own, None, queue)
-        one = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
-    inputs = [(wide, one.gradient / total)]
+        direction = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
+    inputs = [(wide, direction.gradient / total)]
     if isinstance(temperature, Tensor):
-        inputs.append((temperature, one.d_temperature / total))
-    return finished(one.report.loss.sum() / total, inputs), one.report
+        inputs.append((temperature, direction.d_temperature / total))
+    return finished(direction.report.loss.sum() / total, inputs), direction.report
 
 
 QUERY, HARD = 0, 2  # numbers of gradients; the keys' is between
@@ -213,12 +213,12 @@ class _Step:
         form, target = self._form, self._sides[1 - turn]
         keys = Keys(self._everyone(1 - turn), self._all_ids) if form.in_batch else None
         blocks = _blocks(form, keys, self._own, self._all_hard if turn == 0 else None, self._queue)
-        one = _direct(self._sides[turn], target, self._ids, blocks, self._temperature, form, self._group)
-        self._add(turn, one.gradient)
+        direction = _direct(self._sides[turn], target, self._ids, blocks, self._temperature, form, self._group)
+        self._add(turn, direction.gradient)
         if turn == 1 or self._key_gradient:
-            self._add(1 - turn, -one.attracted[:, None] * one.anchors.vectors)
-            self._push(turn, one)
-        return one
+            self._add(1 - turn, -direction.attracted[:, None] * direction.anchors.vectors)
+            self._push(turn, direction)
+        return direction
 
     def _add(self, number: int, gradient: Tensor) -> None:
         if number != QUERY and not self._key_gradient:
@@ -226,13 +226,14 @@ class _Step:
         before = self.gradients[number]
         self.gradients[number] = gradient if before is None else before.add_(gradient)
 
-    def _push(self, turn: int, one: _Direction) -> None:
+    def _push(self, turn: int, direction: _Direction) -> None:
         """Gradients of the keys that the anchors of all ranks have as negatives or further positives."""
         hard = self._hard if turn == 0 else None
         if not self._form.in_batch and hard is None:
             return
-        scale = 1 / _number(self._temperature, one.gradient)
-        columns = self._gather(torch.cat([one.fate, torch.stack([one.anchors.positive, one.anchors.cut], 1)], 1))
+        scale = 1 / _number(self._temperature, direction.gradient)
+        own = torch.stack([direction.anchors.positive, direction.anchors.cut], 1)
+        columns = self._gather(torch.cat([direction.fate, own], 1))
         *fate, positive, cut = columns.unbind(1)
         anchors = Anchors(scale * self._everyone(turn), self._all_ids, positive, cut)
         margin, attracts = scale * self._form.margin, self._form.same_text == "positive"
@@ -280,20 +281,22 @@ def _direct(
     sums = sum_negatives(anchors, blocks, group)
     away = sums.shift - positive + sums.mass.log() + margin  # how far the negatives outweigh the positive
     loss, attracted = softplus(away, threshold=NEVER), torch.sigmoid(away)
-    repelled, share, mean_key = attracted, torch.ones_like(loss), sums.mean_key
+    repelled, per_positive, mean_key = attracted, torch.ones_like(loss), sums.mean_key
     pulled, positives = attracted * (positive - margin), torch.zeros_like(sums.shared)
     gradient = (mean_key - target).mul_(attracted[:, None])  # differences first: at the start all vectors are similar
     if form.same_text == "positive":
         extra = attract(anchors, sums.log_sum, margin, blocks, group)
-        positives, share = extra.found, 1 / (1 + extra.found.to(loss.dtype))
-        loss, attracted, pulled = share * (loss + extra.loss), share * attracted, share * (pulled + extra.logit)
-        repelled = attracted + share * extra.repelled
+        positives, per_positive = extra.positives, 1 / (1 + extra.positives.to(loss.dtype))
+        loss = per_positive * (loss + extra.loss)
+        attracted = per_positive * attracted
+        pulled = per_positive * (pulled + extra.logit)
+        repelled = attracted + per_positive * extra.repelled
         gradient += extra.repelled[:, None] * mean_key - extra.pulled
-        gradient *= share[:, None]
+        gradient *= per_positive[:, None]
     d_log_scale = repelled @ torch.einsum("bd,bd->b", vectors, mean_key) - pulled.sum()
     masked, negatives = sums.shared - positives, sums.keys - sums.shared - sums.dropped
     report = Report(loss, repelled, positive, sums.hardest, negatives, masked, positives, sums.dropped, sums.above)
-    fate = torch.stack([sums.shift, sums.mass.log(), repelled.log(), share], 1)
+    fate = torch.stack([sums.shift, sums.mass.log(), repelled.log(), per_positive], 1)
     return _Direction(report, anchors, gradient.mul_(scale), -scale * d_log_scale, attracted, fate)
 
 
@@ -337,8 +340,8 @@ def _check(
     elif not temperature > 0:
         raise ValueError(f"the temperature is above 0, not {temperature}")
     if query.ndim != 2 or query.shape != key.shape or query.dtype != key.dtype:
-        found = " and ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key))
-        raise ValueError(f"query and key are both [pairs, width] of one type, not {found}")
+        given = " and ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key))
+        raise ValueError(f"query and key are both [pairs, width] of one type, not {given}")
     if not form.in_batch and queue is None and (hard is None or symmetric):
         raise ValueError("there are no negatives: give a queue or, for one direction, hard negatives, or set in_batch")
     if ids is not None:
@@ -352,8 +355,8 @@ def _check_keys(name: str, vectors: Tensor, ids: Tensor, query: Tensor) -> None:
     if vectors.ndim != 2 or vectors.shape[1] != query.shape[1]:
         raise ValueError(f"{name}: vectors are [keys, {query.shape[1]}], not {list(vectors.shape)}")
     if ids is None or ids.shape[:1] != vectors.shape[:1] or ids.ndim != 2 or ids.dtype != torch.int64:
-        found = "None" if ids is None else f"{ids.dtype} {list(ids.shape)}"
-        raise ValueError(f"{name}: text ids are int64 [{len(vectors)}, texts], not {found}")
+        given = "None" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"{name}: text ids are int64 [{len(vectors)}, texts], not {given}")
 
 
 def finished(value: Tensor, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

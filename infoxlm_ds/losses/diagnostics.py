@@ -25,5 +25,5 @@ def uniformity(x: Tensor) -> Tensor:
 def effective_rank(x: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of x [n, D], [] (RankMe): how many dimensions are in use."""
     values = torch.linalg.svdvals(normalize(x.float(), dim=1))
-    share = values / values.sum()
-    return torch.special.entr(share).sum().exp()
+    fraction = values / values.sum()
+    return torch.special.entr(fraction).sum().exp()

@@ -56,15 +56,15 @@ class Block:
         by their norms. `attracts`: keys that share a text may be further positives."""
         self.vectors, self.ids, self.sharded = keys
         self.own, self._unit, self.attracts = own, unit, attracts
-        found, order = self.ids.flatten().sort()
-        self._texts, self._key_of = found, order // max(1, self.ids.shape[1])
+        texts, order = self.ids.flatten().sort()
+        self._texts, self._key_of = texts, order // max(1, self.ids.shape[1])
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def part(self, which: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    def part(self, chosen: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Some of the keys, as wide as the anchors."""
-        vectors = self.vectors[which].to(dtype)
+        vectors = self.vectors[chosen].to(dtype)
         return normalize(vectors, dim=1) if self._unit else vectors
 
     def sharing(self, ids: Tensor) -> Tensor:
@@ -193,12 +193,12 @@ def _add(sums: Sums, logits: Tensor, keys: Tensor, anchors: Anchors) -> None:
     sums.weighted.addmm_(logits, keys)
 
 
-def _merged(one: Sums, other: Sums) -> Sums:
-    highest = torch.maximum(one.log_sum, other.log_sum)
-    for sums in (one, other):
+def _merged(first: Sums, other: Sums) -> Sums:
+    highest = torch.maximum(first.log_sum, other.log_sum)
+    for sums in (first, other):
         sums.move_to(highest)
-    added = {name: getattr(one, name) + getattr(other, name) for name in Sums.ADDED}
-    return Sums(shift=one.shift, hardest=torch.maximum(one.hardest, other.hardest), **added)
+    added = {name: getattr(first, name) + getattr(other, name) for name in Sums.ADDED}
+    return Sums(shift=first.shift, hardest=torch.maximum(first.hardest, other.hardest), **added)
 
 
 def _sum_sharded(anchors: Anchors, block: Block, group: dist.Group) -> Sums:
@@ -217,7 +217,7 @@ class Attraction(NamedTuple):
     """What rows [b] know of further positives, keys that share a text with them: how many, their losses' sum, each
     one's 1 - p added up, the same times its logit and times its key [b, D]."""
 
-    found: Tensor
+    positives: Tensor
     loss: Tensor
     repelled: Tensor
     logit: Tensor
@@ -235,15 +235,15 @@ def attract(
     """Each further positive against the negatives alone, whose log-sum-exp is `log_sum` [b]; `margin` in logits.
     Collective where a block is sharded."""
     blocks = [block for block in blocks if block.attracts]
-    found = _attract_local(anchors, log_sum, margin, [block for block in blocks if not block.sharded])
+    total = _attract_local(anchors, log_sum, margin, [block for block in blocks if not block.sharded])
     for block in blocks:
         if block.sharded:
             counts = dist.row_counts(anchors.ids, group)
             everyone = anchors.of_all_ranks(counts, group)
             part = _attract_local(everyone, dist.gather_rows(log_sum, counts, group), margin, [block])
             own = dist.own_rows(counts, group)
-            found = Attraction(*(a + dist.sum_over_ranks(b, group)[own] for a, b in zip(found, part, strict=True)))
-    return found
+            total = Attraction(*(a + dist.sum_over_ranks(b, group)[own] for a, b in zip(total, part, strict=True)))
+    return total
 
 
 def _attract_local(anchors: Anchors, log_sum: Tensor, margin: float | Tensor, blocks: list[Block]) -> Attraction:
@@ -254,7 +254,7 @@ def _attract_local(anchors: Anchors, log_sum: Tensor, margin: float | Tensor, bl
 def _attract_rows(
     anchors: Anchors, rows: slice, log_sum: Tensor, margin: float | Tensor, blocks: list[Block]
 ) -> Attraction:
-    found = Attraction.none(anchors.vectors)
+    total = Attraction.none(anchors.vectors)
     for block in blocks:
         own = None if block.own is None else block.own[rows]
         sharing = block.sharing(anchors.ids)
@@ -266,8 +266,8 @@ def _attract_rows(
             weight = torch.sigmoid(away).masked_fill(~same, 0.0)
             losses = softplus(away, threshold=NEVER).masked_fill(~same, 0.0)
             part = (same.sum(1), losses.sum(1), weight.sum(1), (weight * logits).sum(1), weight @ keys)
-            found = Attraction(*(a + b for a, b in zip(found, part, strict=True)))
-    return found
+            total = Attraction(*(a + b for a, b in zip(total, part, strict=True)))
+    return total
 
 
 class Fate(NamedTuple):
@@ -277,7 +277,7 @@ class Fate(NamedTuple):
     shift: Tensor
     log_mass: Tensor
     log_repels: Tensor
-    share: Tensor
+    per_positive: Tensor
 
 
 def push(
@@ -302,7 +302,7 @@ def push(
             same = _others_sharing(ids, block, columns, mine)
             logits = torch.addmm(fate.shift[columns, None], anchors.vectors[columns], vectors[rows].t(), beta=-1)
             away = fate.log_mass[None, columns] - logits.t() + margin
-            weight = (torch.sigmoid(away) * fate.share[None, columns]).masked_fill_(~same, 0.0)
+            weight = (torch.sigmoid(away) * fate.per_positive[None, columns]).masked_fill_(~same, 0.0)
             pushed.addmm_(weight, anchors.vectors[columns], alpha=-1)
         sums.append(pushed)
     return torch.cat(sums)

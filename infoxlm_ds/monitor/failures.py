@@ -37,7 +37,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Reports:
     """Ranks whose only fault is that they lost others, and failures with a cause."""
 
     lost: frozenset[int]
@@ -85,21 +85,21 @@ def _tell(run: Path, cause: str, code: int) -> int:
 def _tell_of_others(error: Exception, run: Path, where: Sequence[Place], newest: str) -> int:
     _leave(run, ".lost", "")
     deadline = time.monotonic() + WAIT
-    while (found := _read(run)).silent(len(where)) and time.monotonic() < deadline:
+    while (reports := _read(run)).silent(len(where)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    silent = found.silent(len(where))
-    why = [f"rank {f.rank} failed: {f.cause}" for f in found.causes]
+    silent = reports.silent(len(where))
+    why = [f"rank {f.rank} failed: {f.cause}" for f in reports.causes]
     why += [f"{names} {_fate(error)}" for names in _names(silent, where)]
     hosts = sorted({place.host for place in where})
     if not why and len(hosts) > 1:
         why = [f"all ranks are alive and lost each other: the network between {', '.join(hosts)} is broken"]
     # One line, whoever is left; where hosts lost each other, one of each, for one may be cut off from the screen.
-    tellers = found.lost | {dist.rank()}
-    if not found.causes and not silent:
+    tellers = reports.lost | {dist.rank()}
+    if not reports.causes and not silent:
         tellers = frozenset(rank for rank in tellers if where[rank].host == where[dist.rank()].host)
     if dist.rank() == min(tellers):
         print(f"infoxlm: {'; '.join(why) or error}. {newest}", file=sys.stderr, flush=True)
-    return max((f.code for f in found.causes), default=1)
+    return max((f.code for f in reports.causes), default=1)
 
 
 def _names(ranks: Sequence[int], where: Sequence[Place]) -> Iterable[str]:
@@ -130,7 +130,7 @@ def _leave(run: Path, kind: str, text: str) -> None:
         pass
 
 
-def _read(run: Path) -> _Found:
+def _read(run: Path) -> _Reports:
     """With thousands of ranks, all that look read names alone, and the few causes."""
     try:
         paths = list((run / "failures").iterdir())
@@ -138,4 +138,4 @@ def _read(run: Path) -> _Found:
         paths = []
     lost = frozenset(int(path.stem.removeprefix("rank-")) for path in paths if path.suffix == ".lost")
     causes = [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.suffix == ".json"]
-    return _Found(lost, tuple(sorted(causes, key=lambda failure: failure.rank)))
+    return _Reports(lost, tuple(sorted(causes, key=lambda failure: failure.rank)))

@@ -39,18 +39,18 @@ def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
 
 def _faults(micro: JointBatch, report: Report, reps: Tensor) -> dict[str, str]:
     """Tasks of a lane whose losses are not finite, with the languages of the items that are to blame."""
-    found: dict[str, Iterable[str]] = {}
+    blamed: dict[str, Iterable[str]] = {}
     sequences = np.searchsorted(np.cumsum(micro.tokens.lengths), micro.rows, side="right")
     bad = _not_finite(report.masked[:, None])
     names = np.concatenate([micro.names.get(task, np.zeros(0, str)) for task in ("mmlm", "tlm")])
     for task, part in (("mmlm", slice(None, micro.mmlm)), ("tlm", slice(micro.mmlm, None))):
         if bad[part].any():
-            found[task] = names[sequences[part][bad[part]]]
+            blamed[task] = names[sequences[part][bad[part]]]
     loss = report.sums.get("xlco/loss", 0.0)
     if not np.isfinite(float(loss)) or _not_finite(reps).any():
         rows = np.flatnonzero(_not_finite(reps)) % max(1, len(micro.text_ids))  # none: the fault is another lane's
-        found["xlco"] = micro.names["xlco"][rows].ravel()
-    return {task: _languages(blamed) for task, blamed in found.items()}
+        blamed["xlco"] = micro.names["xlco"][rows].ravel()
+    return {task: _languages(names) for task, names in blamed.items()}
 
 
 def _languages(names: Iterable[str]) -> str:

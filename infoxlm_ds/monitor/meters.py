@@ -54,10 +54,10 @@ class Meter:
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
         pairs: dict[str, np.ndarray] = {}
-        for counts, found in dist.gather_objects((self._languages, _by_pair(self._pairs))):
+        for counts, of_rank in dist.gather_objects((self._languages, _by_pair(self._pairs))):
             for task, counter in counts.items():
                 languages.setdefault(task, Counter()).update(counter)
-            for name, values in found.items():
+            for name, values in of_rank.items():
                 pairs[name] = pairs.get(name, 0) + values
         seconds = time.monotonic() - self._since
         self._clear()
@@ -77,14 +77,14 @@ class Meter:
 
 def _by_pair(parts: list[tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
     """Rows, loss and hits of each language pair."""
-    found: dict[str, np.ndarray] = {}
+    sums: dict[str, np.ndarray] = {}
     for names, columns in parts:
         loss, hits = columns.double().cpu().numpy()
         rows = np.resize(names, (len(loss), names.shape[1]))  # the second direction's rows repeat the items
         for name in np.unique(rows):
             its = (rows == name).any(1)
-            found[name] = found.get(name, 0) + np.array([its.sum(), loss[its].sum(), hits[its].sum()])
-    return found
+            sums[name] = sums.get(name, 0) + np.array([its.sum(), loss[its].sum(), hits[its].sum()])
+    return sums
 
 
 def scalars(sums: Scalars, vocabulary: int) -> Scalars:

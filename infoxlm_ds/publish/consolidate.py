@@ -47,5 +47,5 @@ def _key_weights(path: Path, run: Path) -> dict[str, Tensor]:
     model = saved_shape(run / "model", recipe.model)
     followed = list(model.sentence_encoder().parameters())
     names = {id(p): f"model.{name}" for name, p in model.named_parameters()}
-    found = read_slices(parts, {f"{i}:0": p.numel() for i, p in enumerate(followed)})
-    return {names[id(p)]: found[f"{i}:0"].view(p.shape) for i, p in enumerate(followed)}
+    values = read_slices(parts, {f"{i}:0": p.numel() for i, p in enumerate(followed)})
+    return {names[id(p)]: values[f"{i}:0"].view(p.shape) for i, p in enumerate(followed)}
