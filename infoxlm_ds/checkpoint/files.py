@@ -1,6 +1,6 @@
-"""A rank's files of a checkpoint: written with their hashes, read back, and what is not DeepSpeed's turned into text.
+"""Writes and reads one rank's files of a checkpoint, with their hashes.
 
-Tensors of ours are safetensors, all else is JSON: reading either runs nothing. DeepSpeed's own files are pickles.
+Our own tensors are safetensors and the rest is JSON: reading them runs no code. DeepSpeed's files are pickles.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Contents = dict[str, Any]  # by file name: .safetensors of tensors by name, .jso
 
 
 class _Hashing:
-    """A file that knows the hash of what went into it, which need not be what came onto the disk.
+    """A file that hashes what is written to it. The disk may hold something else: a reader compares later.
 
-    An error of the disk is raised by `receipt`: torch.save would hide it behind errors of its own.
+    `receipt` raises an error of the disk: torch.save would hide it behind an error of its own.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -47,7 +47,7 @@ class _Hashing:
     def flush(self) -> None: ...
 
     def receipt(self, name: str) -> Receipt:
-        """What was written and is on the disk now."""
+        """Name, size and hash of what was written. It is on the disk after the call."""
         if self._error is not None:
             raise self._error
         self._file.flush()
@@ -56,7 +56,7 @@ class _Hashing:
 
 
 def write_files(folder: Path, contents: Contents) -> list[Receipt]:
-    """Write files that are on the disk after the call. OSError where they do not fit."""
+    """Write files. They are on the disk after the call. OSError if they do not fit."""
     receipts = []
     for name, value in contents.items():
         with (folder / name).open("wb") as file:
@@ -77,8 +77,8 @@ def _write(file: _Hashing, name: str, value: Any) -> None:
 
 
 def to_host(contents: Contents) -> Contents:
-    """A copy in the host's memory, for a thread to write while training goes on. Tensors that share memory, such as
-    tied weights, share it in the copy."""
+    """A copy in the host's memory, which a thread writes while training goes on. Tensors that share memory, such as
+    tied weights, share it in the copy too."""
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copied(x: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def to_host(contents: Contents) -> Contents:
 
 
 def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tensor]:
-    """Fragments `parameter:start` of so many values each, put together from fragments that were cut anywhere else.
-    RuntimeError where some are in no part."""
+    """Values of the `wanted` fragments, read from files whose fragments are cut at other places. A fragment is named
+    `parameter:start`; `wanted` gives its number of values. RuntimeError if the files lack some values."""
     values_of = {name: torch.empty(length) for name, length in wanted.items()}
     missing = dict(wanted)
     by_parameter: dict[str, list[tuple[str, int]]] = {}
@@ -102,7 +102,7 @@ def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tens
         by_parameter.setdefault(parameter, []).append((name, int(start)))
     for path in parts:
         with safe_open(path, "pt") as part:
-            for saved in part.keys():  # noqa: SIM118  # no mapping, for all its looks
+            for saved in part.keys():  # noqa: SIM118  # not a mapping
                 parameter, first = saved.split(":")
                 values = part.get_slice(saved)
                 theirs = range(int(first), int(first) + values.get_shape()[0])
