@@ -1,4 +1,4 @@
-"""`infoxlm plan`: what a recipe needs, for people (tables) and for programs (JSON)."""
+"""`infoxlm plan`: prints what a recipe needs as tables, or writes it as JSON."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ KINDS = ("weights", "gradients", "optimizer", "momentum", "queue", "activations"
 
 @dataclass(frozen=True)
 class Wishes:
-    """What `infoxlm plan` is asked beside the recipe. `peak_flops` and `utilisation` (MFU) are assumptions that stand
-    in for `tokens_per_second`, measured by the user, a GPU."""
+    """The options of `infoxlm plan`. `tokens_per_second` is the user's measurement for one GPU; without it, the time is
+    estimated from `peak_flops` and `utilisation` (MFU)."""
 
     ranks: int
     memory_gib: float | None = None
@@ -36,18 +36,18 @@ class Wishes:
 
 
 def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
-    """UserError where the recipe is wrong or does not run on so many ranks."""
+    """UserError if the recipe is wrong or cannot run on so many ranks."""
     recipe = load_recipe(path, overrides)
     lanes = recipe.batch.lanes
     if lanes % wishes.ranks:
         fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
-        raise UserError(f"--gpus {wishes.ranks} does not divide batch.lanes {lanes}: take one of {fitting}")
+        raise UserError(f"--gpus {wishes.ranks} does not divide batch.lanes {lanes}: choose one of {fitting}")
     text = read_text(recipe, wishes.vocabulary)
     return Setting(recipe, load_engine_config(recipe.engine), Shape.of(recipe, text.vocabulary), text, wishes.ranks)
 
 
 def days(s: Setting, wishes: Wishes) -> float:
-    """Days to see the wished number of tokens."""
+    """Days to train on the wished number of tokens."""
     assert wishes.tokens is not None
     steps = wishes.tokens / tokens_per_step(s)
     if wishes.tokens_per_second is not None:
@@ -85,7 +85,7 @@ def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
 def print_plan(s: Setting, wishes: Wishes, console: Console) -> None:
     shape, batch, init = s.shape, s.recipe.batch, s.recipe.model.init
     if init and shape.own:
-        console.print(f"model.init {init} is out of reach: its shape is taken from the recipe", soft_wrap=True)
+        console.print(f"model.init {init} cannot be read now: the shape comes from the recipe", soft_wrap=True)
     copied = f"; the momentum encoder has {shape.momentum / 1e6:.1f}M of them" if s.has_momentum else ""
     console.print(
         f"{shape.whole / 1e6:.1f}M parameters{copied}\n"
@@ -118,8 +118,8 @@ def _memory_table(s: Setting, wishes: Wishes) -> Table:
         if name != "host" or any(float(cells[name]) for cells in columns):
             table.add_row(name, *(cells[name] for cells in columns))
     table.caption = (
-        "* the recipe's. The peak is the most at any moment: activations are gone when gradients are reduced. "
-        "Sentences of the contrast at their longest"
+        "* the recipe's stage. The peak is the largest sum at any moment: activations are freed before gradients are "
+        "reduced. Sentences of the contrast have their largest length"
     )
     return table
 
@@ -130,11 +130,11 @@ def _cost_table(s: Setting) -> Table:
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     operations, sent = flops(s), wire(s)
     extra = operations.pop("recomputed")
-    left = [*operations.items(), ("in all", useful(s)), ("recomputed besides", extra)]
+    left = [*operations.items(), ("in all", useful(s)), ("recomputed in addition", extra)]
     right = [*sent.items(), ("in all", sum(sent.values()))]
     for i in range(max(len(left), len(right))):
         table.add_row(*_cells(left, i, 1e12), *_cells(right, i, 1e6))
-    table.caption = "forward and backward, no padding, LM head on masked rows; sentences at their mean length"
+    table.caption = "forward and backward, no padding, LM head on masked rows only; sentences of mean length"
     return table
 
 
