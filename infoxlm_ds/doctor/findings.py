@@ -1,4 +1,4 @@
-"""What `infoxlm doctor` found, for people and for programs."""
+"""The findings of `infoxlm doctor`: printed for people, written as JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """`remedy`: what to do about a warning or a failure."""
+    """The result of one check. `remedy`: what to do about a warning or a failure."""
 
     check: str
     level: Literal["ok", "warning", "failure"]
@@ -37,7 +37,7 @@ def failure(check: str, what: str, remedy: str) -> Finding:
 
 
 def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
-    """Print each as it comes. Returns all."""
+    """Print each finding when it comes. Returns all."""
     seen = []
     for finding in findings:
         line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.check:12}{finding.what}")

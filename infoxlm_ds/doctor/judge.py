@@ -1,4 +1,4 @@
-"""What the hosts' facts mean: pure functions from facts to findings."""
+"""Pure functions that turn the hosts' facts into findings."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from infoxlm_ds.doctor.agent import Facts, Gpu
 from infoxlm_ds.doctor.findings import Finding, failure, ok, warning
 
-SKEW = 2.0  # seconds: more, and times of files and logs of several hosts are in the wrong order
+SKEW = 2.0  # seconds; above this, times of files and logs of several hosts are hard to compare
 LOCK_AGE = 600  # seconds that a build of an extension may take
 SLOW = 0.5  # of the median bandwidth
-LITTLE = 100e6  # bytes a second: less than Ethernet of 1 Gbit/s gives
-FEW = 28  # pairs, of 8 hosts, that get a line each though all is well
+LITTLE = 100e6  # bytes a second, less than 1 Gbit/s Ethernet gives
+FEW = 28  # up to so many pairs (8 hosts), each gets a line even if all is well
 GB = 1e9
 
 
 def code(facts: Mapping[str, Facts]) -> Iterator[Finding]:
-    """The same source and the same Python everywhere."""
+    """Whether all hosts have the same source files and the same Python."""
     sources = odd_ones({host: tuple(sorted(f.code.items())) for host, f in facts.items()})
     for host, (mine, common) in sources.items():
         differing = sorted({name for name, _ in set(mine) ^ set(common)})
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        yield failure("code", f"{host} has another {differing[0]}{more}", "bring the same commit to every host")
+        yield failure("code", f"{host} has another {differing[0]}{more}", "check out the same commit on every host")
     versions = odd_ones({host: f.python for host, f in facts.items()})
     for host, (own, usual) in versions.items():
         yield failure("code", f"{host} has Python {own}, others {usual}", "use the same interpreter on every host")
@@ -34,6 +34,7 @@ def code(facts: Mapping[str, Facts]) -> Iterator[Finding]:
 
 
 def packages(facts: Mapping[str, Facts]) -> Iterator[Finding]:
+    """Whether all hosts have the required packages, in the same versions."""
     remedy = "install requirements.lock there (`make install`; without a network, `make wheelhouse`)"
     bad = set()
     for host, of_host in facts.items():
@@ -56,7 +57,7 @@ def packages(facts: Mapping[str, Facts]) -> Iterator[Finding]:
 
 
 def devices(facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Finding]:
-    """GPUs against slots, and all of one kind; where no host has one, cores."""
+    """Whether each host has enough GPUs for its slots, all of one kind; if no host has a GPU, enough cores."""
     with_gpus = [host for host, of_host in facts.items() if of_host.gpus]
     bad = False
     for host, of_host in facts.items():
@@ -77,7 +78,7 @@ def devices(facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Fi
             if gpu.used > 0.05 * gpu.memory:
                 bad = True
                 busy = f"GPU {number} of {host} has {gpu.used / GB:.1f} of {gpu.memory / GB:.0f} GB in use"
-                yield warning("devices", busy, f"end what runs there: `nvidia-smi` on {host} names it")
+                yield warning("devices", busy, f"stop the program that uses it: `nvidia-smi` on {host} names it")
     kinds = {host: _kind(facts[host].gpus[0]) for host in with_gpus}
     for host, (own, usual) in odd_ones(kinds).items():
         bad = True
@@ -89,6 +90,7 @@ def devices(facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Fi
 
 
 def locks(facts: Mapping[str, Facts]) -> Iterator[Finding]:
+    """Whether a lock of an extension build is left."""
     ages = [(host, path, age) for host, of_host in facts.items() for path, age in of_host.locks.items()]
     for host, path, age in ages:
         if age > LOCK_AGE:
@@ -97,7 +99,7 @@ def locks(facts: Mapping[str, Facts]) -> Iterator[Finding]:
         else:
             yield warning("JIT lock", f"{host}: {path}: an extension is being built", "wait for it, or remove the lock")
     if not ages:
-        yield ok("JIT lock", "no build of an extension is under way")
+        yield ok("JIT lock", "no lock of an extension build")
 
 
 def clocks(ahead: Mapping[str, float]) -> Iterator[Finding]:
@@ -112,14 +114,15 @@ def clocks(ahead: Mapping[str, float]) -> Iterator[Finding]:
 
 
 def network(pairs: Mapping[tuple[str, str], Any], sent: float | None) -> Iterator[Finding]:
-    """What `exchange` told of each pair of hosts, or why it failed. `sent`: bytes that a rank sends a step."""
+    """Latency and bandwidth of the pairs of hosts. `pairs`: the result of `exchange`, or why it failed; `sent`: bytes
+    that a rank sends in a step."""
     works = {pair: measured for pair, measured in pairs.items() if isinstance(measured, dict)}
     for pair, measured in pairs.items():
         if pair not in works:
             remedy = (
                 "open all ports between the hosts; set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if there are several"
             )
-            yield failure("network", f"{' and '.join(pair)} do not meet: {str(measured).splitlines()[0]}", remedy)
+            yield failure("network", f"{' and '.join(pair)} cannot connect: {str(measured).splitlines()[0]}", remedy)
     if not works:
         return
     usual = median(measured["bandwidth"] for measured in works.values())
@@ -127,17 +130,17 @@ def network(pairs: Mapping[tuple[str, str], Any], sent: float | None) -> Iterato
         speed = measured["bandwidth"]
         what = f"{' and '.join(pair)}: all-reduce {measured['latency'] * 1e6:,.0f} µs, {speed / 1e6:,.0f} MB/s"
         if speed < max(SLOW * usual, LITTLE):
-            remedy = "look at cables, switch ports, the interface in use, and who else sends"
+            remedy = "check cables, switch ports, the interface in use, and other traffic"
             yield warning("network", f"{what}, {usual / 1e6:,.0f} in the median", remedy)
         elif len(works) <= FEW:
             yield ok("network", what)
     slowest = min(measured["bandwidth"] for measured in works.values())
-    step = f": a step's {sent / GB:.2f} GB a rank take {sent / slowest:.1f} s" if sent else ""
-    yield ok("network", f"{len(works)} pairs met, {slowest / 1e6:,.0f} MB/s at least{step}")
+    step = f": the {sent / GB:.2f} GB that a rank sends in a step take {sent / slowest:.1f} s" if sent else ""
+    yield ok("network", f"{len(works)} pairs connected, {slowest / 1e6:,.0f} MB/s at least{step}")
 
 
 def odd_ones(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Hosts whose value is not the most frequent one: theirs and that one."""
+    """The hosts whose value is not the most frequent one, with their value and the most frequent one."""
     if not values:
         return {}
     usual = Counter(values.values()).most_common(1)[0][0]
