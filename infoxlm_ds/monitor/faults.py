@@ -1,4 +1,4 @@
-"""Why a step was not applied: whose losses were not finite, and in which languages."""
+"""Explains why a step was not applied: which losses were not finite, on which ranks and in which languages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from infoxlm_ds import dist
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.objective import Report
 
-SHOWN = 4  # lanes of a message, languages of a lane
+SHOWN = 4  # at most so many lanes in a message, and languages of a lane
 
 
 def find_faults(
     lanes: Sequence[int], micros: Sequence[JointBatch], reports: Sequence[Report], reps: Sequence[Tensor]
 ) -> list[str]:
-    """Tasks of the step whose losses are not finite, with rank, lane and languages: the same list on every rank, empty
-    where only gradients are not finite. Collective."""
+    """The losses of the step that are not finite, with task, rank, lane and languages. Every rank gets the same list.
+    It is empty if only gradients are not finite. Collective."""
     own = [
         f"{task} on rank {dist.rank()}, lane {lane}{languages}"
         for lane, micro, report, lane_reps in zip(lanes, micros, reports, reps, strict=True)
@@ -29,16 +29,17 @@ def find_faults(
 
 
 def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
-    """One line on a step that was not applied. `scale`: its loss scale, 1 outside fp16; `next_scale`: the next's."""
+    """One line about a step that was not applied. `scale`: its loss scale, 1 without fp16; `next_scale`: the next
+    step's."""
     said = f"loss not finite: {_some(faults, '; ')}" if faults else "all losses are finite, gradients are not"
     if scale == next_scale == 1:
         return said
     said += f"; loss scale {scale:g}, now {next_scale:g}"
-    return said if faults else f"{said}: how fp16 finds its scale, normal at the start and now and then later"
+    return said if faults else f"{said}: fp16 searches its scale, which is normal at the start and sometimes later"
 
 
 def _faults(micro: JointBatch, report: Report, reps: Tensor) -> dict[str, str]:
-    """Tasks of a lane whose losses are not finite, with the languages of the items that are to blame."""
+    """The tasks of a lane whose losses are not finite, with the languages of the items that cause it."""
     blamed: dict[str, Iterable[str]] = {}
     sequences = np.searchsorted(np.cumsum(micro.tokens.lengths), micro.rows, side="right")
     bad = _not_finite(report.masked[:, None])
@@ -48,7 +49,7 @@ def _faults(micro: JointBatch, report: Report, reps: Tensor) -> dict[str, str]:
             blamed[task] = names[sequences[part][bad[part]]]
     loss = report.sums.get("xlco/loss", 0.0)
     if not np.isfinite(float(loss)) or _not_finite(reps).any():
-        rows = np.flatnonzero(_not_finite(reps)) % max(1, len(micro.text_ids))  # none: the fault is another lane's
+        rows = np.flatnonzero(_not_finite(reps)) % max(1, len(micro.text_ids))  # no rows: another lane causes it
         blamed["xlco"] = micro.names["xlco"][rows].ravel()
     return {task: _languages(names) for task, names in blamed.items()}
 
@@ -64,6 +65,6 @@ def _some(parts: Sequence[str], between: str) -> str:
 
 
 def _not_finite(rows: Tensor) -> np.ndarray:
-    """Which rows of [n, D] hold a number that is not finite."""
+    """Whether each row of [n, D] holds a number that is not finite, [n]."""
     flags: np.ndarray = (~torch.isfinite(rows)).flatten(1).any(1).cpu().numpy()
     return flags
