@@ -50,8 +50,8 @@ def _logits(s: Setting) -> float:
 
 
 def wire(s: Setting) -> dict[str, float]:
-    """Bytes that a rank sends in a step, with ring algorithms: 2 n (W - 1) / W for an all-reduce of n bytes, and
-    n (W - 1) / W for an all-gather or reduce-scatter of n bytes in all."""
+    """Bytes that a rank sends in a step, with ring algorithms: 2 n (W - 1) / W for an all-reduce of n bytes, and n (W -
+    1) / W for an all-gather or reduce-scatter of n bytes in all."""
     shape, batch, contrast = s.shape, s.recipe.batch, s.recipe.contrast
     fraction, element, lanes = (s.world - 1) / s.world, s.element, batch.lanes
     small = int(s.zero.param_persistence_threshold)

@@ -44,8 +44,8 @@ class Meter:
             self._languages.setdefault(task, Counter()).update(of_task.ravel().tolist())
 
     def add_pairs(self, names: np.ndarray, columns: Tensor) -> None:
-        """`columns`: loss and hit of the contrast's rows, [2, R]; `names`: the language pairs of their items,
-        [b, 1 or 2]. R is b, or 2 b if the rows of a second direction follow."""
+        """`columns`: loss and hit of the contrast's rows, [2, R]; `names`: the language pairs of their items, [b, 1 or
+        2]. R is b, or 2 b if the rows of a second direction follow."""
         self._pairs.append((names, columns.detach()))
 
     def collect(self) -> Interval:
@@ -91,9 +91,9 @@ def _by_pair(parts: list[tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
 def scalars(sums: Scalars, vocabulary: int) -> Scalars:
     """Means and bounds, in nats, from an interval's sums.
 
-    If a loss L measures the choice among C equally likely answers, the mutual information is at least log C - L.
-    C is V for a masked LM and 1 + negatives for the contrast (InfoXLM, section 3; van den Oord et al., 2018). The
-    contrast has no bound if negatives were left out by their scores, or if there were further positives.
+    If a loss L measures the choice among C equally likely answers, the mutual information is at least log C - L. C is V
+    for a masked LM and 1 + negatives for the contrast (InfoXLM, section 3; van den Oord et al., 2018). The contrast has
+    no bound if negatives were left out by their scores, or if there were further positives.
     """
     out: Scalars = {}
     for task in ("mmlm", "tlm", "xlco"):
