@@ -1,5 +1,4 @@
-"""Is every byte of a corpus what was written? Hashes of all files, then what the packs hold against what the manifest
-says."""
+"""Verifies a corpus: first the hashes of all files, then the content of the packs against the manifest."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from infoxlm_ds.data.packs import read_pack
 
 
 def verify(corpus: Path) -> list[str]:
-    """What is wrong with a corpus folder, one line each; empty if nothing is. UserError where it is no corpus at
-    all."""
+    """The problems of a corpus folder, one line for each; empty if there are none. UserError if it is not a corpus."""
     if not (corpus / NAME).is_file():
         load_manifest(corpus)
     try:
