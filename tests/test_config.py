@@ -104,7 +104,7 @@ def test_a_wrong_recipe_is_one_line_that_names_the_key(overrides: list[str], wor
         ('{"activation_checkpointing": {}}', ["memory.activation_checkpointing"]),
         ('{"data_types": {"param_dtype": "bf16"}}', ["data_types.param_dtype"]),
         ('{"bf16": true}', ["bf16", "keys and values"]),
-        ("[]", ["no JSON object"]),
+        ("[]", ["not a JSON object"]),
         ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', ["zero_hpz_partition_size", "momentum"]),
         ('{"bf16": {"enabled": true}}', ["stage to 1"]),
         ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}}', ["grad_accum_dtype"]),
