@@ -312,16 +312,16 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return check(Recipe, tree, str(path))
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file. UserError if there is none; `what` is the file's name in the message."""
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The mapping in a YAML file. UserError if there is none; `name` is the kind of file in the message."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such {what}") from None
+        raise UserError(f"{path}: no such {name}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a {what} must be a mapping of keys to values")
+        raise UserError(f"{path}: a {name} must be a mapping of keys to values")
     return tree
 
 

@@ -116,9 +116,9 @@ def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
     return DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
 
 
-def offloaded(config: dict[str, Any], what: str) -> bool:
-    """Whether the configuration keeps `what`, optimizer or param, in the host's memory."""
-    section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
+def offloaded(config: dict[str, Any], part: str) -> bool:
+    """Whether the configuration keeps `part`, optimizer or param, in the host's memory."""
+    section = config.get("zero_optimization", {}).get(f"offload_{part}") or {}
     return bool(section.get("device", "none") != "none")
 
 

@@ -66,6 +66,6 @@ def free_port(host: str) -> int:
     find = "from infoxlm_ds.hosts import free_port_here; print(free_port_here())"
     done = subprocess.run(python_there(host, "-c", find), capture_output=True, text=True, check=False)
     if done.returncode:
-        said = last_words(done.stderr, done.returncode)
-        raise UserError(f"{host} cannot run {sys.executable} in {Path.cwd()}: {said}; try `infoxlm doctor --hostfile`")
+        error = last_words(done.stderr, done.returncode)
+        raise UserError(f"{host} cannot run {sys.executable} in {Path.cwd()}: {error}; try `infoxlm doctor --hostfile`")
     return int(done.stdout.split()[-1])  # its shell may print something before

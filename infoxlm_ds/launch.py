@@ -136,11 +136,11 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable
     returns True."""
     # In a session of its own, the launcher does not get ^C from the terminal.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    asked, heard = False, True
+    requested, delivered = False, True
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked, heard
-        asked, heard = True, False
+        nonlocal requested, delivered
+        requested, delivered = True, False
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
@@ -148,9 +148,9 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable
     while code is None:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=1)
-        if code is None and not heard:
-            heard = stop(psutil.Process(process.pid))
-    if asked and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # stopped before the ranks had anything to save
+        if code is None and not delivered:
+            delivered = stop(psutil.Process(process.pid))
+    if requested and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # stopped before the ranks had anything to save
         return STOPPED_ON_REQUEST
     return code if code in (0, 2, STOPPED_ON_REQUEST) else 1  # a rank that died by a signal gives other codes
 

@@ -31,10 +31,10 @@ def settle() -> None:
         variables = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]}
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-    if "GLOO_SOCKET_IFNAME" not in os.environ and int(os.environ["WORLD_SIZE"]) > beside:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if "GLOO_SOCKET_IFNAME" not in os.environ and int(os.environ["WORLD_SIZE"]) > local_ranks:
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface != LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = interface

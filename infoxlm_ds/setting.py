@@ -38,17 +38,17 @@ def read_text(recipe: Recipe, vocabulary: int | None = None) -> Text:
         tokenizer, longest = manifest.tokenizer, manifest.max_tokens
         parallel = [s for s in manifest.sources if s.kind != "mono"]
         piece = sum(s.tokens for s in parallel) / max(1, sum(s.items * len(s.languages) for s in parallel))
-        block, whose = longest + tokenizer.overhead(1), f"of {recipe.corpus}"
+        block, origin = longest + tokenizer.overhead(1), f"of {recipe.corpus}"
         note = f"sentences: {piece:.0f} tokens on average, {longest} at most, as {recipe.corpus} says"
     else:
         tokenizer, piece, longest = XLM_R, float(ASSUMED_SENTENCE), ASSUMED_SENTENCE
-        block, whose = recipe.model.positions, "XLM-R's, because there is no corpus yet"
+        block, origin = recipe.model.positions, "XLM-R's, because there is no corpus yet"
         note = (
             f"sentences: {longest} tokens assumed, MMLM blocks {block}, because there is no corpus at {recipe.corpus}"
         )
     size = tokenizer.vocab_size
     if vocabulary is not None:
-        size, whose = vocabulary, "as given"
+        size, origin = vocabulary, "as given"
     texts: Literal[1, 2] = 1 if recipe.contrast.mixup == "off" else 2
     padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return Text(
@@ -57,7 +57,7 @@ def read_text(recipe: Recipe, vocabulary: int | None = None) -> Text:
         texts * longest + tokenizer.overhead(texts),
         texts * piece + tokenizer.overhead(texts),
         2 * piece + tokenizer.overhead(2),
-        (f"vocabulary: {size:,}, {whose}; {padded:,} rows in the model", note),
+        (f"vocabulary: {size:,}, {origin}; {padded:,} rows in the model", note),
     )
 
 
@@ -191,8 +191,8 @@ class Setting:
     def checkpointing(self) -> bool:
         return self.recipe.memory.activation_checkpointing
 
-    def offloaded(self, what: str) -> bool:
-        return offloaded(self.engine, what)
+    def offloaded(self, part: str) -> bool:
+        return offloaded(self.engine, part)
 
     @property
     def bf16_optimizer(self) -> bool:

@@ -66,9 +66,9 @@ def memory(s: Setting) -> Memory:
             host += average
         else:
             momentum += average
-    queue, kept, again, logits = _queue(s), _activations(s), _recomputed(s), _logits(s)
+    queue, kept, recomputed, logits = _queue(s), _activations(s), _recomputed(s), _logits(s)
     words = s.element * shape.words * (s.trunk > 0)
-    moments = _moments(s, grads, kept, again, logits, words)
+    moments = _moments(s, grads, kept, recomputed, logits, words)
     at = max(moments, key=lambda name: moments[name])
     return Memory(
         stage=s.stage,
@@ -77,7 +77,7 @@ def memory(s: Setting) -> Memory:
         optimizer=optimizer,
         momentum=momentum,
         queue=queue,
-        activations=kept + again,
+        activations=kept + recomputed,
         logits=logits + words,
         buffers=grads.bucket + grads.copies,
         peak=weights + optimizer + momentum + queue + grads.always + moments[at],
@@ -86,7 +86,7 @@ def memory(s: Setting) -> Memory:
     )
 
 
-def _moments(s: Setting, grads: _Gradients, kept: int, again: int, logits: int, words: int) -> dict[str, int]:
+def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: int, words: int) -> dict[str, int]:
     """Bytes beside the resident ones at each moment: the LM head at the end of a forward pass, the start of the
     backward pass, the embedding at its end, the reduction of gradients, the update of the momentum encoder's weights,
     and the encoding of its keys."""
@@ -99,7 +99,7 @@ def _moments(s: Setting, grads: _Gradients, kept: int, again: int, logits: int, 
     word_gradients = words * (2 + (s.stage > 1 or (several and not grads.fresh)))
     return {
         "LM head": (grads.kept + grads.fresh) * several + early_bucket + kept + logits + words + gathered,
-        "backward": grads.kept * several + grads.bucket + kept + again + words + gathered,
+        "backward": grads.kept * several + grads.bucket + kept + recomputed + words + gathered,
         "embedding": left + word_gradients + words * released,
         "reduction": left + grads.copies,
         "key weights": s.element * shape.momentum * (s.has_momentum and s.stage < 3),

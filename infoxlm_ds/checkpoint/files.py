@@ -105,11 +105,11 @@ def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tens
             for saved in part.keys():  # noqa: SIM118  # not a mapping
                 parameter, first = saved.split(":")
                 values = part.get_slice(saved)
-                theirs = range(int(first), int(first) + values.get_shape()[0])
-                for name, own in by_parameter.get(parameter, []):
-                    low, high = max(theirs.start, own), min(theirs.stop, own + wanted[name])
+                span = range(int(first), int(first) + values.get_shape()[0])
+                for name, begin in by_parameter.get(parameter, []):
+                    low, high = max(span.start, begin), min(span.stop, begin + wanted[name])
                     if low < high:
-                        values_of[name][low - own : high - own] = values[low - theirs.start : high - theirs.start]
+                        values_of[name][low - begin : high - begin] = values[low - span.start : high - span.start]
                         missing[name] -= high - low
         if not any(missing.values()):
             return values_of

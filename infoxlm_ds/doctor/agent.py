@@ -180,9 +180,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that what a library prints is not read as an answer
     for line in sys.stdin:
-        question = json.loads(line)
+        request = json.loads(line)
         try:
-            answer = {"value": QUESTIONS[question["what"]](**question["arguments"])}
+            answer = {"value": QUESTIONS[request["question"]](**request["arguments"])}
         except UserError as error:
             answer = {"error": str(error)}
         except Exception as error:

@@ -30,13 +30,13 @@ class Agent:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True)
 
-    def ask(self, what: str, seconds: float, arguments: Mapping[str, Any]) -> Any:
+    def ask(self, question: str, seconds: float, arguments: Mapping[str, Any]) -> Any:
         """Ask a question and return the answer. NoAnswer if there is none within `seconds`, or if it is an error."""
         assert self._process.stdin is not None and self._process.stdout is not None
         late = threading.Timer(seconds, self._process.kill)
         late.start()
         try:
-            self._process.stdin.write(json.dumps({"what": what, "arguments": arguments}) + "\n")
+            self._process.stdin.write(json.dumps({"question": question, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
             line = next(
                 (line for line in self._process.stdout if line.startswith("{")), ""
@@ -74,12 +74,12 @@ class Crew:
         self.hosts = list(self._agents)
 
     def ask(
-        self, what: str, arguments: Mapping[str, Mapping[str, Any]] | None = None, seconds: float = 60
+        self, question: str, arguments: Mapping[str, Mapping[str, Any]] | None = None, seconds: float = 60
     ) -> dict[str, Any]:
         """Ask the hosts in `arguments`, or all hosts, at the same time. Returns each host's answer or its NoAnswer."""
         asked = arguments if arguments is not None else {host: {} for host in self.hosts}
-        under_way = {host: self._pool.submit(self._agents[host].ask, what, seconds, asked[host]) for host in asked}
-        return {host: answer.exception() or answer.result() for host, answer in under_way.items()}
+        answers = {host: self._pool.submit(self._agents[host].ask, question, seconds, asked[host]) for host in asked}
+        return {host: answer.exception() or answer.result() for host, answer in answers.items()}
 
     def dismiss(self, hosts: list[str]) -> None:
         for host in hosts:

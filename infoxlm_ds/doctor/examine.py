@@ -92,10 +92,10 @@ def _meet(crew: Crew, facts: dict[str, Facts], over_ssh: bool) -> Iterator[Findi
         yield ok("ssh", f"answered without a password: {', '.join(facts)}")
 
 
-def _remedy(host: str, said: str) -> str:
-    if "denied" in said:
+def _remedy(host: str, error: str) -> str:
+    if "denied" in error:
         return f"ssh-copy-id {host}"
-    if any(word in said for word in ("No such file", "not found", "No module named", "ModuleNotFound")):
+    if any(word in error for word in ("No such file", "not found", "No module named", "ModuleNotFound")):
         return f"copy code and environment to {host}, to the same path: {Path.cwd()}"
     return f"try `ssh {host} true`"
 
@@ -177,16 +177,16 @@ def _run_folder(crew: Crew, run: Path, needed: int) -> Iterator[Finding]:
         )
     writers = [host for host in crew.hosts if host not in bad]
     seen = {host: [] if isinstance(s, NoAnswer) else s for host, s in _marks(crew, folder, beginning, writers).items()}
-    apart = [host for host in writers if not all(names[other]["name"] in seen[host] for other in writers)]
-    if apart:
-        what = f"{folder} is not the same folder on {' and on '.join(apart)}"
+    elsewhere = [host for host in writers if not all(names[other]["name"] in seen[host] for other in writers)]
+    if elsewhere:
+        what = f"{folder} is not the same folder on {' and on '.join(elsewhere)}"
         yield failure(
             "run folder",
             what,
             "put `run` on a file system that all hosts share: a checkpoint needs the files of all ranks there",
         )
     crew.ask("unmark", names)
-    if writers and not bad and not apart:
+    if writers and not bad and not elsewhere:
         yield ok("run folder", f"{folder}: writable and shared{judge.everywhere(left)}")
     if writers and needed:
         yield _disk(min((left[host], host) for host in writers), folder, needed)
@@ -217,15 +217,17 @@ def _corpus(crew: Crew, corpus: Path) -> Iterator[Finding]:
         host: {"path": str(corpus), "part": i, "parts": parts, "seconds": READING} for i, host in enumerate(crew.hosts)
     }
     read = crew.ask("read_corpus", asked, seconds=600)
-    works = {host: answer for host, answer in read.items() if isinstance(answer, dict)}
-    for host in read.keys() - works.keys():
+    readers = {host: answer for host, answer in read.items() if isinstance(answer, dict)}
+    for host in read.keys() - readers.keys():
         yield failure("corpus", f"{host}: {read[host]}", "restore it there; `infoxlm prep verify` checks all of it")
-    for host in judge.odd_ones({host: answer["sha256"] for host, answer in works.items()}):
+    for host in judge.odd_ones({host: answer["sha256"] for host, answer in readers.items()}):
         yield failure("corpus", f"{corpus} is another corpus on {host}", "copy the same corpus to every host")
-    if len(works) == len(read):
-        few = min(works.values(), key=lambda answer: answer["read"])
-        part = "" if few["read"] == few["packs"] else f" in {READING:g} seconds; `infoxlm prep verify` reads all"
-        yield ok("corpus", f"{corpus}: {few['read']:,} of {few['packs']:,} packs read{judge.everywhere(read)}{part}")
+    if len(readers) == len(read):
+        least = min(readers.values(), key=lambda answer: answer["read"])
+        part = "" if least["read"] == least["packs"] else f" in {READING:g} seconds; `infoxlm prep verify` reads all"
+        yield ok(
+            "corpus", f"{corpus}: {least['read']:,} of {least['packs']:,} packs read{judge.everywhere(read)}{part}"
+        )
 
 
 def _memory(s: Setting, facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Finding]:

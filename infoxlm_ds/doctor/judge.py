@@ -116,27 +116,27 @@ def clocks(ahead: Mapping[str, float]) -> Iterator[Finding]:
 def network(pairs: Mapping[tuple[str, str], Any], sent: float | None) -> Iterator[Finding]:
     """Latency and bandwidth of the pairs of hosts. `pairs`: the result of `exchange`, or why it failed; `sent`: bytes
     that a rank sends in a step."""
-    works = {pair: measured for pair, measured in pairs.items() if isinstance(measured, dict)}
+    connected = {pair: measured for pair, measured in pairs.items() if isinstance(measured, dict)}
     for pair, measured in pairs.items():
-        if pair not in works:
+        if pair not in connected:
             remedy = (
                 "open all ports between the hosts; set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if there are several"
             )
             yield failure("network", f"{' and '.join(pair)} cannot connect: {str(measured).splitlines()[0]}", remedy)
-    if not works:
+    if not connected:
         return
-    usual = median(measured["bandwidth"] for measured in works.values())
-    for pair, measured in works.items():
+    usual = median(measured["bandwidth"] for measured in connected.values())
+    for pair, measured in connected.items():
         speed = measured["bandwidth"]
         what = f"{' and '.join(pair)}: all-reduce {measured['latency'] * 1e6:,.0f} µs, {speed / 1e6:,.0f} MB/s"
         if speed < max(SLOW * usual, LITTLE):
             remedy = "check cables, switch ports, the interface in use, and other traffic"
             yield warning("network", f"{what}, {usual / 1e6:,.0f} in the median", remedy)
-        elif len(works) <= FEW:
+        elif len(connected) <= FEW:
             yield ok("network", what)
-    slowest = min(measured["bandwidth"] for measured in works.values())
+    slowest = min(measured["bandwidth"] for measured in connected.values())
     step = f": the {sent / GB:.2f} GB that a rank sends in a step take {sent / slowest:.1f} s" if sent else ""
-    yield ok("network", f"{len(works)} pairs connected, {slowest / 1e6:,.0f} MB/s at least{step}")
+    yield ok("network", f"{len(connected)} pairs connected, {slowest / 1e6:,.0f} MB/s at least{step}")
 
 
 def odd_ones(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

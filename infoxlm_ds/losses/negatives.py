@@ -294,17 +294,17 @@ def push(
     vectors, sums = keys.vectors.to(anchors.vectors.dtype), []
     total = fate.log_mass.clamp_min(torch.finfo(fate.log_mass.dtype).min)  # it is -inf for an anchor without negatives
     for rows in _row_tiles(keys):
-        ids, mine, sharing = keys.ids[rows], None if own is None else own[rows], block.sharing(keys.ids[rows])
+        ids, own_rows, sharing = keys.ids[rows], None if own is None else own[rows], block.sharing(keys.ids[rows])
         pushed = torch.zeros_like(vectors[rows])
         for part in _key_tiles(block):
             # Computed in the same layout as the rows' sums, so that it rounds alike.
             logits = torch.addmm(fate.shift[part, None], anchors.vectors[part], vectors[rows].t(), beta=-1)
-            _leave_out(logits.t(), ids, block, sharing, part, mine)
+            _leave_out(logits.t(), ids, block, sharing, part, own_rows)
             logits.masked_fill_(logits >= (anchors.cut - fate.shift)[part, None], -torch.inf)
             logits.sub_(total[part, None]).clamp_max_(0.0)  # a term cannot exceed the sum, except by rounding
             pushed.addmm_(logits.add_(fate.log_repels[part, None]).exp_().t(), anchors.vectors[part])
         for columns in sharing.split(_sizes(sharing)[1]) if attracts else ():
-            same = _others_sharing(ids, block, columns, mine)
+            same = _others_sharing(ids, block, columns, own_rows)
             logits = torch.addmm(fate.shift[columns, None], anchors.vectors[columns], vectors[rows].t(), beta=-1)
             away = fate.log_mass[None, columns] - logits.t() + margin
             weight = (torch.sigmoid(away) * fate.per_positive[None, columns]).masked_fill_(~same, 0.0)
@@ -316,9 +316,9 @@ def push(
 def shares_text(ids: Tensor, other: Tensor) -> Tensor:
     """Whether item i of `ids` [m, I] and item j of `other` [n, I] share a text, [m, n] bool."""
     same = torch.zeros(len(ids), len(other), dtype=torch.bool, device=ids.device)
-    for mine in ids.unbind(1):
-        for theirs in other.unbind(1):
-            same |= mine[:, None] == theirs[None, :]
+    for first in ids.unbind(1):
+        for second in other.unbind(1):
+            same |= first[:, None] == second[None, :]
     return same
 
 

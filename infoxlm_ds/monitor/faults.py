@@ -31,11 +31,11 @@ def find_faults(
 def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
     """One line about a step that was not applied. `scale`: its loss scale, 1 without fp16; `next_scale`: the next
     step's."""
-    said = f"loss not finite: {_some(faults, '; ')}" if faults else "all losses are finite, gradients are not"
+    line = f"loss not finite: {_some(faults, '; ')}" if faults else "all losses are finite, gradients are not"
     if scale == next_scale == 1:
-        return said
-    said += f"; loss scale {scale:g}, now {next_scale:g}"
-    return said if faults else f"{said}: fp16 searches its scale, which is normal at the start and sometimes later"
+        return line
+    line += f"; loss scale {scale:g}, now {next_scale:g}"
+    return line if faults else f"{line}: fp16 searches its scale, which is normal at the start and sometimes later"
 
 
 def _faults(micro: JointBatch, report: Report, reps: Tensor) -> dict[str, str]:
