@@ -95,7 +95,7 @@ class Save:
             self._start(partial(write_files, folder, contents), self._read_back)
 
     def _read_back(self, written: list[Any]) -> None:
-        """Each rank verifies the files of the next rank, which is on another host if there are several."""
+        """Each rank reads and verifies the files of the next rank."""
         if problem := _problems_of(written):
             self._commit(problem)
             return
@@ -107,7 +107,7 @@ class Save:
         self._commit(_problems_of(damage) or "; ".join(filter(None, damage)))
 
     def _commit(self, problem: str) -> None:
-        """Rank 0 commits the folder, or removes it where there was a problem."""
+        """Rank 0 commits the folder, or removes it if there was a problem."""
         if problem:
             self._receipts = []
         job = partial(_commit_or_remove, self._store, self._settings, self._folder, self._receipts, problem)
