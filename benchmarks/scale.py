@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 WORLDS = (8, 64, 1024)
 SEED, ALPHA = 1, 0.7
 BASE = {"mmlm": {"tokens": 16384, "overhead": 2}, "tlm": {"tokens": 4096, "overhead": 4}, "xlco": {"items": 32}}
-SHARES = {"mono.en": 0.5, "mono.sw": 0.1, "para.en-sw": 0.1, "nway.ted": 0.3}
+FRACTIONS = {"mono.en": 0.5, "mono.sw": 0.1, "para.en-sw": 0.1, "nway.ted": 0.3}
 SIDES = {"mono.en": ("en",), "mono.sw": ("sw",), "para.en-sw": ("en", "sw"), "nway.ted": ("de", "en", "sw")}
 
 
@@ -44,7 +44,7 @@ class PaperCorpus:
 
     def __init__(self, rows: int) -> None:
         self.path, self.languages = Path("paper"), ["de", "en", "sw"]
-        self.sources = [_source(name, int(share * rows)) for name, share in SHARES.items()]
+        self.sources = [_source(name, int(fraction * rows)) for name, fraction in FRACTIONS.items()]
 
     def pack(self, source: int, number: int) -> Pack:
         of_source = self.sources[source]
@@ -162,7 +162,7 @@ def cpu_seconds(code: str) -> float:
 
 def write_large_manifest(folder: Path, shards: int) -> None:
     """Write the manifest of a corpus with so many shards of 256 MB."""
-    names = list(SHARES)
+    names = list(FRACTIONS)
     files: dict[str, list[Shard]] = {name: [] for name in names}
     for i in range(shards):
         name = names[i % len(names)]

@@ -35,7 +35,7 @@ class SourceDescription(Section):
     data_prep/sources."""
 
     name: Name
-    kind: Literal["mono", "para", "nway"]
+    kind: Literal["mono", "para", "nway"]  # nway: a row holds the same sentence in more than two languages
     format: Literal["jsonl", "text", "moses", "tsv"]
     path: Path | None = None
     paths: dict[str, Path] = Field(default_factory=dict)

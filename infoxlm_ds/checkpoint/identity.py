@@ -70,14 +70,14 @@ class Identity:
             impossible.append("precision {} -> {}".format(*precisions))
         if impossible:
             raise UserError(
-                f"{run} cannot go on with another {', '.join(impossible)}: go on with its own, or take its weights "
-                f"into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
+                f"{run} cannot go on with these changes: {', '.join(impossible)}. Use its own recipe, or take its "
+                f"weights into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
             )
         refused = [str(d) for d in differing if not d.below(*self.recipe.resume.allow_change)]
         if refused:
             raise UserError(
-                f"{run} holds a run with another {', '.join(refused)}: go on with its own recipe, give this one "
-                "another run folder, or name what may change in resume.allow_change"
+                f"{run} holds a run with other settings: {', '.join(refused)}. Use its own recipe, choose another run "
+                "folder, or allow the changes in resume.allow_change"
             )
         return differing
 

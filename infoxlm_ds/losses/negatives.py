@@ -68,8 +68,7 @@ class Block:
         return normalize(vectors, dim=1) if self._unit else vectors
 
     def sharing(self, ids: Tensor) -> Tensor:
-        """Sorted numbers of the few keys that share a text with any of these items: only they are compared one by
-        one."""
+        """Sorted numbers of the few keys that share a text with any of these items: only these are compared."""
         wanted = ids.unique()
         first = torch.searchsorted(self._texts, wanted)
         count = torch.searchsorted(self._texts, wanted, right=True) - first
@@ -118,7 +117,7 @@ class Sums:
         return self.weighted / self.mass.clamp_min(torch.finfo(self.mass.dtype).tiny)[:, None]
 
     def move(self, by: Tensor) -> None:
-        """Add to the shift. Only where there is no mass may `by` be negative."""
+        """Add to the shift. `by` may be negative only where there is no mass."""
         factor = torch.where(self.mass > 0, (-by).exp(), 0.0)
         self.shift, self.mass, self.weighted = self.shift + by, self.mass * factor, self.weighted * factor[:, None]
 
