@@ -1,12 +1,12 @@
 # make demo | ablation | test | torture | check | same | lock | wheelhouse | clean
-# Each target makes .venv from the pinned list first; a second call installs nothing.
+# Each target first makes .venv from the pinned list; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
-# The locked versions need this; PYTHON=/path/to/python chooses another interpreter.
+# The oldest Python for the pinned versions; PYTHON=/path/to/python chooses another interpreter.
 NEEDED := 3.11
 
-# Tests fork ranks, which a process that uses a GPU cannot do: tests marked gpu run in a process of their own.
+# Tests fork ranks, and a process that uses a GPU cannot fork: tests marked gpu run in their own process.
 CPU_ONLY := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
@@ -54,13 +54,13 @@ same: $(INSTALLED)
 	[ -n "$(RECIPE)" ] || infoxlm prep build data_prep/embedded/corpus.yaml runs/demo/corpus
 	$(CPU_ONLY) $(BIN)/python benchmarks/same.py $(REV) $(if $(RECIPE),--recipe $(RECIPE)) $(SET)
 
-# What is installed becomes the pinned list, without torch's local build tag and what it brings along for a GPU.
+# Writes the installed versions to the pinned list, without torch's local build tag and without its GPU packages.
 lock:
 	$(BIN)/python -m pip freeze --all --exclude-editable > .venv/freeze.txt
 	sed -E '/^(nvidia-|cuda-|triton|pip=)/d; s/\+(cpu|cu[0-9]+)$$//' .venv/freeze.txt > requirements.lock
 	@touch $(INSTALLED)
 
-# The pinned wheels but torch, for hosts without a network: make wheelhouse PYTHON=3.12 (docs/hosts.md).
+# Downloads the pinned wheels, except torch, for hosts without a network: make wheelhouse PYTHON=3.12 (docs/hosts.md).
 WHEELHOUSE ?= wheelhouse
 VERSION = $(or $(filter 3.%,$(PYTHON)),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64

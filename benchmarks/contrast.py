@@ -1,10 +1,10 @@
-"""The contrast against torch's cross-entropy over whole logits, as MoCo and InfoXLM compute it: CPU seconds, extra
-memory, precision of the gradient. One table. `python benchmarks/contrast.py`
+"""Compares the contrast with torch's cross-entropy over whole logits, as MoCo and InfoXLM compute it. Prints one table:
+CPU seconds, extra memory, precision of the gradient. `python benchmarks/contrast.py`
 
-Each case is a process of its own with one thread. Time: both ways alternate in it, the ratio is the median of the
-ratios of CPU seconds of forward and backward. Memory: the process' peak resident set over what it was before the call.
-Both sides have the same queue, no gradient for the keys, and temperature 0.05; vectors are normalised; ours also masks
-by three text ids an item. Error: of the gradient's norm, against autograd in float64.
+Each case runs in its own process, with one thread. Time: the two implementations alternate, and the ratio is the median
+of the ratios of their CPU seconds of forward and backward. Memory: the process' peak resident set minus the one before
+the call. Both have the same queue, no gradient for the keys, and temperature 0.05; vectors are normalised. Ours also
+masks by three text ids of each item. Error: norm of the gradient's error, relative to autograd in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ ROUNDS = 7
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=int, default=256, help="cross-entropy's largest logits, in 2^20 numbers")
+    parser.add_argument(
+        "--largest", type=int, default=256, help="largest size of cross-entropy's logits, in 2^20 numbers"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -82,7 +84,7 @@ class Inputs(NamedTuple):
         return Inputs(self.query.to(dtype), self.key.to(dtype), self.ids, queue)
 
 
-Way = Callable[..., Tensor]  # of inputs and query, to the loss
+Way = Callable[..., Tensor]  # an implementation: takes inputs and query, returns the loss
 
 
 def _inputs(n: int, k: int, width: int, noise: float) -> Inputs:
@@ -94,7 +96,7 @@ def _inputs(n: int, k: int, width: int, noise: float) -> Inputs:
 
 
 def _unit(x: Tensor) -> Tensor:
-    for part in x.split(4096):  # in place, so that making the input leaves no higher peak behind
+    for part in x.split(4096):  # in place, so that making the input does not raise the peak
         part /= part.norm(dim=1, keepdim=True)
     return x
 
@@ -128,20 +130,20 @@ def _time(n: int, k: int, width: int, noise: float) -> tuple[float, float, float
 def _memory(who: str, n: int, k: int, width: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     way = _ours if who == "ours" else _peer
-    _seconds(way, _inputs(8, 16, width, 0.05))  # what torch loads and keeps at the first call is not the loss'
+    _seconds(way, _inputs(8, 16, width, 0.05))  # at the first call torch allocates memory of its own
     inputs = _inputs(n, k, width, 0.05)
     before = _resident("VmRSS")
     seconds = _seconds(way, inputs)
     return (_resident("VmHWM") - before) / 1024, seconds
 
 
-def _resident(which: str) -> int:
-    """The process' resident set as it is (VmRSS), or its peak (VmHWM), in KiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0])
+def _resident(field: str) -> int:
+    """The process' resident set in KiB: now (VmRSS) or its peak (VmHWM)."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
 def _precision(temperature: float) -> tuple[float, list[float]]:
-    """Against autograd in float64 through the loss as it is defined."""
+    """Loss, and errors of the gradients relative to autograd in float64 through the loss's definition."""
     inputs = _inputs(64, 16384, 128, 0.05)
     wide = inputs.to(torch.float64)
 

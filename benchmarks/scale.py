@@ -1,10 +1,10 @@
-"""What grows with the number of ranks, by simulation, by measurement and by the plan's arithmetic.
-`python benchmarks/scale.py` prints the tables of docs/scale.md.
+"""Shows what grows with the number of ranks, by simulation, by measurement and by the plan's arithmetic. Prints the
+tables of docs/scale.md.
 
-Order of data: the readers of all ranks take what 100 steps with base.yaml's batches take, a lane a rank, from a corpus
-of a thousand million rows of which nothing but lengths exists. Start: CPU seconds of what each rank does before it
-meets the others. Cost: bytes on the wire, gathers, queue and checkpoints of the shipped recipes, a lane a rank from 64
-ranks on; seconds follow from the bandwidths in the options, which are assumptions.
+Order of data: the readers of all ranks read 100 steps with base.yaml's batches, one lane (micro-batch) for each rank.
+The corpus has a thousand million rows, of which only the lengths exist. Start: CPU seconds that each rank needs before
+it meets the others. Cost: bytes sent, gathers, queue and checkpoints of the shipped recipes, with one lane for each
+rank from 64 ranks on. Seconds are computed from the bandwidths in the options, which are assumptions.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ ROOT = Path(__file__).parent.parent
 WORLDS = (8, 64, 1024)
 SEED, ALPHA = 1, 0.7
 BASE = {"mmlm": {"tokens": 16384, "overhead": 2}, "tlm": {"tokens": 4096, "overhead": 4}, "xlco": {"items": 32}}
-SHARES = {"mono.en": 0.5, "mono.sw": 0.1, "para.en-sw": 0.1, "nway.ted": 0.3}
+FRACTIONS = {"mono.en": 0.5, "mono.sw": 0.1, "para.en-sw": 0.1, "nway.ted": 0.3}
 SIDES = {"mono.en": ("en",), "mono.sw": ("sw",), "para.en-sw": ("en", "sw"), "nway.ted": ("de", "en", "sw")}
 
 
 class PaperCorpus:
-    """As many rows as one likes, in four sources; a pack's lengths are drawn when it is read."""
+    """A corpus of any number of rows in four sources. The lengths of a pack are drawn when it is read."""
 
     def __init__(self, rows: int) -> None:
         self.path, self.languages = Path("paper"), ["de", "en", "sw"]
-        self.sources = [_source(name, int(share * rows)) for name, share in SHARES.items()]
+        self.sources = [_source(name, int(fraction * rows)) for name, fraction in FRACTIONS.items()]
 
     def pack(self, source: int, number: int) -> Pack:
-        one = self.sources[source]
+        of_source = self.sources[source]
         generator = keyed_generator("lengths", source, number)
-        rows = min(ROWS, one.items - number * ROWS)
-        lengths = generator.integers(5, 60, (len(one.languages), rows)).astype(np.uint16)
+        rows = min(ROWS, of_source.items - number * ROWS)
+        lengths = generator.integers(5, 60, (len(of_source.languages), rows)).astype(np.uint16)
         return Pack(np.zeros(int(lengths.sum()), np.uint32), lengths, lengths.astype(np.uint64))
 
     def first_row(self, source: int, number: int) -> int:
@@ -75,15 +75,15 @@ def _source(name: str, rows: int, shards: tuple[Shard, ...] = ()) -> Source:
 
 @dataclass(frozen=True)
 class Course:
-    """What ranks took, together. `twice`: items that were taken more than once; `astray`: that are in none of the
-    windows of the lane that took them; `missing`: that those windows hold before the lane's position, and nobody took.
-    `held`: bytes of the last rank's readers after a tenth of the steps and at the end."""
+    """What all ranks read together. `twice`: items that were read more than once; `astray`: items that are in no window
+    of the lane that read them; `missing`: items of these windows, before the lane's position, that nobody read;
+    `seconds`: of CPU; `held`: bytes of the last rank's readers, after a tenth of the steps and at the end."""
 
     items: int
     twice: int
     astray: int
     missing: int
-    seconds: float  # CPU
+    seconds: float
     held: tuple[int, int]
 
 
@@ -96,19 +96,19 @@ def simulate(
     window_packs: int = 4,
     trace: bool = False,
 ) -> Course:
-    """Every item that these ranks of a world take in so many steps, a lane a rank. `trace`: follow memory, which takes
-    time."""
+    """Read every item of these ranks of a world in so many steps, one lane for each rank. `trace`: measure memory too,
+    which is slow."""
     corpus: Any = PaperCorpus(rows)
     taken: dict[str, list[np.ndarray]] = {stream: [] for stream in sizes}
     lanes = {stream: Lanes(corpus, stream, world, window_packs) for stream in sizes}
-    how: dict[str, Any] = {"seed": SEED, "alpha": ALPHA, "lanes": world, "window_packs": window_packs}
+    options: dict[str, Any] = {"seed": SEED, "alpha": ALPHA, "lanes": world, "window_packs": window_packs}
     astray = missing = 0
     seconds, early, late = 0.0, 0, 0
     for rank in ranks:
         if trace:
             tracemalloc.start()
         started = time.process_time()
-        readers = {stream: StreamReader(corpus, stream, own_lanes=[rank], **how) for stream in sizes}
+        readers = {stream: StreamReader(corpus, stream, own_lanes=[rank], **options) for stream in sizes}
         of_rank: dict[str, list[np.ndarray]] = {stream: [] for stream in sizes}
         for step in range(steps):
             for stream, size in sizes.items():
@@ -135,7 +135,7 @@ def _bytes(taken: dict[str, list[np.ndarray]]) -> int:
 
 
 class Lanes:
-    """What the plan gives to each lane of a stream."""
+    """The items that the plan gives to each lane of a stream."""
 
     def __init__(self, corpus: PaperCorpus, stream: str, lanes: int, window_packs: int) -> None:
         self._numbers = [i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream]]
@@ -143,8 +143,8 @@ class Lanes:
         self._plan, self._lanes, self._packs = Plan(self._sizes, ALPHA, SEED, stream), lanes, window_packs
 
     def compare(self, codes: np.ndarray, lane: int, window: int, offset: int) -> tuple[int, int]:
-        """A lane's items against all windows before the one it stands in, and `offset` of that: how many are in none of
-        them, and how many are not there."""
+        """Compare a lane's items with its windows before `window` and the first `offset` items of that. Returns how
+        many items are in none of them, and how many of theirs are missing."""
         draws = [draw for k in range(window + 1) for draw in self._plan.window(lane, k, self._lanes, self._packs)]
         begin = [(self._numbers[d.source] * 2**12 + d.epoch) * 2**44 // ROWS + d.pack for d in draws]
         rows = [min(ROWS, self._sizes[d.source].items - d.pack * ROWS) for d in draws]
@@ -153,7 +153,7 @@ class Lanes:
 
 
 def cpu_seconds(code: str) -> float:
-    """Of a Python process that runs this: the median of three."""
+    """CPU seconds of a Python process that runs this code: the median of three."""
     measure = "import resource; u = resource.getrusage(resource.RUSAGE_SELF); print('\\n', u.ru_utime + u.ru_stime)"
     command = [sys.executable, "-c", f"{code}\n{measure}"]
     runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
@@ -161,8 +161,8 @@ def cpu_seconds(code: str) -> float:
 
 
 def write_large_manifest(folder: Path, shards: int) -> None:
-    """Of a corpus of so many shards of 256 MB."""
-    names = list(SHARES)
+    """Write the manifest of a corpus with so many shards of 256 MB."""
+    names = list(FRACTIONS)
     files: dict[str, list[Shard]] = {name: [] for name in names}
     for i in range(shards):
         name = names[i % len(names)]
@@ -181,7 +181,7 @@ def setting_of(recipe: str, world: int) -> Setting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wire", type=float, default=25, help="GB/s that a rank sends")
+    parser.add_argument("--wire", type=float, default=25, help="GB/s that one rank can send")
     parser.add_argument("--disk", type=float, default=10, help="GB/s of the shared file system, all ranks together")
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""From raw text to a corpus folder: read, clean, tokenise (map), then drop duplicates, shuffle and write packs
-(reduce).
+"""Turns raw text into a corpus folder: reads, cleans and tokenises (map), then drops duplicates, shuffles and writes
+packs (reduce).
 
-Legend: n rows, s sides of a row, T ids. The same description and inputs give the same bytes.
+Legend: n rows, s sides of a row, T ids. The same description and inputs always give the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHUNK = 20_000  # texts tokenised in one call
 
 
 class Texts(NamedTuple):
-    """All texts of a source: `rows` of s sides each, "" where a row lacks a side."""
+    """All texts of a source: `rows` with s sides each; a missing side is ""."""
 
     name: str
     kind: str
@@ -50,14 +50,14 @@ class Pieces(NamedTuple):
 
 @dataclass
 class Table:
-    """Tokenised rows: `ids` uint32 [T] row by row, `lengths` [n, s], `text_ids` [n, s]."""
+    """Tokenised rows: `ids` uint32 [T], row after row; `lengths` [n, s]; `text_ids` [n, s]."""
 
     ids: np.ndarray
     lengths: np.ndarray
     text_ids: np.ndarray
 
     def packs(self, order: np.ndarray) -> Iterator[Pack]:
-        """The rows in `order`, 512 a pack."""
+        """The rows in the given order, as packs of 512 rows."""
         ends = np.cumsum(self.lengths.sum(1))
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
@@ -67,10 +67,10 @@ class Table:
 
 
 def build(description_path: Path, out: Path) -> None:
-    """Prepare the corpus of a description as the new folder `out`; nothing to do where it is there already.
+    """Prepare the corpus of a description in the new folder `out`. If it exists already, do nothing.
 
-    UserError: a wrong description, unreadable input, or an `out` that holds something else. `out` appears when all is
-    written.
+    The folder gets its name after all files are written. UserError if the description is wrong, an input cannot be
+    read, or `out` holds something else.
     """
     description = load_description(description_path)
     base, console = description_path.parent, Console(stderr=True, soft_wrap=True)
@@ -99,7 +99,9 @@ def build(description_path: Path, out: Path) -> None:
 def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out: Path, console: Console) -> None:
     counts: Counter[str] = Counter()
     console.print("reading", highlight=False)
-    parallel = [_read_parallel(one, description, base, counts) for one in description.sources if one.kind != "mono"]
+    parallel = [
+        _read_parallel(source, description, base, counts) for source in description.sources if source.kind != "mono"
+    ]
     documents = _read_documents(description, base, parallel)
     console.print("making the tokenizer", highlight=False)
     every_side = itertools.chain(
@@ -155,24 +157,26 @@ def _read_parallel(
             if language is None or not cleaned:
                 continue
             if language in kept[-1]:
-                counts["sides_of_a_language_the_row_has"] += 1  # two codes renamed to one
+                counts["sides_of_a_language_the_row_has"] += 1  # two codes were renamed to one
             kept[-1].setdefault(language, cleaned)
     languages = tuple(sorted({language for row in kept for language in row}))
     for language in languages:
         _check_code(source, language)
     if source.kind == "para" and len(languages) > 2:
-        raise UserError(f"source {source.name}: kind para has two languages, the data {len(languages)}: use kind nway")
+        raise UserError(
+            f"source {source.name}: kind para has two languages, but the data has {len(languages)}: use kind nway"
+        )
     return Texts(source.name, source.kind, languages, [tuple(row.get(x, "") for x in languages) for row in kept])
 
 
 def _check_code(source: SourceDescription, language: str) -> None:
     if not re.fullmatch(NAME, language):
-        raise UserError(f"source {source.name}: {language!r} cannot be a language code: give it another in rename")
+        raise UserError(f"source {source.name}: {language!r} cannot be a language code: give it another one in rename")
 
 
 def _read_documents(description: CorpusDescription, base: Path, parallel: list[Texts]) -> dict[str, list[list[str]]]:
-    """Monolingual documents by language: of text files, and each side of the rows that give theirs, different ones
-    only."""
+    """Monolingual documents by language, from text files and from parallel sources with `mono`. Of a parallel source,
+    each different side is a document."""
     documents: dict[str, list[list[str]]] = {}
     by_name = {texts.name: texts for texts in parallel}
     for source in description.sources:
@@ -192,7 +196,7 @@ def _read_documents(description: CorpusDescription, base: Path, parallel: list[T
 
 
 def _parallel_table(texts: Texts, tokenizer: Pieces, longest: int, counts: Counter[str]) -> Table:
-    """Rows with at least two sides of at most `longest` pieces, each once."""
+    """The rows that have at least two sides of at most `longest` pieces, without duplicates."""
     sides = len(texts.languages)
     flat = _tokenise([side for row in texts.rows for side in row], tokenizer, counts)
     shape = len(texts.rows), sides
@@ -211,8 +215,8 @@ def _parallel_table(texts: Texts, tokenizer: Pieces, longest: int, counts: Count
 
 
 def _mono_table(documents: list[list[str]], tokenizer: Pieces, longest: int, counts: Counter[str]) -> Table:
-    """Blocks of whole consecutive sentences of one document, at most `longest` pieces; a longer sentence is split.
-    Each block once."""
+    """Blocks of at most `longest` pieces, without duplicates. A block holds whole consecutive sentences of one
+    document; a longer sentence is split."""
     tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer, counts))
     blocks: list[np.ndarray] = []
     for document in documents:
@@ -235,7 +239,7 @@ def _mono_table(documents: list[list[str]], tokenizer: Pieces, longest: int, cou
 
 
 def _write_source(out: Path, texts: Texts, table: Table, description: CorpusDescription) -> Source:
-    # Sorted by a keyed hash of what the row says: a shuffle that does not depend on the order of the input.
+    # Sorting by a keyed hash of the row's texts shuffles the rows independently of the input's order.
     key = hashlib.blake2b(f"{description.seed}/{texts.name}".encode(), digest_size=16).digest()
     hashes = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in table.text_ids]
     order = np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
@@ -255,17 +259,17 @@ def _write_source(out: Path, texts: Texts, table: Table, description: CorpusDesc
 
 
 def _tokenise(texts: list[str], tokenizer: Pieces, counts: Counter[str]) -> list[np.ndarray]:
-    """Each text's ids. A special token that a text spells out, like <mask> becomes <unk>: it is text, no command."""
+    """The ids of each text. If a text spells a special token, such as <mask>, it becomes <unk>: it is only text."""
     added = tokenizer.fast.get_added_tokens_decoder()
     special = [number for number, token in added.items() if token.special and number != tokenizer.unk]
     out: list[np.ndarray] = []
     for start in range(0, len(texts), CHUNK):
         encoded = tokenizer.fast.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
-        ids = np.array([number for one in encoded for number in one.ids], np.uint32)
+        ids = np.array([number for encoding in encoded for number in encoding.ids], np.uint32)
         spelled = np.isin(ids, special)
         ids[spelled] = tokenizer.unk
         counts["special_tokens_in_text"] += int(spelled.sum())
-        out += np.split(ids, np.cumsum([len(one) for one in encoded])[:-1])
+        out += np.split(ids, np.cumsum([len(encoding) for encoding in encoded])[:-1])
     return out
 
 
@@ -274,10 +278,10 @@ def _flat(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:
-    """Name to sha256 of every input file. UserError for one that is missing."""
+    """The sha256 of every input file, by path. UserError if one is missing."""
     folder = description.tokenizer.path
     paths = [path for s in description.sources for path in (s.path, *s.paths.values()) if path is not None]
-    if folder is not None:  # of a name on the hub, the copy's hashes are in the manifest
+    if folder is not None:  # for a name on the hub, the manifest has the hashes of the copy
         paths += [Path(folder) / path.name for path in sorted((base / folder).glob("*token*"))]
     try:
         return {str(path): sha256_of(base / path) for path in paths}

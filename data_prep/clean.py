@@ -1,4 +1,4 @@
-"""What is done to every text before it is tokenised, and no more: composition, single spaces, no control characters."""
+"""Cleans a text before it is tokenised: Unicode composition, single spaces, no control characters; nothing else."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import unicodedata
 
 
 def clean(text: str) -> str:
-    """Control characters dropped but for white space, and lone surrogates, which JSON can spell and UTF-8 cannot; NFC;
-    runs of white space folded to a space."""
-    # First what is dropped: its neighbours may then compose, or be one run of white space.
+    """Drop control characters, except white space, and lone surrogates, which JSON allows and UTF-8 does not. Apply
+    NFC. Replace each run of white space by one space."""
+    # Drop characters first: their neighbours may then compose, or form one run of white space.
     kept = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
     return " ".join(unicodedata.normalize("NFC", kept).split())

@@ -16,7 +16,7 @@ def build_command(
     description: Annotated[Path, typer.Argument(help="A corpus description in YAML.")],
     out: Annotated[Path, typer.Argument(help="The corpus folder to write.")],
 ) -> None:
-    """Tokenise text into packs. Does nothing where the corpus is there already."""
+    """Tokenise text into packs of 512 rows. Does nothing if the corpus exists already."""
     from data_prep.build import build
 
     build(description, out)
@@ -24,7 +24,7 @@ def build_command(
 
 @app.command("verify")
 def verify_command(corpus: CorpusFolder) -> None:
-    """Check every byte of a corpus; exit code 1 where one is wrong."""
+    """Check every byte of a corpus. Exit code 1 if one is wrong."""
     from data_prep.verify import verify
 
     problems = verify(corpus)
@@ -37,7 +37,7 @@ def verify_command(corpus: CorpusFolder) -> None:
 
 @app.command("stat")
 def stat_command(corpus: CorpusFolder) -> None:
-    """Sources, languages, items and tokens of a corpus."""
+    """Show sources, languages, items and tokens of a corpus."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,31 +1,27 @@
-"""The description of a corpus, CORPUS.yaml: which texts, which languages, which tokenizer."""
+"""The description of a corpus, CORPUS.yaml: its texts, languages and tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from infoxlm_ds.config import check, read_yaml
+from infoxlm_ds.config import Section, check, read_yaml
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a corpus, a source, a language: they become names of folders
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # corpus, sources and languages: they become names of folders
 Name = Annotated[str, Field(pattern=NAME)]
 KEYS = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TokenizerDescription(_Section):
-    """Either `path`, a Hugging Face folder or a name on its hub, whose tokenizer is reused, or a unigram model of
-    `vocab_size` pieces in all, trained here."""
+class TokenizerDescription(Section):
+    """Set `path` to reuse a tokenizer (a Hugging Face folder or a name on its hub), or `vocab_size` to train a unigram
+    model with so many pieces in all."""
 
     path: str | None = None
     vocab_size: int | None = Field(default=None, gt=5)
     character_coverage: float = Field(default=0.9995, gt=0, le=1)
-    sentences: int = Field(default=1_000_000, gt=0)  # at most so many are trained on, drawn by key
+    sentences: int = Field(default=1_000_000, gt=0)  # the model is trained on at most so many, drawn by key
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -34,29 +30,30 @@ class TokenizerDescription(_Section):
         return self
 
 
-class SourceDescription(_Section):
-    """One source. What `path` and `languages` mean depends on `format`, see data_prep/sources."""
+class SourceDescription(Section):
+    """One source of texts. `format` decides which of `path`, `paths` and `languages` it needs, see
+    data_prep/sources."""
 
     name: Name
-    kind: Literal["mono", "para", "nway"]
+    kind: Literal["mono", "para", "nway"]  # nway: a row holds the same sentence in more than two languages
     format: Literal["jsonl", "text", "moses", "tsv"]
     path: Path | None = None
-    paths: dict[str, Path] = {}
+    paths: dict[str, Path] = Field(default_factory=dict)
     languages: tuple[str, ...] = ()
-    mono: bool = False  # also emit each side of each row as monolingual text, mono.<language>
+    mono: bool = False  # each side of each row also becomes monolingual text, mono.<language>
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if not self.name.startswith(f"{self.kind}."):
-            raise ValueError(f"source {self.name}: the name of a {self.kind} source starts with {self.kind}.")
+            raise ValueError(f"source {self.name}: the name of a {self.kind} source must start with {self.kind}.")
         for key in ("path", "paths", "languages"):
             if bool(getattr(self, key)) != (key in KEYS[self.format]):
-                verb = "has no use for" if getattr(self, key) else "needs"
+                verb = "does not use" if getattr(self, key) else "needs"
                 raise ValueError(f"source {self.name}: format {self.format} {verb} {key}")
         if (self.kind == "mono") != (self.format == "text"):
             raise ValueError(f"source {self.name}: format text is for kind mono, the others are for para and nway")
         if self.mono and self.kind == "mono":
-            raise ValueError(f"source {self.name}: kind mono has no use for mono")
+            raise ValueError(f"source {self.name}: kind mono does not use mono")
         if self.format == "text" and len(self.languages) != 1:
             raise ValueError(f"source {self.name}: monolingual text has one language")
         if self.kind == "para" and self.format != "jsonl" and len(self.paths or self.languages) != 2:
@@ -64,12 +61,12 @@ class SourceDescription(_Section):
         return self
 
 
-class CorpusDescription(_Section):
+class CorpusDescription(Section):
     name: Name
-    max_tokens: int = Field(default=128, gt=1, lt=65536)  # of one side, in pieces
+    max_tokens: int = Field(default=128, gt=1, lt=65536)  # longest side, in pieces
     seed: int = 1
     languages: tuple[str, ...] = ()  # keep only these; empty: all
-    rename: dict[str, str] = {}  # language codes of the data to codes of the corpus
+    rename: dict[str, str] = Field(default_factory=dict)  # language codes of the data to codes of the corpus
     tokenizer: TokenizerDescription
     sources: tuple[SourceDescription, ...] = Field(min_length=1)
 
@@ -81,11 +78,11 @@ class CorpusDescription(_Section):
         return self
 
     def language(self, code: str) -> str | None:
-        """The corpus' code of a language of the data; None where it is left out."""
+        """The corpus' code for a language code of the data; None if the language is left out."""
         code = self.rename.get(code, code)
         return code if not self.languages or code in self.languages else None
 
 
 def load_description(path: Path) -> CorpusDescription:
-    """The checked description; UserError says all that is wrong in one line. Paths in it are relative to its folder."""
+    """Read and check a description. Its paths are relative to its folder. UserError lists all errors in one line."""
     return check(CorpusDescription, read_yaml(path, "corpus description"), str(path))

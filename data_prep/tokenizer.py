@@ -1,5 +1,5 @@
-"""The corpus' tokenizer: trained with XLM-R's ids (`<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, pieces, `<mask>` last), or
-an existing one of XLM-R's or BERT's way to put special tokens around texts."""
+"""The corpus' tokenizer. It is trained here, with XLM-R's ids (`<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, pieces,
+`<mask>` last), or it exists and puts special tokens around texts as XLM-R's or BERT's does."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File
 
-THREADS = 2  # fixed: another number gives another model
+THREADS = 2  # fixed, because another number gives another model
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def make_tokenizer(description: TokenizerDescription, base: Path, texts: Iterable[str], seed: int, out: Path) -> None:
-    """Write the tokenizer to `out`, as a folder that AutoTokenizer loads: trained on `texts`, or an existing one
-    copied."""
+    """Train a tokenizer on `texts`, or copy an existing one, and write it to `out`, which AutoTokenizer loads."""
     if description.path is None:
         assert description.vocab_size is not None
         sample = _sample(texts, description.sentences, seed)
@@ -36,44 +35,44 @@ def make_tokenizer(description: TokenizerDescription, base: Path, texts: Iterabl
 
 
 def _specials(folder: Path | str) -> dict[str, Any]:
-    """`special_ids` and `separators` of a tokenizer, as the manifest has them. UserError where one is missing, or where
-    it puts them otherwise around texts than the batch builder does."""
+    """`special_ids` and `separators` of a tokenizer, for the manifest. UserError if a special token is missing, or if
+    the tokenizer places special tokens differently from the batch builder."""
     tokenizer = _load(folder)
     names = {"bos": ("cls", "bos"), "pad": ("pad",), "eos": ("sep", "eos"), "unk": ("unk",), "mask": ("mask",)}
-    found = {
+    special_ids = {
         name: next((i for t in tried if (i := getattr(tokenizer, f"{t}_token_id", None)) is not None), None)
         for name, tried in names.items()
     }
-    if missing := [name for name, number in found.items() if number is None]:
-        raise UserError(f"{folder}: the tokenizer has no {', '.join(missing)} token: give one for a masked LM")
-    bos, eos, text = found["bos"], found["eos"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
-    separators = len(two) - 2 * len(text) - 2
-    if one != [bos, *text, eos] or two != [bos, *text, *[eos] * separators, *text, eos] or separators not in (1, 2):
+    if missing := [name for name, number in special_ids.items() if number is None]:
+        raise UserError(f"{folder}: the tokenizer has no {', '.join(missing)} token: use a tokenizer for a masked LM")
+    bos, eos, text = special_ids["bos"], special_ids["eos"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    single, pair = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
+    separators = len(pair) - 2 * len(text) - 2
+    if single != [bos, *text, eos] or pair != [bos, *text, *[eos] * separators, *text, eos] or separators not in (1, 2):
         raise UserError(
-            f"{folder}: the tokenizer makes {one} of one text and {two} of two: only <s> a </s></s> b </s> and "
-            "[CLS] a [SEP] b [SEP] are known"
+            f"{folder}: the tokenizer makes {single} of one text and {pair} of two: only the forms "
+            "<s> a </s></s> b </s> and [CLS] a [SEP] b [SEP] are supported"
         )
-    return {"special_ids": found, "separators": separators}
+    return {"special_ids": special_ids, "separators": separators}
 
 
 def load_fast(folder: Path) -> Tokenizer:
-    """The tokenizer alone, which gives the ids that AutoTokenizer gives: all of a text and nothing else."""
+    """The fast tokenizer of a folder, without truncation and padding. It gives the same ids as AutoTokenizer."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()  # published tokenizers store the settings of their last use
+    tokenizer.no_truncation()  # a published tokenizer stores the settings of its last use
     tokenizer.no_padding()
     return tokenizer
 
 
 def describe_tokenizer(folder: Path, files: tuple[File, ...]) -> manifests.Tokenizer:
-    """What the manifest says of a tokenizer folder."""
+    """The manifest's entry for a tokenizer folder."""
     fast = load_fast(folder)
     name = type(fast.model).__name__.lower()  # unigram, wordpiece, bpe
     return manifests.Tokenizer(name=name, vocab_size=fast.get_vocab_size(), files=files, **_specials(folder))
 
 
 def _sample(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Different texts in sorted order, at most `count`: those with the smallest keyed hashes."""
+    """At most `count` different texts, sorted: those with the smallest keyed hashes."""
     different = sorted(set(texts))
     if len(different) <= count:
         return different
@@ -91,7 +90,7 @@ def _train(texts: list[str], vocab_size: int, coverage: float, out: Path) -> Non
             sentence_iterator=iter(texts),
             model_writer=trained,
             model_type="unigram",
-            vocab_size=vocab_size - 2,  # its three special tokens become XLM-R's five
+            vocab_size=vocab_size - 2,  # sentencepiece's three special tokens become XLM-R's five
             character_coverage=coverage,
             num_threads=THREADS,
             shuffle_input_sentence=False,
@@ -117,10 +116,8 @@ def _copy(name: str, base: Path, out: Path) -> None:
     if not (base / name).is_dir() and HUB_NAME.fullmatch(name):
         folder = name
     elif not (base / name / "tokenizer_config.json").is_file() and not (base / name / "tokenizer.json").is_file():
-        raise UserError(
-            f"tokenizer.path: {folder} holds no tokenizer: give a Hugging Face folder, or a name on its hub"
-        )
-    _specials(folder)  # refuses another layout before any text is tokenised
+        raise UserError(f"tokenizer.path: {folder} holds no tokenizer: set a Hugging Face folder, or a name on its hub")
+    _specials(folder)  # fails early if the tokenizer is not supported
     _load(folder).save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
         raise UserError(f"tokenizer.path: {folder} has no fast tokenizer")
@@ -131,6 +128,6 @@ def _load(folder: Path | str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=isinstance(folder, Path))
-    except Exception as error:  # each kind of tokenizer file has its own
+    except Exception as error:  # each kind of tokenizer file raises its own error
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise UserError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None

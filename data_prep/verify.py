@@ -1,5 +1,4 @@
-"""Is every byte of a corpus what was written? Hashes of all files, then what the packs hold against what the manifest
-says."""
+"""Verifies a corpus: first the hashes of all files, then the content of the packs against the manifest."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from infoxlm_ds.data.packs import read_pack
 
 
 def verify(corpus: Path) -> list[str]:
-    """What is wrong with a corpus folder, one line each; empty if nothing is. UserError where it is no corpus at
-    all."""
+    """The problems of a corpus folder, one line for each; empty if there are none. UserError if it is not a corpus."""
     if not (corpus / NAME).is_file():
         load_manifest(corpus)
     try:
@@ -27,12 +25,12 @@ def verify(corpus: Path) -> list[str]:
 
 def _files(corpus: Path, manifest: Manifest) -> list[str]:
     expected = {file.name: file for file in manifest.files()}
-    found = {str(path.relative_to(corpus)): path for path in sorted(corpus.rglob("*")) if path.is_file()}
-    problems = [f"{corpus / name}: missing" for name in expected.keys() - found.keys()]
-    problems += [f"{corpus / name}: not part of the corpus" for name in found.keys() - expected.keys() - {NAME}]
-    for name in sorted(expected.keys() & found.keys()):
-        if sha256_of(found[name]) != expected[name].sha256:
-            problems.append(f"{found[name]}: differs from what was written")
+    present = {str(path.relative_to(corpus)): path for path in sorted(corpus.rglob("*")) if path.is_file()}
+    problems = [f"{corpus / name}: missing" for name in expected.keys() - present.keys()]
+    problems += [f"{corpus / name}: not part of the corpus" for name in present.keys() - expected.keys() - {NAME}]
+    for name in sorted(expected.keys() & present.keys()):
+        if sha256_of(present[name]) != expected[name].sha256:
+            problems.append(f"{present[name]}: differs from what was written")
     return sorted(problems)
 
 

@@ -1,4 +1,4 @@
-"""`infoxlm <verb>`: the command line. Verbs import what they need when they run, so that --help is instant."""
+"""`infoxlm <verb>`: the command line. A verb imports its modules when it runs, so that --help is fast."""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from data_prep.cli import app as prep
-from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.config import Pooling, UserError
 
 app = typer.Typer(
     help="Pre-training of cross-lingual encoders after InfoXLM.",
@@ -19,7 +18,7 @@ app = typer.Typer(
 evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
 app.add_typer(prep, name="prep", help="Turn text into a corpus of packed token ids.")
 app.add_typer(evaluation, name="eval")
-checkpoint = typer.Typer(help="Look after a run's checkpoints.", no_args_is_help=True)
+checkpoint = typer.Typer(help="List, verify, consolidate and remove a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 Hostfile = Annotated[Path | None, typer.Option(help="Lines of HOST slots=N, see hostfile.example.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
@@ -34,7 +33,7 @@ def train(
     *,
     hostfile: Hostfile = None,
 ) -> None:
-    """Train on this machine, on every GPU, or on CPU ranks where there is none; or on the hosts of a hostfile."""
+    """Train on every GPU of this machine (without a GPU, on CPU ranks), or on the hosts of a hostfile."""
     from infoxlm_ds.launch import launch
 
     raise typer.Exit(launch(recipe, overrides or [], hostfile))
@@ -50,7 +49,7 @@ def doctor(
     hostfile: Hostfile = None,
     json: Annotated[Path | None, typer.Option(help="Also write the findings here.")] = None,
 ) -> None:
-    """Look at hosts, environment, network, disks, corpus and memory before a run. Exit code 1 where something fails."""
+    """Check hosts, environment, network, disks, corpus and memory before a run. Exit code 1 if a check fails."""
     from rich.console import Console
 
     from infoxlm_ds.doctor.examine import examine
@@ -59,7 +58,7 @@ def doctor(
     findings = told(examine(hostfile, recipe, overrides or []), Console())
     if json:
         write_json(findings, json)
-    if any(found.level == "failure" for found in findings):
+    if any(finding.level == "failure" for finding in findings):
         raise typer.Exit(1)
 
 
@@ -70,18 +69,26 @@ def plan(
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
     ] = None,
     *,
-    gpus: Annotated[int, typer.Option(min=1, help="Ranks; they divide batch.lanes.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of ranks; it must divide batch.lanes.")],
     gpu_memory: Annotated[
-        float | None, typer.Option(min=0.001, help="GiB of one: does it fit, and on how few?")
+        float | None, typer.Option(min=0.001, help="GiB of one GPU: shows whether the run fits, and on how few GPUs.")
     ] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens of text to see: how many steps and days?")] = None,
-    vocabulary: Annotated[int | None, typer.Option(min=1, help="Default: the corpus', else the model's.")] = None,
-    tokens_per_second: Annotated[float | None, typer.Option(min=0.001, help="A GPU, as you measured it.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Assumed where --tokens-per-second is not given.")] = 0.3,
-    gpu_flops: Annotated[float, typer.Option(min=1, help="Peak a second; default: H100, bf16, dense.")] = 989e12,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Tokens of text to train on: shows steps and days.")
+    ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=1, help="Pieces. Default: the corpus' vocabulary, else XLM-R's.")
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Measured tokens per second of one GPU.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Assumed if --tokens-per-second is not given.")] = 0.3,
+    gpu_flops: Annotated[
+        float, typer.Option(min=1, help="Peak operations per second; default: H100, bf16, dense.")
+    ] = 989e12,
     json: Annotated[Path | None, typer.Option(help="Also write everything here.")] = None,
 ) -> None:
-    """Memory by ZeRO stage, operations, bytes on the wire and time of a recipe, before it runs."""
+    """Estimate a recipe's memory for each ZeRO stage, its operations, bytes sent and time, without running it."""
     from rich.console import Console
 
     from infoxlm_ds.sizing_table import Wishes, print_plan, read_setting, write_json
@@ -106,7 +113,7 @@ def export(
 
 @checkpoint.command("list")
 def list_(run: Run) -> None:
-    """What lies in the folder: steps, sizes, how many ranks wrote them, what does not count."""
+    """List steps, sizes and numbers of ranks, and folders that are not committed checkpoints."""
     from rich.console import Console
 
     from infoxlm_ds.checkpoint.tools import list_checkpoints
@@ -116,9 +123,9 @@ def list_(run: Run) -> None:
 
 @checkpoint.command()
 def verify(
-    run: Run, step: Annotated[int | None, typer.Option(min=1, help="Only this one. Default: all.")] = None
+    run: Run, step: Annotated[int | None, typer.Option(min=1, help="Only this step. Default: all.")] = None
 ) -> None:
-    """Read every byte and compare with what was written. Exit code 1 where something differs."""
+    """Read every byte and compare it with what was written. Exit code 1 if something differs."""
     from rich.console import Console
 
     from infoxlm_ds.checkpoint.tools import verify as verify_run
@@ -133,7 +140,7 @@ def consolidate(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     step: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
 ) -> None:
-    """Write whole fp32 weights, the key encoder's too, as safetensors, which run nothing when they are loaded."""
+    """Write the fp32 weights, also the key encoder's, as whole tensors in safetensors files."""
     from infoxlm_ds.publish.consolidate import consolidate as consolidate_run
 
     consolidate_run(run, out, step)
@@ -142,13 +149,15 @@ def consolidate(
 @checkpoint.command()
 def prune(
     run: Run,
-    keep: Annotated[int | None, typer.Option(min=1, help="The newest. Default: checkpoint.keep.")] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps that are a multiple. Default: checkpoint.keep_every.")
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many of the newest. Default: checkpoint.keep.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Also keep multiples of this step. Default: checkpoint.keep_every.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
 ) -> None:
-    """Remove older checkpoints, damaged ones that were set aside, and conversions of steps that are gone."""
+    """Remove older checkpoints, damaged ones that were renamed, and conversions of steps that are gone."""
     from rich.console import Console
 
     from infoxlm_ds.checkpoint.tools import prune as prune_run
@@ -159,17 +168,19 @@ def prune(
 @evaluation.command()
 def retrieval(
     model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    data: Annotated[list[Path], typer.Option(help="Parallel text, JSON lines, plain or .xz; may be repeated.")],
-    pivot: Annotated[str, typer.Option(help="The language that all others are paired with.")] = "en",
+    data: Annotated[list[Path], typer.Option(help="Parallel text in JSON lines, plain or .xz; may be repeated.")],
+    pivot: Annotated[str, typer.Option(help="The language that is paired with all others.")] = "en",
     layer: Annotated[
         str, typer.Option(help="Number (0: embeddings) or all. Default: the universal layer, else the last.")
     ] = "",
-    pooling: Annotated[Pooling | None, typer.Option(help="Default: what the model's config says, else mean.")] = None,
-    languages: Annotated[str, typer.Option(help="Only these, with commas; zh means every zh_*. Default: all.")] = "",
+    pooling: Annotated[Pooling | None, typer.Option(help="Default: from the model's config, else mean.")] = None,
+    languages: Annotated[
+        str, typer.Option(help="Only these, separated by commas; zh includes every zh_*. Default: all.")
+    ] = "",
     min_pairs: Annotated[int, typer.Option(min=1, help="Leave out languages with fewer pairs.")] = 50,
     json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
 ) -> None:
-    """Is each sentence's translation its nearest neighbour? Accuracy@1 beside a character-trigram baseline."""
+    """Measure how often a sentence's nearest neighbour is its translation (accuracy@1), beside a trigram baseline."""
     from rich.console import Console
 
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
@@ -186,9 +197,9 @@ def retrieval(
 
 @evaluation.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="What `eval retrieval --json` wrote, a file a model.")],
+    results: Annotated[list[Path], typer.Argument(help="Files of `eval retrieval --json`, one for each model.")],
 ) -> None:
-    """Several models in one table, on the same pairs."""
+    """Show several models in one table, on the same pairs."""
     from rich.console import Console
 
     from infoxlm_ds.evaluation.tables import print_comparison, read_json

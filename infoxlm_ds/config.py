@@ -1,6 +1,7 @@
-"""The typed tree a recipe is checked against: defaults < recipe file < `key.path=value` of the command line.
+"""The typed tree that a recipe is checked against.
 
-A key that is not here is an error that names it. The tree is frozen: what a run was started with is what it has.
+Values come from the defaults, the preset, the recipe file and `key.path=value` overrides; later ones win. An unknown
+key is an error. The tree is frozen: a run cannot change its recipe.
 """
 
 from __future__ import annotations
@@ -12,54 +13,54 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Pooling = Literal["cls", "mean"]
 T = TypeVar("T", bound=BaseModel)
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what, where and what to do. The commands exit with code 2."""
+    """A mistake of the user: one line that says what is wrong, where, and what to do. The commands exit with code 2."""
 
 
 class Section(BaseModel):
+    """Base of all models: unknown keys are errors, values are frozen."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Section):
-    """The encoder's shape (XLM-R's own names and meanings) and where its sentence representations come from."""
+    """The encoder's shape, and how it makes sentence representations."""
 
-    init: str | None = None  # a Hugging Face folder or a name on its hub; its shape then wins over the next six
+    init: str | None = None  # a Hugging Face folder or a name on its hub: its shape replaces the next six keys
     type: Literal["xlm-roberta", "xlm-roberta-xl", "bert", "modernbert"] = "xlm-roberta"
     layers: Positive = 12
     width: Positive = 768
     heads: Positive = 12
     feed_forward: Positive = 3072
     positions: Positive = 512
-    universal_layer: Positive = 8  # InfoXLM, section 4.1: the contrast reads the output of this many layers
-    pooling: Literal["cls", "mean"] = "cls"
+    universal_layer: Positive = 8  # the contrast reads the output of this layer (InfoXLM, section 4.1)
+    pooling: Pooling = "cls"
     projection: bool = True
     normalize: bool = False  # L2, before the dot product
 
 
-Factor = Annotated[float, Field(ge=0, le=1)]  # 1 is a key encoder that stands still
-
-
 class Constant(Section):
     schedule: Literal["constant"]
-    value: Factor
+    value: Fraction
 
 
 class ConstantWithRefresh(Section):
     schedule: Literal["constant_with_refresh"]
-    value: Factor
-    every: Positive  # updates; each time the key encoder becomes a copy
+    value: Fraction
+    every: Positive  # updates; at each such update the key encoder becomes a copy of the encoder
 
 
 class Linear(Section):
-    """From the first value to the second between two numbers of updates, constant outside."""
+    """Linear from the first value to the second between two numbers of updates; constant before and after."""
 
     schedule: Literal["linear"]
     updates: tuple[int, int]
-    values: tuple[Factor, Factor]
+    values: tuple[Fraction, Fraction]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -73,7 +74,7 @@ class Exponential(Section):
 
     schedule: Literal["exponential"]
     power: float = Field(gt=0)
-    within: tuple[Factor, Factor]
+    within: tuple[Fraction, Fraction]
 
 
 Momentum = Annotated[
@@ -83,25 +84,25 @@ Momentum = Annotated[
 
 
 class Queue(Section):
-    size: Positive = 131072  # keys; another size on resume keeps the newest and fills again
-    sharded: bool = False  # each rank holds its share of the keys, for one exchange of the queries a step
+    size: Positive = 131072  # keys; with another size, a run keeps the newest keys and fills the queue again
+    sharded: bool = False  # each rank holds a part of the keys; this costs one exchange of the queries in each step
 
 
 class Contrast(Section):
-    """XlCo, as docs/contrast.md explains it. `keys: momentum` is InfoXLM's key encoder; `keys: gradient` trains both
-    sides on the negatives of the whole step."""
+    """XlCo, see docs/contrast.md. `keys: momentum`: InfoXLM's key encoder. `keys: gradient`: trained keys; both sides
+    get a gradient from the negatives of the whole step."""
 
     keys: Literal["momentum", "gradient"] = "momentum"
     negatives: Literal["queue", "in_batch", "both"] = "queue"
     symmetric: bool = False
-    temperature: float = Field(gt=0)  # no default: the paper's text has none, its code has 0.25
-    learn_temperature_within: tuple[float, float] | None = None  # bounds; the temperature above is then the start
-    margin: float = Field(default=0.0, ge=0)  # taken off the positive's score (LaBSE)
-    same_text: Literal["mask", "positive", "ignore"] = "mask"  # what keys are that share a text with the pair
-    drop_within: float | None = None  # negatives that score above the positive less this are left out; null: none
-    pairs_per_row: Positive = 1  # of an n-way row, with same_text: positive
+    temperature: float = Field(gt=0)  # no default: the paper gives none, its code has 0.25
+    learn_temperature_within: tuple[float, float] | None = None  # bounds; training starts at `temperature`
+    margin: float = Field(default=0.0, ge=0)  # subtracted from the positive's score (LaBSE)
+    same_text: Literal["mask", "positive", "ignore"] = "mask"  # what to do with keys that share a text with the pair
+    drop_within: float | None = None  # leave out negatives with a score above the positive's minus this; null: keep all
+    pairs_per_row: Positive = 1  # of an n-way row (one sentence in more than two languages); see docs/contrast.md
     queue: Queue = Queue()
-    momentum: Momentum = Constant(schedule="constant", value=0.9999)  # a number, or one of the reference's schedules
+    momentum: Momentum = Constant(schedule="constant", value=0.9999)  # a number, or one of the schedules above
     mixup: Literal["off", "paper", "reference"] = "off"
 
     @model_validator(mode="after")
@@ -112,12 +113,16 @@ class Contrast(Section):
             lowest, highest = self.learn_temperature_within
             if not 0 < lowest <= self.temperature <= highest:
                 raise ValueError(
-                    "learn_temperature_within: give [lowest, highest] above 0 with the temperature between"
+                    "learn_temperature_within: give [lowest, highest] above 0 with the temperature between them"
                 )
         if self.same_text == "positive" and self.mixup != "off":
-            raise ValueError("same_text: positive needs mixup: off, for mixed pairs share a part of their texts only")
+            raise ValueError(
+                "same_text: positive needs mixup: off, because mixed pairs share only a part of their texts"
+            )
         if self.pairs_per_row > 1 and self.same_text != "positive":
-            raise ValueError("pairs_per_row above 1 needs same_text: positive, or its pairs mask each other")
+            raise ValueError(
+                "pairs_per_row above 1 needs same_text: positive, otherwise the pairs of a row mask each other"
+            )
         return self
 
     @property
@@ -130,10 +135,11 @@ class Contrast(Section):
 
 
 class Batch(Section):
-    """One optimizer step: `lanes` micro-batches, whatever the number of ranks (which divides the lanes)."""
+    """One optimizer step. A lane is one micro-batch of the step, always the same whatever rank runs it. The number of
+    ranks must divide the lanes."""
 
     lanes: Positive
-    mmlm_tokens: int = Field(ge=0)  # a lane, special tokens counted
+    mmlm_tokens: int = Field(ge=0)  # in each lane, with special tokens
     tlm_tokens: int = Field(ge=0)
     xlco_pairs: int = Field(ge=0)
 
@@ -153,21 +159,22 @@ class Batch(Section):
 
 
 class Masking(Section):
-    """Of the pieces, never the special tokens: `probability` are chosen; of those `mask` become <mask>, `random` any
-    piece."""
+    """Fractions of the pieces, special tokens excepted: `probability` are chosen; of these, `mask` become <mask> and
+    `random` become a random piece."""
 
-    probability: Share = 0.15
-    mask: Share = 0.8
-    random: Share = 0.1
+    probability: Fraction = 0.15
+    mask: Fraction = 0.8
+    random: Fraction = 0.1
 
 
 class Sampling(Section):
-    """Sources are drawn with p^alpha of their items; items are shuffled over a window of packs of 512 rows."""
+    """A source is drawn with a probability proportional to p^alpha; p is its part of all items. Items are shuffled
+    within a window of packs; a pack is 512 tokenised rows."""
 
-    alpha: Share = 0.7
+    alpha: Fraction = 0.7
     window_packs: Positive = 16
-    pivot: str | None = None  # of an n-way row, this language is one side ...
-    pivot_share: Share = 0.0  # ... in at least this share of draws
+    pivot: str | None = None  # a language that is one side of the pair drawn from an n-way row ...
+    pivot_share: Fraction = 0.0  # ... in at least this fraction of draws
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -183,26 +190,26 @@ class Weights(Section):
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up and decay; biases and LayerNorms are not decayed."""
+    """AdamW with linear warm-up and linear decay. Biases and LayerNorms have no weight decay."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=1.0, ge=0)  # global gradient norm; 0 leaves it alone
+    clip: float = Field(default=1.0, ge=0)  # of the global gradient norm; 0: no clipping
     steps: Positive
     warmup: int = Field(ge=0)
-    most_skipped: Positive = 20  # steps in a row that were not finite and so not applied; then the run ends
+    most_skipped: Positive = 20  # the run ends after so many steps in a row that were not finite
 
 
 class Memory(Section):
-    activation_checkpointing: bool = False  # keep each layer's input only, and compute the layer again in backward
-    dry_run: bool | None = None  # one step with the longest batch, not applied, before the first; null: on GPUs
+    activation_checkpointing: bool = False  # keep only each layer's input, and compute the layer again in backward
+    dry_run: bool | None = None  # first run a step with the longest batch and do not apply it; null: on GPUs only
 
 
 class Timeout(Section):
-    """Seconds that a rank waits for the others before it ends: `join` until all are there, `start` from then up to the
-    first step, `step` after it, with the longest save in it."""
+    """Seconds that a rank waits for the others before it ends: `join` until all have started, `start` from then until
+    the first step is done, `step` afterwards. `step` must be longer than the longest save."""
 
     join: Positive = 600
     start: Positive = 3600
@@ -210,39 +217,46 @@ class Timeout(Section):
 
 
 class Log(Section):
-    every: Positive = 10  # steps a line
-    geometry: Positive = 100  # steps a pass over the representations: alignment, uniformity, effective rank
+    every: Positive = 10  # steps between two lines
+    geometry: Positive = 100  # steps between two measurements of alignment, uniformity and effective rank
     tensorboard: bool = True
 
 
 class Checkpoint(Section):
     every: Positive = 1000  # steps
-    keep: Positive = 2  # the newest
-    keep_every: Positive | None = None  # and for good those of steps that are a multiple of this
-    asynchronous: bool = False  # copy to the host's memory, write in a thread, commit behind a later step
+    keep: Positive = 2  # number of the newest checkpoints that are kept
+    keep_every: Positive | None = None  # checkpoints at multiples of this step are kept too
+    asynchronous: bool = False  # copy to the host's memory, write in a thread, commit after a later step
 
 
 class Resume(Section):
-    """What becomes of a run folder that holds checkpoints: docs/checkpoints.md."""
+    """Whether and how a run goes on from the checkpoints in its folder, see docs/checkpoints.md."""
 
-    mode: Literal["auto", "required", "never"] = "auto"  # start or go on; only go on; only start
-    allow_change: tuple[str, ...] = ()  # keys of the recipe, or sections, that may differ from the run's so far
-    fallback: bool = False  # where the newest checkpoint is damaged, go on from the newest that is not
+    mode: Literal["auto", "required", "never"] = "auto"  # auto: start or go on; required: only go on; never: only start
+    allow_change: tuple[str, ...] = ()  # keys or sections of the recipe that may change
+    fallback: bool = False  # if the newest checkpoint is damaged, go on from the newest undamaged one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_section(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"write resume: {{mode: {value}}}, or resume.mode={value} on the command line")
+        return value
 
 
 class Probe(Section):
-    """A held-out retrieval probe at the universal layer, every n steps."""
+    """Every `every` steps, measure retrieval on held-out text, at the universal layer."""
 
     data: Path
     every: Positive = 500
     pivot: str = "en"
     languages: tuple[str, ...] = ()  # empty: all
-    pairs: Positive = 500  # a language, at most
+    pairs: Positive = 500  # of each language, at most
 
 
 class Recipe(Section):
-    preset: Literal["infoxlm", "strong"] | None = None  # values below the recipe's own, see PRESETS
-    run: Path  # everything a run writes lies here
+    preset: Literal["infoxlm", "strong"] | None = None  # the recipe's own values win over the preset's, see PRESETS
+    run: Path  # the folder for everything that the run writes
     corpus: Path
     engine: Path  # a DeepSpeed configuration, see ds_configs/README.md
     seed: int = 1
@@ -258,7 +272,7 @@ class Recipe(Section):
     timeout: Timeout = Timeout()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
-    resume: Annotated[Resume, BeforeValidator(lambda x: {"mode": x} if isinstance(x, str) else x)] = Resume()
+    resume: Resume = Resume()
     probe: Probe | None = None
 
     @model_validator(mode="after")
@@ -274,20 +288,20 @@ class Recipe(Section):
         pairs = self.batch.lanes * self.batch.xlco_pairs * self.optimizer.steps
         if self.tasks["xlco"] and self.contrast.uses_queue and pairs <= self.contrast.queue.size:
             raise ValueError(
-                f"contrast.queue.size {self.contrast.queue.size} would never fill: all steps have {pairs} pairs"
+                f"contrast.queue.size {self.contrast.queue.size} would never fill: all steps have only {pairs} pairs"
             )
         if not any(self.tasks.values()):
-            raise ValueError("no task is left: give one of mmlm, tlm, xlco both a weight and a batch size above 0")
+            raise ValueError("no task is left: set both a weight and a batch size above 0 for mmlm, tlm or xlco")
         return self
 
     @property
     def tasks(self) -> dict[str, bool]:
-        """Which of the three losses take part: those with a weight and a batch size."""
+        """Which of the three losses are used: those with a weight and a batch size above 0."""
         sizes = {"mmlm": self.batch.mmlm_tokens, "tlm": self.batch.tlm_tokens, "xlco": self.batch.xlco_pairs}
         return {task: bool(size and getattr(self.weights, task)) for task, size in sizes.items()}
 
 
-# `infoxlm` is the paper's contrast; `strong` what later encoders train with (docs/contrast.md).
+# `infoxlm`: the paper's contrast; `strong`: the contrast of later encoders (docs/contrast.md).
 PRESETS: dict[str, dict[str, Any]] = {
     "infoxlm": {
         "model": {"normalize": False},
@@ -301,8 +315,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a YAML file on top of its preset, with `key.path=value` overrides above both. UserError names every
-    wrong key or value."""
+    """Read a recipe from a YAML file. `key.path=value` overrides win over the file, the file wins over its preset.
+    UserError names every wrong key or value."""
     tree = read_yaml(path, "recipe")
     for override in overrides or []:
         _set(tree, override)
@@ -312,21 +326,21 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return check(Recipe, tree, str(path))
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError, which calls the file a `what`, where there is none."""
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The mapping in a YAML file. UserError if there is none; `name` is the kind of file in the message."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such {what}") from None
+        raise UserError(f"{path}: no such {name}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a {what} is a mapping of keys to values")
+        raise UserError(f"{path}: a {name} must be a mapping of keys to values")
     return tree
 
 
 def check(kind: type[T], tree: dict[str, Any], where: str) -> T:
-    """`tree` as a `kind`; all that is wrong with it in one line."""
+    """Make a `kind` from `tree`. UserError lists all errors in one line."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -339,6 +353,8 @@ def _explain(error: Any) -> str:
         return f"{key} is not a known key: remove it or correct its spelling"
     if error["type"] == "missing":
         return f"{key} is missing: set it"
+    if error["type"] == "model_type":
+        return f"{key} is a section: give its keys, not {error['input']!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{key}: {message} (got {error['input']!r})" if key else message
 
@@ -350,8 +366,6 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
-        if parent == "resume" and isinstance(below, str):
-            below = tree[parent] = {"mode": below}
         if not isinstance(below, dict):
             raise UserError(f"{override!r}: {parent} is a value, not a section")
         tree = below

@@ -1,6 +1,6 @@
-"""A DeepSpeed configuration, checked: what is the user's, what the recipe decides, what would go wrong in silence.
+"""Reads a DeepSpeed configuration, and refuses unknown keys, keys that the recipe sets, and values that do not work.
 
-ds_configs/README.md is this file for users.
+ds_configs/README.md explains it to users.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# Before DeepSpeed is imported: it guesses the device at import, with a warning where there is no GPU.
+# Set before DeepSpeed is imported: at import it guesses the device, and warns if there is no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 from deepspeed.accelerator import get_accelerator
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from infoxlm_ds.config import UserError
 
-# DeepSpeed itself accepts unknown top-level keys in silence.
+# DeepSpeed itself ignores unknown top-level keys without a message.
 ALLOWED = (
     "zero_optimization",
     "bf16",
@@ -32,7 +32,7 @@ ALLOWED = (
     "comms_logger",
     "wall_clock_breakdown",
 )
-OURS = {
+OURS = {  # keys that the recipe sets, and the recipe's keys
     "train_batch_size": "batch.lanes",
     "train_micro_batch_size_per_gpu": "batch",
     "gradient_accumulation_steps": "batch.lanes and the number of ranks",
@@ -44,20 +44,26 @@ OURS = {
     "activation_checkpointing": "memory.activation_checkpointing",
 }
 SECTIONS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-# section, key, the only value that works here, why
+# Section, key, the only value that works here, why.
 ONLY = (
-    ("zero_optimization", "zero_hpz_partition_size", 1, "second copies of the weights miss the momentum encoder"),
+    (
+        "zero_optimization",
+        "zero_hpz_partition_size",
+        1,
+        "the momentum encoder cannot reach second copies of the weights",
+    ),
     ("zero_optimization", "compute_grad_norm", True, "a step that is not finite would be applied"),
     ("bf16", "check_grad_overflow", True, "a step that is not finite would be applied"),
-    ("bf16", "immediate_grad_update", False, "it was never tried with the joint pass"),
+    ("bf16", "immediate_grad_update", False, "it is untested with the joint pass"),
     ("fp16", "fp16_master_weights_and_grads", False, "the momentum encoder averages fp32 masters"),
     ("bf16", "bf16_master_weights_and_grads", False, "the momentum encoder averages fp32 masters"),
-    ("fp16", "auto_cast", False, "the batch holds token ids and no numbers to cast"),
+    ("fp16", "auto_cast", False, "a batch holds token ids, which must not be cast"),
 )
 
 
 def load_engine_config(path: Path) -> dict[str, Any]:
-    """A ds_configs JSON. UserError names a key that is unknown, that the recipe decides, or whose value cannot work."""
+    """Read a JSON file such as those in ds_configs. UserError if a key is unknown, is set by the recipe, or has a value
+    that does not work."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -65,20 +71,20 @@ def load_engine_config(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"engine: {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"engine: {path} is no JSON object")
+        raise UserError(f"engine: {path} is not a JSON object")
     for key in config:
         if key in OURS:
-            raise UserError(f"{path}: remove {key}: the recipe decides it, by {OURS[key]}")
+            raise UserError(f"{path}: remove {key}: the recipe sets it, by {OURS[key]}")
         if key not in ALLOWED:
             raise UserError(f"{path}: {key} is not a known key: one of {', '.join(ALLOWED)}")
     for section in (*SECTIONS, "data_types"):
         if not isinstance(config.get(section, {}), dict):
-            raise UserError(f"{path}: {section} is no object of keys and values")
+            raise UserError(f"{path}: {section} is not an object of keys and values")
     for section, key, value, why in ONLY:
         if config.get(section, {}).get(key, value) != value:
             raise UserError(f"{path}: remove {section}.{key}: {why}")
     if (stage := stage_of(config)) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage {stage} is not one of ZeRO's: use 0, 1, 2 or 3")
+        raise UserError(f"{path}: zero_optimization.stage {stage} does not exist: use 0, 1, 2 or 3")
     for section, keys in SECTIONS.items():
         try:
             keys(**config.get(section, {}))
@@ -90,9 +96,9 @@ def load_engine_config(path: Path) -> dict[str, Any]:
 
 
 def check_device(config: dict[str, Any]) -> None:
-    """UserError where this machine cannot run the configuration."""
+    """UserError if this machine cannot run the configuration."""
     if precision_of(config) == "fp16" and not get_accelerator().is_fp16_supported():
-        raise UserError("engine: DeepSpeed runs fp16 on GPUs only: take bf16 or fp32 on this machine")
+        raise UserError("engine: DeepSpeed runs fp16 on GPUs only: use bf16 or fp32 on this machine")
 
 
 def stage_of(config: dict[str, Any]) -> int:
@@ -122,9 +128,9 @@ def zero_settings(config: dict[str, Any]) -> DeepSpeedZeroConfig:
     return DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
 
 
-def offloaded(config: dict[str, Any], what: str) -> bool:
-    """Whether `optimizer` or `param` lies in the host's memory."""
-    section = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
+def offloaded(config: dict[str, Any], part: str) -> bool:
+    """Whether the configuration keeps `part`, optimizer or param, in the host's memory."""
+    section = config.get("zero_optimization", {}).get(f"offload_{part}") or {}
     return bool(section.get("device", "none") != "none")
 
 
@@ -133,14 +139,16 @@ def _check_precision(config: dict[str, Any], path: Path) -> None:
     if all(config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
         raise UserError(f"{path}: bf16 and fp16 are both enabled: remove one")
     if unknown := sorted(config.get("data_types", {}).keys() - {"grad_accum_dtype"}):
-        raise UserError(f"{path}: remove data_types.{unknown[0]}: only grad_accum_dtype is known to work")
+        raise UserError(f"{path}: remove data_types.{unknown[0]}: only grad_accum_dtype is tested")
     if precision == "fp32":
         return
     if stage_of(config) == 0:
-        raise UserError(f"{path}: 16-bit training needs fp32 masters to average: set zero_optimization.stage to 1")
+        raise UserError(
+            f"{path}: 16-bit training needs fp32 masters, which stage 0 does not have: set zero_optimization.stage to 1"
+        )
     if config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
         raise UserError(
-            f'{path}: 16-bit training adds up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
+            f'{path}: 16-bit training must add up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
         )
 
 
@@ -157,7 +165,7 @@ def _check_offload(config: dict[str, Any], path: Path) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    key = ".".join(str(part) for part in found["loc"])
-    message = "is not a known key" if found["type"] == "extra_forbidden" else str(found["msg"])
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = "is not a known key" if first["type"] == "extra_forbidden" else str(first["msg"])
     return f"{key} {message}".strip()

@@ -1,7 +1,8 @@
-"""DeepSpeed's checkpoint files: taken from it before it writes them, read back whole, and cut for another cluster.
+"""DeepSpeed's checkpoint files: captures them before DeepSpeed writes them, reads them as whole tensors, and converts
+them for another number of ranks.
 
-They are pickles, and unpickling runs what they say: read only folders that you trust. What is written at what moment is
-decided in checkpoint/, not here.
+The files are pickles, and unpickling runs code: read only folders that you trust. The package checkpoint/ decides what
+is written and when.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-# What the converter asks of stages 1 and 2: the version of its format, and nothing on tensor parallelism.
+# The converter needs this at stages 1 and 2: the version of its format, and no keys about tensor parallelism.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
 
 
 class Capture(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed is untyped
-    """Stands where DeepSpeed writes files, and keeps what it would have written, by file name."""
+    """Replaces DeepSpeed's writer and keeps the states that it would write, by file name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,23 +49,23 @@ class Capture(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed is untyped
 
 
 def convert(checkpoint: Path, universal: Path) -> None:
-    """Write the state in `checkpoint` to the new folder `universal`, a file a parameter, which any number of ranks
-    loads (DeepSpeed's universal checkpoint). Of ZeRO 1 to 3. Needs the host's memory for one rank's shard at a time and
-    the disk for the state twice."""
+    """Convert `checkpoint`, of ZeRO 1 to 3, to the new folder `universal`: DeepSpeed's universal checkpoint, with one
+    file for each parameter, which any number of ranks loads. Needs the host's memory for one rank's shard at a time,
+    and disk space for the state twice."""
     with (
         tempfile.TemporaryDirectory() as plain,
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
-        # DeepSpeed takes the path for a regular expression, and fails where it has a + or a $.
+        # DeepSpeed uses the path as a regular expression, which fails if it has a + or a $: give it links.
         source, target = Path(plain, "source"), Path(plain, "target")
         source.symlink_to(checkpoint.absolute())
         target.symlink_to(universal.parent.absolute())
         options = Namespace(
             input_folder=str(source),
             output_folder=str(target / universal.name),
-            num_extract_workers=1,  # more would be forks of a process that has threads
+            num_extract_workers=1,  # more workers would fork a process that has threads
             num_merge_workers=1,
             keep_temp_folder=False,
             strict=True,
@@ -74,10 +75,10 @@ def convert(checkpoint: Path, universal: Path) -> None:
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The module's weights in a checkpoint folder, in fp32 from the masters, on the CPU.
+    """The module's weights in a checkpoint folder: the fp32 masters, on the CPU.
 
-    DeepSpeed's own reader knows ZeRO 3, but not the shards of ZeRO 1 with fp32 gradient sums: below 3 we put the
-    fragments together.
+    DeepSpeed's own reader works for ZeRO 3, but not for the shards of ZeRO 1 with fp32 gradient sums. Below stage 3 we
+    join the fragments ourselves.
     """
     if any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
         whole: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), checkpoint.name)
@@ -93,7 +94,9 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
             for name, address in addresses.items():
                 fragments.setdefault(name, []).append(values[address.start : address.start + address.numel])
     weights |= {name: torch.cat(parts).view_as(weights[name]) for name, parts in fragments.items()}
-    for alias, name in (states["shared_params"] or {}).items():  # of tied weights one name has a master; stage 0: none
+    for alias, name in (
+        states["shared_params"] or {}
+    ).items():  # tied weights have one master, under one name; stage 0 lists none
         weights[alias] = weights[name]
     return weights
 

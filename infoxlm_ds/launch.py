@@ -1,8 +1,7 @@
-"""`infoxlm train`: DeepSpeed's launcher on this machine or, with a hostfile, on others, and signals passed on."""
+"""`infoxlm train`: runs DeepSpeed's launcher, for this machine or for the hosts of a hostfile, and forwards signals."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -31,25 +30,26 @@ from infoxlm_ds.placement import ranks_here
 from infoxlm_ds.train import STOPPED_ON_REQUEST
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-# Of this environment, what hosts get too: DeepSpeed's launcher itself takes PYTHON*, on GPUs NCCL*, and little else.
+# Variables of this environment that the hosts get too. DeepSpeed's launcher itself passes on PYTHON*, on GPUs also
+# NCCL*, and little else.
 TRAVELS = re.compile(
     r"(PATH|LD_LIBRARY_PATH|CUDA_HOME|TMPDIR|XDG_CACHE_HOME|PYTORCH\w*_ALLOC_CONF|(NCCL|GLOO|TORCH|OMP|MKL|HF|FI)_\w+)"
 )
-STAYS = ("HF_TOKEN",)  # it would stand in a command line, for all users of a host to see
+STAYS = ("HF_TOKEN",)  # all users of a host would see it in a command line
 
 
 def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None) -> int:
-    """Train on every GPU of this machine, or on CPU ranks where there is none (two, if the lanes allow it); or on the
-    hosts of a hostfile, a rank a slot. Returns the exit code."""
+    """Train on every GPU of this machine; without a GPU, on two CPU ranks, if their number divides the lanes. With a
+    hostfile, train on its hosts, with one rank for each slot. Returns the exit code."""
     recipe = load_recipe(recipe_path, overrides)
     if sys.stdin.isatty() and not recipe.resume.fallback and _agrees_to_fall_back(recipe):
-        overrides = [*overrides, "resume=" + json.dumps(recipe.resume.model_dump() | {"fallback": True})]
+        overrides = [*overrides, "resume.fallback=true"]
         recipe = load_recipe(recipe_path, overrides)
     slots = read_hostfile(hostfile) if hostfile else {}
     ranks = sum(slots.values()) or ranks_here(recipe.batch)
     if not slots and ranks < torch.cuda.device_count():
         print(f"using {ranks} of {torch.cuda.device_count()} GPUs: batch.lanes is {recipe.batch.lanes}")
-    inputs = check_inputs(recipe, 0, ranks)  # a mistake is one line, not one of the launcher's as well
+    inputs = check_inputs(recipe, 0, ranks)  # here, so that a mistake prints one line and the launcher adds none
     if inputs.finished:
         return 0
     rank_command = [script.__file__, str(recipe_path), *overrides]
@@ -65,13 +65,13 @@ def _here(ranks: int, rank_command: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if torch.cuda.is_available() else ""
-    # The launcher drops CUDA_VISIBLE_DEVICES where a number of devices is given.
+    # The launcher ignores CUDA_VISIBLE_DEVICES if a number of devices is given.
     chosen = ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"] if visible else []
     command = [DEEPSPEED, *(chosen or ["--num_accelerators", str(ranks)])]
     command += ["--log_level", "critical", "--master_port", str(free_port_here()), "--no_local_rank", *rank_command]
 
     def stop(launcher: psutil.Process) -> bool:
-        """DeepSpeed's launcher itself would leave the ranks 30 seconds to save."""
+        """Signal only the ranks. A signal to DeepSpeed's launcher would leave them only 30 seconds to save."""
         ranks = [child for child in launcher.children(recursive=True) if not child.children()]
         for leaf in ranks or [launcher]:
             leaf.send_signal(signal.SIGTERM)
@@ -82,14 +82,14 @@ def _here(ranks: int, rank_command: Sequence[str]) -> int:
 
 def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Sequence[str]) -> int:
     if shutil.which("pdsh") is None:
-        raise UserError("pdsh is not installed here, which starts the ranks on the hosts: install it")
+        raise UserError("pdsh, which starts the ranks on the hosts, is not installed here: install it")
     port = free_port(hosts[0])
     run.mkdir(parents=True, exist_ok=True)
     travelling = run / ".deepspeed_env"
     travelling.write_text("".join(f"{line}\n" for line in environment_lines(os.environ)), encoding="utf-8")
     keys = {"DS_ENV_FILE": str(travelling.absolute()), "PYTHONUNBUFFERED": "1"}
     keys["PDSH_SSH_ARGS_APPEND"] = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
-    # Without --force_multi, a hostfile of one host would be taken to mean this machine.
+    # Without --force_multi, DeepSpeed uses this machine if the hostfile has one host.
     command = [DEEPSPEED, "--hostfile", str(hostfile), "--force_multi", "--master_port", str(port)]
     command += ["--log_level", "critical", "--no_local_rank", *map(_for_a_shell, rank_command)]
     plain = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in keys.items()), *map(shlex.quote, command)])
@@ -98,7 +98,7 @@ def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Seq
     ranks = re.escape(" ".join([sys.executable, "-u", *rank_command])).replace("%", "%%")
 
     def stop(launcher: psutil.Process) -> bool:
-        """The ranks alone: DeepSpeed's launcher on each host lets them end."""
+        """Signal only the ranks: DeepSpeed's launcher on each host waits for them."""
         ask = ["pdsh", "-S", "-f", "1024", "-w", ",".join(hosts), f"pkill -TERM -f {shlex.quote('^' + ranks)}"]
         return subprocess.run(ask, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
@@ -107,8 +107,8 @@ def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Seq
 
 
 def environment_lines(environment: Mapping[str, str]) -> list[str]:
-    """What a host's shell is to export before it starts ranks, as DeepSpeed reads it: NAME=VALUE. Lines of the user's
-    own `.deepspeed_env` (in the home folder, then here) come last, and count."""
+    """NAME=VALUE lines for DeepSpeed: a host's shell exports them before it starts ranks. Lines of the user's own
+    `.deepspeed_env` (in the home folder, then here) come last and win."""
     chosen = {k: v for k, v in environment.items() if TRAVELS.fullmatch(k) and k not in STAYS and "\n" not in v}
     lines = [f"{name}={_in_double_quotes(value)}" for name, value in sorted(chosen.items())]
     for folder in (Path.home(), Path()):
@@ -120,26 +120,28 @@ def environment_lines(environment: Mapping[str, str]) -> list[str]:
 
 
 def _in_double_quotes(value: str) -> str:
-    """DeepSpeed sets double quotes around a value of a remote shell, and escapes nothing in it; pdsh fills in %h."""
+    """Escape a value of a variable. DeepSpeed puts it in double quotes for the remote shell and escapes nothing; pdsh
+    replaces %h."""
     return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")
 
 
 def _for_a_shell(word: str) -> str:
-    """So that the remote shell, behind DeepSpeed's launcher, makes this word of it: where there is a space, that sets
-    double quotes and escapes those in it. pdsh fills in %h."""
+    """Quote a word so that the remote shell gets it unchanged through DeepSpeed's launcher. The launcher puts a word
+    with a space in double quotes and escapes double quotes inside; pdsh replaces %h."""
     quoted = re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
     return quoted.replace("%", "%%")
 
 
 def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable[[psutil.Process], bool]) -> int:
-    """Run a launcher to its end. What asks this process to end asks the ranks: `stop`, until it has reached them."""
-    # A session of its own: ^C in a terminal comes here alone, and is passed on to the ranks alone.
+    """Run a launcher and return the exit code. Forwards SIGINT, SIGTERM and SIGHUP to the ranks: calls `stop` until it
+    returns True."""
+    # In a session of its own, the launcher does not get ^C from the terminal.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    asked, heard = False, True
+    requested, delivered = False, True
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked, heard
-        asked, heard = True, False
+        nonlocal requested, delivered
+        requested, delivered = True, False
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
@@ -147,15 +149,15 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable
     while code is None:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=1)
-        if code is None and not heard:
-            heard = stop(psutil.Process(process.pid))
-    if asked and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # before the ranks had anything to save
+        if code is None and not delivered:
+            delivered = stop(psutil.Process(process.pid))
+    if requested and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # stopped before the ranks had anything to save
         return STOPPED_ON_REQUEST
-    return code if code in (0, 2, STOPPED_ON_REQUEST) else 1  # a rank's death by a signal has a number of its own
+    return code if code in (0, 2, STOPPED_ON_REQUEST) else 1  # a rank that died by a signal gives other codes
 
 
 def _agrees_to_fall_back(recipe: Recipe) -> bool:
-    """Ask, where the newest checkpoint is damaged and there is another."""
+    """Ask the user, if the newest checkpoint is damaged and there is an older one."""
     store = Store(recipe.run)
     newest = store.latest()
     older = [path for path in store.steps() if path != newest]

@@ -1,4 +1,4 @@
-"""Where this rank stands among all, whoever started it: DeepSpeed's launcher, torchrun, srun, or nobody."""
+"""The rank, host and address of this process, whether DeepSpeed's launcher, torchrun, srun or nothing started it."""
 
 from __future__ import annotations
 
@@ -24,61 +24,64 @@ ALONE = {
 
 
 def settle() -> None:
-    """Put what torch's `env://` reads into this process' environment, share the cores among the ranks of a host, and
-    tell gloo where to listen. What is set already stays."""
-    found = ALONE
+    """Set the variables that torch's `env://` reads, divide the host's cores among its ranks, and choose gloo's network
+    interface. Existing variables are kept."""
+    variables = ALONE
     if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
-        found = from_slurm(os.environ, torch.cuda.device_count())
-    elif "RANK" in os.environ and "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher's name for it
-        found = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]}
-    for name, value in found.items():
+        variables = from_slurm(os.environ, torch.cuda.device_count())
+    elif "RANK" in os.environ and "LOCAL_SIZE" in os.environ:  # the name that DeepSpeed's launcher uses
+        variables = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]}
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
-    if "GLOO_SOCKET_IFNAME" not in os.environ and int(os.environ["WORLD_SIZE"]) > beside:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if "GLOO_SOCKET_IFNAME" not in os.environ and int(os.environ["WORLD_SIZE"]) > local_ranks:
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface != LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def ranks_here(batch: Batch) -> int:
-    """How many ranks a run has on this machine alone: every GPU or else two, as far as they divide the lanes."""
+    """The number of ranks of a run on this machine alone: the largest that divides the lanes, up to the number of GPUs,
+    or up to two without GPUs."""
     most = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
     return max(world for world in batch.worlds if world <= most)
 
 
 def from_slurm(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """What `srun` says of this task, in torch's names. `gpus`: how many this task sees."""
-    job, tasks = environment, int(environment["SLURM_STEP_NUM_TASKS"])
-    local = int(job["SLURM_LOCALID"])
+    """Torch's variables from those that srun sets. `gpus`: how many GPUs this task sees."""
+    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+    local = int(environment["SLURM_LOCALID"])
     return {
-        "RANK": job["SLURM_PROCID"],
+        "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
-        # With one GPU bound to each task, all call theirs number 0.
+        # If srun binds one GPU to each task, every task sees it as number 0.
         "LOCAL_RANK": str(local % gpus if gpus else local),
-        "LOCAL_WORLD_SIZE": str(-(-tasks // int(job["SLURM_STEP_NUM_NODES"]))),
-        "MASTER_ADDR": first_of_nodelist(job["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": str(20000 + int(job["SLURM_JOB_ID"]) % 10000),
+        "LOCAL_WORLD_SIZE": str(-(-tasks // int(environment["SLURM_STEP_NUM_NODES"]))),
+        "MASTER_ADDR": first_of_nodelist(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 10000),
     }
 
 
 def first_of_nodelist(nodes: str) -> str:
-    """The first host of Slurm's short form: gpu[03-17,21],login1 has gpu03."""
+    """The first host of a Slurm node list: gpu03 of gpu[03-17,21],login1."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
     assert first is not None, nodes
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def interface_towards(address: str) -> str:
-    """The network interface that leads to a host. Left alone, gloo listens where this host's own name points to, which
-    on many systems is the loopback (Debian's 127.0.1.1). The loopback, too, for an address that leads nowhere."""
+    """The network interface that leads to an address; the loopback if none does. By default gloo listens at the address
+    of this host's name, which on many systems is the loopback (127.0.1.1 on Debian)."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:  # sends nothing
+        with socket.socket(family, kind, protocol) as probe:  # connecting UDP sends nothing
             probe.connect(target)
             own = probe.getsockname()[0]
     except OSError:
         return LOOPBACK
-    here = psutil.net_if_addrs().items()
-    return next((name for name, found in here if any(a.address.split("%")[0] == own for a in found)), LOOPBACK)
+    interfaces = psutil.net_if_addrs().items()
+    return next(
+        (name for name, addresses in interfaces if any(a.address.split("%")[0] == own for a in addresses)), LOOPBACK
+    )

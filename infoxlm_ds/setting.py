@@ -1,4 +1,4 @@
-"""A recipe on a number of ranks, by numbers: its text, its model and its engine configuration, without running it."""
+"""A recipe on a number of ranks, described without running it: its text, its model and its engine configuration."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from infoxlm_ds.engine_config import offloaded, precision_of, summed_in, zero_se
 from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, init_config, outline
 
 XLM_R = Tokenizer(name="XLM-R", vocab_size=250_002, special_ids={}, files=())
-ASSUMED_SENTENCE = 62  # pieces of a sentence, where there is no corpus to ask
+ASSUMED_SENTENCE = 62  # pieces of a sentence, if there is no corpus
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens of the sequences, special ones counted: `block` of an MMLM sequence and `longest` of a sequence of the
-    contrast at most; `mean` of the latter and `pair` of a TLM sequence on average. `notes`: where it is from."""
+    """Lengths of the sequences in tokens, with special tokens. `block`: longest MMLM sequence; `longest`, `mean`:
+    longest and mean sequence of the contrast; `pair`: mean TLM sequence. `notes`: where the numbers come from."""
 
     vocabulary: int
     block: int
@@ -32,21 +32,23 @@ class Text:
 
 
 def read_text(recipe: Recipe, vocabulary: int | None = None) -> Text:
-    """From the corpus, if it is prepared; else assumed. `vocabulary` overrides what is found."""
+    """Read the lengths from the corpus if it is prepared, otherwise assume them. `vocabulary` replaces the corpus'."""
     if (recipe.corpus / NAME).is_file():
         manifest = load_manifest(recipe.corpus)
         tokenizer, longest = manifest.tokenizer, manifest.max_tokens
         parallel = [s for s in manifest.sources if s.kind != "mono"]
         piece = sum(s.tokens for s in parallel) / max(1, sum(s.items * len(s.languages) for s in parallel))
-        block, whose = longest + tokenizer.overhead(1), f"of {recipe.corpus}"
+        block, origin = longest + tokenizer.overhead(1), f"of {recipe.corpus}"
         note = f"sentences: {piece:.0f} tokens on average, {longest} at most, as {recipe.corpus} says"
     else:
         tokenizer, piece, longest = XLM_R, float(ASSUMED_SENTENCE), ASSUMED_SENTENCE
-        block, whose = recipe.model.positions, "XLM-R's, for there is no corpus yet"
-        note = f"sentences: {longest} tokens assumed, MMLM blocks {block}, for there is no corpus at {recipe.corpus}"
+        block, origin = recipe.model.positions, "XLM-R's, because there is no corpus yet"
+        note = (
+            f"sentences: {longest} tokens assumed, MMLM blocks {block}, because there is no corpus at {recipe.corpus}"
+        )
     size = tokenizer.vocab_size
     if vocabulary is not None:
-        size, whose = vocabulary, "as given"
+        size, origin = vocabulary, "as given"
     texts: Literal[1, 2] = 1 if recipe.contrast.mixup == "off" else 2
     padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return Text(
@@ -55,14 +57,14 @@ def read_text(recipe: Recipe, vocabulary: int | None = None) -> Text:
         texts * longest + tokenizer.overhead(texts),
         texts * piece + tokenizer.overhead(texts),
         2 * piece + tokenizer.overhead(2),
-        (f"vocabulary: {size:,}, {whose}; {padded:,} rows in the model", note),
+        (f"vocabulary: {size:,}, {origin}; {padded:,} rows in the model", note),
     )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A recipe's model, counted on the model itself. `matrices` and `vectors`, in the order in which the optimizer gets
-    them: each parameter's elements, and whether the momentum encoder has a copy."""
+    """A recipe's model in numbers, counted on the model itself. `matrices` and `vectors` list the parameters in the
+    optimizer's order: each one's number of elements, and whether the momentum encoder has a copy."""
 
     layers: int
     universal_layer: int
@@ -70,15 +72,15 @@ class Shape:
     feed_forward: int
     heads: int
     vocabulary: int
-    own: bool  # the numbers are the recipe's, not those of `model.init`
+    own: bool  # the shape comes from the recipe, not from `model.init`
     matrices: tuple[tuple[int, bool], ...]
     vectors: tuple[tuple[int, bool], ...]
 
     @staticmethod
     def of(recipe: Recipe, vocabulary: int) -> Shape:
-        """`model.init` gives the shape, or else the recipe's own numbers."""
-        found = _published(recipe.model.init)
-        model = outline(recipe.model, vocabulary, found)
+        """The shape of `model.init`; without it, the recipe's own."""
+        published = _published(recipe.model.init)
+        model = outline(recipe.model, vocabulary, published)
         config = model.lm.config
         if recipe.model.universal_layer > config.num_hidden_layers:
             raise UserError(f"model.universal_layer {recipe.model.universal_layer} is above {config.num_hidden_layers}")
@@ -91,7 +93,7 @@ class Shape:
             config.intermediate_size,
             config.num_attention_heads,
             vocabulary,
-            found is None,
+            published is None,
             tuple(size for matrix, size in sizes if matrix),
             tuple(size for matrix, size in sizes if not matrix),
         )
@@ -106,17 +108,17 @@ class Shape:
 
     @property
     def words(self) -> int:
-        """Elements of the matrix that is both word embedding and LM head."""
+        """Elements of the matrix that is both the word embedding and the LM head."""
         return self.vocabulary * self.width
 
     def layer_bytes(self, element: int) -> int:
-        """What autograd saves a token a layer: nine vectors of the width, two of the feed-forward (its input and
-        output of GELU), LayerNorm's statistics and attention's log-sums in fp32."""
+        """Bytes that autograd saves for one token in one layer: nine vectors of the width, two of the feed-forward
+        (GELU's input and output), LayerNorm's statistics and attention's log-sums in fp32. `element`: bytes of one."""
         return element * (9 * self.width + 2 * self.feed_forward) + 16 + 4 * self.heads
 
 
 def _published(init: str | None) -> PreTrainedConfig | None:
-    """The configuration of `model.init`; None where it is a name that the hub does not give now."""
+    """The configuration of `model.init`; None if it is a name that cannot be read from the hub now."""
     try:
         return init_config(init) if init else None
     except UserError:
@@ -181,12 +183,12 @@ class Setting:
 
     @property
     def encodes_twice(self) -> bool:
-        """Trained keys of several lanes a rank: a pass without a graph comes first."""
+        """Whether a pass without a graph comes first: with trained keys and several lanes on a rank."""
         return self.query_sides > 0 and self.recipe.contrast.keys == "gradient" and self.accumulation > 1
 
     @property
     def trunk(self) -> int:
-        """Tokens of a lane that pass all layers."""
+        """Tokens of a lane that run through all layers."""
         batch, tasks = self.recipe.batch, self.recipe.tasks
         return batch.mmlm_tokens * tasks["mmlm"] + batch.tlm_tokens * tasks["tlm"]
 
@@ -194,10 +196,10 @@ class Setting:
     def checkpointing(self) -> bool:
         return self.recipe.memory.activation_checkpointing
 
-    def offloaded(self, what: str) -> bool:
-        return offloaded(self.engine, what)
+    def offloaded(self, part: str) -> bool:
+        return offloaded(self.engine, part)
 
     @property
     def bf16_optimizer(self) -> bool:
-        """DeepSpeed's BF16_Optimizer, which keeps whole fp32 gradients, in place of its ZeRO 1."""
+        """Whether DeepSpeed uses its BF16_Optimizer, which keeps whole fp32 gradients, in place of its ZeRO 1."""
         return self.stage == 1 and self.precision == "bf16" and not self.offloaded("optimizer")

@@ -1,8 +1,8 @@
-"""What a recipe needs of each rank's memory: the bytes that live at each moment of a step.
+"""The memory that a recipe needs on each rank: the bytes that exist at each moment of a step.
 
 Legend: V vocabulary, D width, W ranks, M masked rows.
 
-docs/plan.md tells where every term comes from and how far it was measured.
+docs/plan.md says where every term comes from and how far it was measured.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from infoxlm_ds.losses.negatives import LARGE_TILES
 from infoxlm_ds.setting import Setting
 
 STAGES = (0, 1, 2, 3)
-ALLREDUCE = 500_000_000  # elements: engine.MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed
+ALLREDUCE = 500_000_000  # elements: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank. Not all live at once: `peak` is the largest sum at any moment, `peak_at` which.
+    """Bytes of the rank that needs most. They do not all exist at once: `peak` is the largest sum at any moment, and
+    `peak_at` names that moment.
 
-    `gradients` with those that a backward pass leaves in 16 bits; `optimizer` with fp32 masters; `momentum` is the copy
-    to compute with and the fp32 average; `queue` with the keys of the step; `logits` with the gradient of the word
-    matrix; `buffers` are DeepSpeed's buckets and the copies that it reduces. `host` lies in the host's memory.
+    `gradients`: with those that a backward pass leaves in 16 bits; `optimizer`: with the fp32 masters; `momentum`: the
+    copy that computes keys, and the fp32 average; `queue`: with the keys of the step; `logits`: with the gradient of
+    the word matrix; `buffers`: DeepSpeed's buckets and the copies that it reduces; `host`: in the host's memory.
     """
 
     stage: int
@@ -43,12 +44,12 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """What stays from step to step, buckets and gradient buffers aside."""
+        """Bytes that stay from step to step, without buckets and gradient buffers."""
         return self.weights + self.optimizer + self.momentum + self.queue
 
 
 def memory(s: Setting) -> Memory:
-    """Bytes by kind at the setting's stage; see docs/plan.md for each moment."""
+    """The memory at the setting's stage; docs/plan.md explains each moment."""
     shape, part = s.shape, partition(s)
     grads = _gradients(s, part)
     weights, optimizer, host = _weights(s), (8 if s.stage == 0 else 12) * part.held, 0
@@ -59,13 +60,15 @@ def memory(s: Setting) -> Memory:
     momentum = 0
     if s.has_momentum:
         momentum, average = s.element * (shape.momentum if s.stage < 3 else part.momentum), 4 * part.momentum
-        if s.offloaded("optimizer") and s.stage < 3:  # it lies where the masters do; stage 3 hands those out on the GPU
+        if (
+            s.offloaded("optimizer") and s.stage < 3
+        ):  # it is on the host with the masters; stage 3 returns masters on the GPU
             host += average
         else:
             momentum += average
-    queue, kept, again, logits = _queue(s), _activations(s), _recomputed(s), _logits(s)
+    queue, kept, recomputed, logits = _queue(s), _activations(s), _recomputed(s), _logits(s)
     words = s.element * shape.words * (s.trunk > 0)
-    moments = _moments(s, grads, kept, again, logits, words)
+    moments = _moments(s, grads, kept, recomputed, logits, words)
     at = max(moments, key=lambda name: moments[name])
     return Memory(
         stage=s.stage,
@@ -74,7 +77,7 @@ def memory(s: Setting) -> Memory:
         optimizer=optimizer,
         momentum=momentum,
         queue=queue,
-        activations=kept + again,
+        activations=kept + recomputed,
         logits=logits + words,
         buffers=grads.bucket + grads.copies,
         peak=weights + optimizer + momentum + queue + grads.always + moments[at],
@@ -83,19 +86,20 @@ def memory(s: Setting) -> Memory:
     )
 
 
-def _moments(s: Setting, grads: _Gradients, kept: int, again: int, logits: int, words: int) -> dict[str, int]:
-    """Bytes beside the resident ones: when the LM head ends a forward pass, when the backward pass starts, when the
-    embedding ends it, when gradients are reduced, and when the momentum encoder's weights, and its keys, are made."""
+def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: int, words: int) -> dict[str, int]:
+    """Bytes beside the resident ones at each moment: the LM head at the end of a forward pass, the start of the
+    backward pass, the embedding at its end, the reduction of gradients, the update of the momentum encoder's weights,
+    and the encoding of its keys."""
     shape, several = s.shape, s.accumulation > 1
-    released = s.stage == 3 and s.world > 1  # weights that are gathered to be used
+    released = s.stage == 3 and s.world > 1  # weights are gathered when they are used
     gathered = s.element * min(shape.whole, int(s.zero.max_live_parameters)) * released
     early_bucket = grads.bucket * (several or s.stage == 3)
     left = grads.kept + grads.fresh + grads.bucket
-    # The head's and the embedding's gradient of the word matrix, and their sum where it is not the gradient kept.
+    # The word matrix has a gradient from the head and one from the embedding, and their sum may be a third buffer.
     word_gradients = words * (2 + (s.stage > 1 or (several and not grads.fresh)))
     return {
         "LM head": (grads.kept + grads.fresh) * several + early_bucket + kept + logits + words + gathered,
-        "backward": grads.kept * several + grads.bucket + kept + again + words + gathered,
+        "backward": grads.kept * several + grads.bucket + kept + recomputed + words + gathered,
         "embedding": left + word_gradients + words * released,
         "reduction": left + grads.copies,
         "key weights": s.element * shape.momentum * (s.has_momentum and s.stage < 3),
@@ -105,8 +109,8 @@ def _moments(s: Setting, grads: _Gradients, kept: int, again: int, logits: int, 
 
 @dataclass(frozen=True)
 class Partition:
-    """Elements of the fullest rank: what it holds of the masters, all elements of the parameters that it holds a part
-    of, and what it holds of the momentum encoder."""
+    """Elements on the rank that holds most. `held`: of the masters; `touched`: of all parameters that it holds a part
+    of, counted whole; `momentum`: of the momentum encoder."""
 
     held: int
     touched: int
@@ -114,7 +118,7 @@ class Partition:
 
 
 def partition(s: Setting) -> Partition:
-    """Stages 1 and 2 cut each optimizer group, laid flat, into W equal parts; stage 3 cuts each parameter."""
+    """Stages 1 and 2 split each optimizer group, as a flat vector, into W equal parts; stage 3 each parameter."""
     shape, world = s.shape, s.world
     if s.stage == 0:
         return Partition(shape.whole, shape.whole, shape.momentum)
@@ -124,7 +128,7 @@ def partition(s: Setting) -> Partition:
         return Partition(held, held, sum(n for n, copied in parts if copied))
     held, touched, momentum = 0, [0] * world, [0] * world
     for group in (shape.matrices, shape.vectors):
-        size = -(-sum(n for n, _ in group) // (2 * world)) * 2  # DeepSpeed aligns to two elements a rank
+        size = -(-sum(n for n, _ in group) // (2 * world)) * 2  # DeepSpeed pads to two elements for each rank
         held, start = held + size, 0
         for n, copied in group:
             for rank in range(start // size, (start + n - 1) // size + 1):
@@ -136,8 +140,8 @@ def partition(s: Setting) -> Partition:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Bytes: `always` allocated; `kept` from the first backward pass to the step; `fresh` from a backward pass to the
-    next; the `bucket` that DeepSpeed gathers them in; `copies` that the reduction makes."""
+    """Bytes of gradients. `always`: allocated all the time; `kept`: from the first backward pass to the step; `fresh`:
+    from one backward pass to the next; `bucket`: DeepSpeed's bucket; `copies`: made by the reduction."""
 
     always: int
     kept: int
@@ -147,7 +151,7 @@ class _Gradients:
 
 
 def _gradients(s: Setting, part: Partition) -> _Gradients:
-    """As DeepSpeed 0.19's optimizers allocate them. A bucket has its full size however small the model is."""
+    """As DeepSpeed 0.19's optimizers allocate them. A bucket always has its full size, also for a small model."""
     whole, element, sent_in = s.shape.whole, s.element, s.gradient_element
     if s.stage == 0:
         return _Gradients(0, 4 * whole, 0, 0, 4 * min(whole, ALLREDUCE))
@@ -165,7 +169,7 @@ def _gradients(s: Setting, part: Partition) -> _Gradients:
         kept = 4 * (part.touched if element == 4 else part.held)
         return _Gradients(transit, kept, 0, sent_in * bucket * buffers, sent_in * sent)
     fresh = 0 if element == 4 else element * whole
-    # Gradients move into the bucket, so that its copy takes their place.
+    # Gradients move into the bucket, and its copy takes their place.
     return _Gradients(transit, 4 * whole, fresh, 4 * bucket * buffers, 2 * sent if sent_in == 2 else 0)
 
 
@@ -186,7 +190,7 @@ def _queue(s: Setting) -> int:
 
 
 def queue_bytes(s: Setting) -> int:
-    """Of the whole queue: keys, text ids and a step stamp each."""
+    """Bytes of the whole queue: each key with its text ids and its step number."""
     contrast = s.recipe.contrast
     used = s.recipe.tasks["xlco"] and contrast.uses_queue
     return (_key_bytes(s) + 8) * contrast.queue.size * used
@@ -197,14 +201,14 @@ def _key_bytes(s: Setting) -> int:
 
 
 def _activations(s: Setting) -> int:
-    """What a lane's forward pass leaves, with the longest sentences there are."""
+    """Bytes that a lane's forward pass keeps for backward, with the longest sentences."""
     shape, vector, tokens = s.shape, s.element * s.shape.width, _tokens(s)
     passes = shape.universal_layer * tokens + (shape.layers - shape.universal_layer) * s.trunk
     return (vector if s.checkpointing else shape.layer_bytes(s.element)) * passes + vector * tokens
 
 
 def _recomputed(s: Setting) -> int:
-    """With activation checkpointing, the layer that the backward pass is in."""
+    """With activation checkpointing, bytes of the one layer that backward computes again."""
     return s.shape.layer_bytes(s.element) * _tokens(s) * s.checkpointing
 
 
@@ -213,7 +217,7 @@ def _tokens(s: Setting) -> int:
 
 
 def _logits(s: Setting) -> int:
-    """A chunk of the LM head, or a tile of the contrast: the logits and what their log-sum takes, in fp32."""
+    """Bytes of a chunk of the LM head or a tile of the contrast: fp32 logits, and as much again for their log-sum."""
     rows = min(CHUNK_ROWS, round(s.recipe.masking.probability * s.trunk))
     batch, contrast = s.recipe.batch, s.recipe.contrast
     keys = contrast.uses_queue * contrast.queue.size + contrast.in_batch * batch.lanes * batch.xlco_pairs
@@ -223,14 +227,14 @@ def _logits(s: Setting) -> int:
 
 
 def checkpoint_bytes(s: Setting) -> int:
-    """Of a saved step, all ranks' files together. At stage 3, masters and moments are all that is kept of the model."""
+    """Bytes of one checkpoint, all ranks' files together. At stage 3 it holds masters and moments, and no weights."""
     weights = s.element * s.shape.whole * (s.stage < 3)
     states = (8 if s.stage == 0 else 12) * s.shape.whole
     return weights + states + 4 * s.shape.momentum * s.has_momentum + queue_bytes(s)
 
 
 def stages(s: Setting) -> Iterator[Setting]:
-    """The setting at each stage that takes its precision and offloading."""
+    """The setting at each stage that supports its precision and offloading."""
     for stage in STAGES:
         if stage == 0 and (s.precision != "fp32" or s.offloaded("optimizer")):
             continue
@@ -240,5 +244,5 @@ def stages(s: Setting) -> Iterator[Setting]:
 
 
 def smallest_world(s: Setting, memory_bytes: float) -> int | None:
-    """The fewest ranks, a divisor of the lanes, on which the setting's stage fits; None if it fits on none."""
+    """The smallest number of ranks, of those that divide the lanes, on which the setting's stage fits; None if none."""
     return next((world for world in s.recipe.batch.worlds if memory(s.at(world=world)).peak <= memory_bytes), None)

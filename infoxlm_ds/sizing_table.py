@@ -1,4 +1,4 @@
-"""`infoxlm plan`: what a recipe needs, for people (tables) and for programs (JSON)."""
+"""`infoxlm plan`: prints what a recipe needs as tables, or writes it as JSON."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ KINDS = ("weights", "gradients", "optimizer", "momentum", "queue", "activations"
 
 @dataclass(frozen=True)
 class Wishes:
-    """What `infoxlm plan` is asked beside the recipe. `peak_flops` and `utilisation` (MFU) are assumptions that stand
-    in for `tokens_per_second`, measured by the user, a GPU."""
+    """The options of `infoxlm plan`. `tokens_per_second` is the user's measurement for one GPU; without it, the time is
+    estimated from `peak_flops` and `utilisation` (MFU)."""
 
     ranks: int
     memory_gib: float | None = None
@@ -36,7 +36,7 @@ class Wishes:
 
 
 def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
-    """UserError where the recipe is wrong or does not run on so many ranks."""
+    """UserError if the recipe is wrong or cannot run on so many ranks."""
     recipe = load_recipe(path, overrides)
     recipe.batch.lanes_of(0, wishes.ranks)
     text = read_text(recipe, wishes.vocabulary)
@@ -44,7 +44,7 @@ def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
 
 
 def days(s: Setting, wishes: Wishes) -> float:
-    """Days to see the wished number of tokens."""
+    """Days to train on the wished number of tokens."""
     assert wishes.tokens is not None
     steps = wishes.tokens / tokens_per_step(s)
     if wishes.tokens_per_second is not None:
@@ -57,21 +57,21 @@ def days(s: Setting, wishes: Wishes) -> float:
 def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
     """Everything that the tables show, in bytes and operations."""
     limit = wishes.memory_gib and wishes.memory_gib * GIB
-    found: dict[str, Any] = {
+    tree: dict[str, Any] = {
         "ranks": s.world,
         "stage": s.stage,
         "notes": list(s.text.notes),
         "parameters": {"whole": s.shape.whole, "momentum": s.shape.momentum},
-        "memory": [asdict(memory(one)) for one in stages(s)],
+        "memory": [asdict(memory(variant)) for variant in stages(s)],
         "flops": flops(s),
         "wire": wire(s),
         "tokens_per_step": tokens_per_step(s),
     }
     if limit:
-        found["smallest_world"] = {one.stage: smallest_world(one, limit) for one in stages(s)}
+        tree["smallest_world"] = {variant.stage: smallest_world(variant, limit) for variant in stages(s)}
     if wishes.tokens is not None:
-        found |= {"steps": wishes.tokens / tokens_per_step(s), "days": days(s, wishes)}
-    return found
+        tree |= {"steps": wishes.tokens / tokens_per_step(s), "days": days(s, wishes)}
+    return tree
 
 
 def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
@@ -82,7 +82,7 @@ def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
 def print_plan(s: Setting, wishes: Wishes, console: Console) -> None:
     shape, batch, init = s.shape, s.recipe.batch, s.recipe.model.init
     if init and shape.own:
-        console.print(f"model.init {init} is out of reach: its shape is taken from the recipe", soft_wrap=True)
+        console.print(f"model.init {init} cannot be read now: the shape comes from the recipe", soft_wrap=True)
     copied = f"; the momentum encoder has {shape.momentum / 1e6:.1f}M of them" if s.has_momentum else ""
     console.print(
         f"{shape.whole / 1e6:.1f}M parameters{copied}\n"
@@ -101,20 +101,22 @@ def _memory_table(s: Setting, wishes: Wishes) -> Table:
     table = _table(f"GiB a rank, on {s.world}")
     table.add_column("")
     limit, columns = (wishes.memory_gib or 0) * GIB, []
-    for one in stages(s):
-        table.add_column(f"ZeRO {one.stage}{' *' if one.stage == s.stage else ''}", justify="right", no_wrap=True)
-        found = memory(one)
-        cells = {name: f"{getattr(found, name) / GIB:.2f}" for name in KINDS} | {"peak at": found.peak_at}
+    for variant in stages(s):
+        table.add_column(
+            f"ZeRO {variant.stage}{' *' if variant.stage == s.stage else ''}", justify="right", no_wrap=True
+        )
+        needed = memory(variant)
+        cells = {name: f"{getattr(needed, name) / GIB:.2f}" for name in KINDS} | {"peak at": needed.peak_at}
         if limit:
-            cells["fits"] = "yes" if found.peak <= limit else "no"
-            cells["smallest world"] = str(smallest_world(one, limit) or "none")
+            cells["fits"] = "yes" if needed.peak <= limit else "no"
+            cells["smallest world"] = str(smallest_world(variant, limit) or "none")
         columns.append(cells)
     for name in columns[0]:
         if name != "host" or any(float(cells[name]) for cells in columns):
             table.add_row(name, *(cells[name] for cells in columns))
     table.caption = (
-        "* the recipe's. The peak is the most at any moment: activations are gone when gradients are reduced. "
-        "Sentences of the contrast at their longest"
+        "* the recipe's stage. The peak is the largest sum at any moment: activations are freed before gradients are "
+        "reduced. Sentences of the contrast have their largest length"
     )
     return table
 
@@ -125,11 +127,11 @@ def _cost_table(s: Setting) -> Table:
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     operations, sent = flops(s), wire(s)
     extra = operations.pop("recomputed")
-    left = [*operations.items(), ("in all", useful(s)), ("recomputed besides", extra)]
+    left = [*operations.items(), ("in all", useful(s)), ("recomputed in addition", extra)]
     right = [*sent.items(), ("in all", sum(sent.values()))]
     for i in range(max(len(left), len(right))):
         table.add_row(*_cells(left, i, 1e12), *_cells(right, i, 1e6))
-    table.caption = "forward and backward, no padding, LM head on masked rows; sentences at their mean length"
+    table.caption = "forward and backward, no padding, LM head on masked rows only; sentences of mean length"
     return table
 
 
@@ -141,15 +143,15 @@ def _time(s: Setting, wishes: Wishes) -> str:
     assert wishes.tokens is not None
     steps = wishes.tokens / tokens_per_step(s)
     if wishes.tokens_per_second is not None:
-        how = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
+        speed = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
     else:
-        how = (
+        speed = (
             f"assuming an MFU of {wishes.utilisation:g} of {wishes.peak_flops / 1e12:g} TFLOP/s a GPU: "
             "give --tokens-per-second once it is measured"
         )
     return (
         f"{wishes.tokens:,.0f} tokens: {steps:,.0f} steps of {tokens_per_step(s):,.0f}, "
-        f"{days(s, wishes):.1f} days on {s.world} GPUs ({how})"
+        f"{days(s, wishes):.1f} days on {s.world} GPUs ({speed})"
     )
 
 

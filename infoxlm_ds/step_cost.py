@@ -1,4 +1,4 @@
-"""What a step costs: floating-point operations by loss, bytes that a rank sends, days to a number of tokens.
+"""What a step costs: floating-point operations of each loss, bytes that a rank sends, tokens.
 
 Legend: W ranks. A multiplication and an addition count as two operations.
 """
@@ -10,8 +10,8 @@ from infoxlm_ds.setting import Setting
 
 
 def flops(s: Setting) -> dict[str, float]:
-    """Operations of a step, all lanes, forward and backward: no padding, LM head on masked rows, K layers for the
-    contrast. `recomputed` is no part of that: passes without a graph and activation checkpointing."""
+    """Operations of a step, all lanes, forward and backward: without padding, LM head on masked rows only, universal
+    layer and below for the contrast. `recomputed` comes on top: passes without a graph, activation checkpointing."""
     shape, batch, lanes, tasks = s.shape, s.recipe.batch, s.recipe.batch.lanes, s.recipe.tasks
 
     def forward(tokens: float, length: float, layers: int) -> float:
@@ -29,10 +29,10 @@ def flops(s: Setting) -> dict[str, float]:
     bodies = {task: forward(tokens, length, shape.layers) for task, (tokens, length) in trunk.items()}
     of_a_side = forward(batch.xlco_pairs * s.text.mean, s.text.mean, shape.universal_layer)
     queries, keys = s.query_sides * of_a_side, s.key_sides * of_a_side
-    found = {task: 3 * (bodies[task] + head(tokens)) for task, (tokens, _) in trunk.items()}
-    found |= {"xlco queries": 3 * queries, "xlco keys": keys, "xlco logits": _logits(s)}
-    found["recomputed"] = queries * s.encodes_twice + (sum(bodies.values()) + queries) * s.checkpointing
-    return found
+    operations = {task: 3 * (bodies[task] + head(tokens)) for task, (tokens, _) in trunk.items()}
+    operations |= {"xlco queries": 3 * queries, "xlco keys": keys, "xlco logits": _logits(s)}
+    operations["recomputed"] = queries * s.encodes_twice + (sum(bodies.values()) + queries) * s.checkpointing
+    return operations
 
 
 def useful(s: Setting) -> float:
@@ -40,7 +40,7 @@ def useful(s: Setting) -> float:
 
 
 def _logits(s: Setting) -> float:
-    """Logits and their weighted mean key; of trained keys, the same once more from the keys' side."""
+    """Logits and the mean key under their softmax; with trained keys, the same again for the gradient of the keys."""
     contrast, pairs = s.recipe.contrast, s.recipe.batch.lanes * s.recipe.batch.xlco_pairs
     if not s.recipe.tasks["xlco"]:
         return 0.0
@@ -50,41 +50,41 @@ def _logits(s: Setting) -> float:
 
 
 def wire(s: Setting) -> dict[str, float]:
-    """Bytes that a rank sends in a step by rings: an all-reduce of n bytes sends 2 n (W - 1) / W, a gather to, or a
-    reduction from, n bytes in all n (W - 1) / W."""
+    """Bytes that a rank sends in a step, with ring algorithms: 2 n (W - 1) / W for an all-reduce of n bytes, and n (W -
+    1) / W for an all-gather or reduce-scatter of n bytes in all."""
     shape, batch, contrast = s.shape, s.recipe.batch, s.recipe.contrast
-    share, element, lanes = (s.world - 1) / s.world, s.element, batch.lanes
+    fraction, element, lanes = (s.world - 1) / s.world, s.element, batch.lanes
     small = int(s.zero.param_persistence_threshold)
     cut = sum(n for n, _ in shape.matrices + shape.vectors if n > small)
     times = s.accumulation if s.stage >= 2 else 1  # from stage 2 on, each micro-step reduces
-    # Stage 3 gathers what was released: beyond `max_live_parameters` for the backward pass once more.
+    # Stage 3 gathers released weights; above `max_live_parameters` it gathers them again for the backward pass.
     gathers = s.accumulation * (1 if shape.whole <= s.zero.max_live_parameters else 2)
     weights = {0: 0, 3: element * (gathers * cut + shape.whole - cut)}.get(s.stage, element * shape.whole)
-    if s.stage == 3 and s.encodes_twice:  # the pass ahead, and what DeepSpeed releases after it: at most
+    if s.stage == 3 and s.encodes_twice:  # an upper bound: DeepSpeed releases weights after the pass without a graph
         weights += 2 * s.accumulation * element * shape.momentum
-    found = {
-        "gradients": (1 if s.stage == 3 else 2) * share * times * s.gradient_element * shape.whole,
-        "weights": share * weights,
+    sent = {
+        "gradients": (1 if s.stage == 3 else 2) * fraction * times * s.gradient_element * shape.whole,
+        "weights": fraction * weights,
         "key weights": 0.0,
         "keys": 0.0,
         "queue": 0.0,
     }
     if s.has_momentum:
-        found["key weights"] = {0: 0.0, 3: share * element * shape.momentum * s.accumulation}.get(
-            s.stage, 2 * share * element * shape.momentum
+        sent["key weights"] = {0: 0.0, 3: fraction * element * shape.momentum * s.accumulation}.get(
+            s.stage, 2 * fraction * element * shape.momentum
         )
     if s.recipe.tasks["xlco"]:
         pairs, sides = lanes * batch.xlco_pairs, s.key_sides or 2 + contrast.uses_queue
         width = 4 if s.recipe.model.normalize or contrast.keys == "gradient" else element
-        found["keys"] = share * pairs * (sides * width * shape.width + 8 * N_TEXTS[contrast.mixup])
+        sent["keys"] = fraction * pairs * (sides * width * shape.width + 8 * N_TEXTS[contrast.mixup])
         if contrast.uses_queue and contrast.queue.sharded:
-            # Anchors go to all ranks, sums over their negatives come back.
+            # All ranks get the anchors; their sums over the negatives are reduced.
             rows = pairs * (1 + contrast.symmetric)
-            found["queue"] = share * rows * 4 * shape.width * 3
-    return found
+            sent["queue"] = fraction * rows * 4 * shape.width * 3
+    return sent
 
 
 def tokens_per_step(s: Setting) -> float:
-    """Tokens of text that a step sees, both sides of each pair, special tokens counted."""
+    """Tokens of text in a step, both sides of each pair, with special tokens."""
     pairs = s.recipe.batch.xlco_pairs * s.recipe.tasks["xlco"]
     return s.recipe.batch.lanes * (s.trunk + 2 * pairs * s.text.mean)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's ablation: the demo with and without cross-lingual contrast, in one table.
+# The paper's ablation: trains the demo with and without cross-lingual contrast, and prints one table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash recipes/demo.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From the vendored corpus to a trained encoder, its retrieval table and its Hugging Face folder. Finished parts are reused.
+# Trains an encoder on the corpus that comes with the project, exports it and measures retrieval. Finished parts are reused.
 # Usage: recipes/demo.sh [RUN_FOLDER [key.path=value ...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ if [ "$gpus" -gt 0 ]; then
   overrides+=(engine=ds_configs/zero1_bf16.json)
   if [ "$gpus" -gt 2 ]; then overrides+=("batch.lanes=$gpus"); fi
 else
-  unset OMP_NUM_THREADS # `infoxlm train` shares the cores among its ranks
+  unset OMP_NUM_THREADS # `infoxlm train` divides the cores among its ranks
 fi
 
 infoxlm prep build $data/corpus.yaml $corpus

@@ -137,7 +137,7 @@ def test_all_layers_of_chosen_languages(
         (("--layer", "first"), "--layer first: expected a number or all"),
         (("--layer", "9"), "layer 9 is out of range"),
         (("--pivot", "sw"), "no row has the pivot language 'sw'"),
-        (("--languages", "ko"), "no language asked for has 2 pairs"),
+        (("--languages", "ko"), "no requested language has 2 pairs"),
         (("--languages", "ru,ko"), "--languages ko: no file has 2 pairs of 'ko'"),
         (("--min-pairs", "4"), "lower --min-pairs"),
     ],

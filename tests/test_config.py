@@ -48,13 +48,6 @@ def test_overrides_win_over_the_file_and_take_its_types() -> None:
     assert recipe.contrast.negatives == "both" and recipe.sampling.pivot is None
 
 
-def test_resume_is_a_word_or_a_section() -> None:
-    assert load_recipe(DEMO).resume.mode == "auto"
-    assert load_recipe(DEMO, ["resume=never"]).resume.mode == "never"
-    both = load_recipe(DEMO, ["resume=required", "resume.fallback=true"]).resume
-    assert both.mode == "required" and both.fallback
-
-
 def test_a_preset_lies_below_the_recipe(tmp_path: Path) -> None:
     text = "preset: {}\nrun: r\ncorpus: c\nengine: e\nmodel: {{pooling: mean}}\ncontrast: {{temperature: 0.2}}\n"
     text += "batch: {{lanes: 1, mmlm_tokens: 1, tlm_tokens: 1, xlco_pairs: 200}}\n"
@@ -86,6 +79,7 @@ def test_a_preset_lies_below_the_recipe(tmp_path: Path) -> None:
         (["contrast.queue.size=0"], ["contrast.queue.size", "greater than 0"]),
         (["preset=infoxml"], ["preset", "infoxlm"]),
         (["seed.deep=1"], ["seed is a value"]),
+        (["resume=never"], ["resume: {mode: never}", "resume.mode=never"]),
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_the_key(overrides: list[str], words: list[str]) -> None:
@@ -110,7 +104,7 @@ def test_a_wrong_recipe_is_one_line_that_names_the_key(overrides: list[str], wor
         ('{"activation_checkpointing": {}}', ["memory.activation_checkpointing"]),
         ('{"data_types": {"param_dtype": "bf16"}}', ["data_types.param_dtype"]),
         ('{"bf16": true}', ["bf16", "keys and values"]),
-        ("[]", ["no JSON object"]),
+        ("[]", ["not a JSON object"]),
         ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', ["zero_hpz_partition_size", "momentum"]),
         ('{"bf16": {"enabled": true}}', ["stage to 1"]),
         ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}}', ["grad_accum_dtype"]),

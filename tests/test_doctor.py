@@ -33,4 +33,4 @@ def test_the_slow_pair_among_many_is_named() -> None:
     *each, found = judge.network(pairs, sent=8e9)
     assert [one.level for one in each] == ["ok", "ok", "warning"]
     assert each[2].what == "b and c: all-reduce 100 µs, 4,000 MB/s, 10,000 in the median"
-    assert found.what == "3 pairs met, 4,000 MB/s at least: a step's 8.00 GB a rank take 2.0 s"
+    assert found.what == "3 pairs connected, 4,000 MB/s at least: the 8.00 GB that a rank sends in a step take 2.0 s"

@@ -23,7 +23,7 @@ def test_the_example_is_a_hostfile() -> None:
     [
         ("a slots=1\nb 2\n", r"line 2: 'b 2' is not of the form HOST slots=NUMBER"),
         ("a slots=0\n", "line 1: 'a slots=0'"),
-        ("a slots=1\n\na slots=1\n", "line 3: a is there twice"),
+        ("a slots=1\n\na slots=1\n", "line 3: a is listed twice"),
         ("# none\n", "names no host"),
     ],
 )

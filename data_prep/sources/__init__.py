@@ -1,4 +1,5 @@
-"""Readers, one file a format. Each yields rows `{language: text}`; `text` yields documents, lists of sentences."""
+"""Readers, one module for each format. They yield rows `{language: text}`; `text` yields documents, lists of
+sentences."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from infoxlm_ds.config import UserError
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file, plain or .xz. UserError names file and line where it cannot be read."""
+    """Numbered lines of a UTF-8 file, plain or .xz. UserError names the file and the line that cannot be read."""
     number = 0
     try:
-        # Bytes: decoding a file as text fails a buffer ahead of the bad line, and ends lines at a lone carriage return,
-        # after which aligned files no longer agree.
+        # Read bytes: a text file is decoded ahead, so an error would name a wrong line. It also ends lines at a lone
+        # carriage return, and then aligned files no longer match.
         with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             for line in file:
                 text = line.decode("utf-8")

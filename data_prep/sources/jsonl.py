@@ -1,4 +1,4 @@
-"""N-way text: a JSON object a line, `{"key": ..., "text": {language: sentence}}`."""
+"""N-way text, the same sentence in several languages: on each line `{"key": ..., "text": {language: sentence}}`."""
 
 from __future__ import annotations
 

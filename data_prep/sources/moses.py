@@ -1,4 +1,4 @@
-"""Aligned files, one a language: line i of one translates line i of the others (Moses, OPUS)."""
+"""Aligned files, one for each language: line i of each file is the same sentence (Moses, OPUS)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def read(paths: dict[str, Path]) -> Iterator[dict[str, str]]:
         if None in row:
             shortest = [str(path) for path, cell in zip(paths.values(), row, strict=True) if cell is None]
             raise UserError(
-                f"{', '.join(shortest)}: fewer lines than the other side: aligned files have as many lines each"
+                f"{', '.join(shortest)}: fewer lines than the other side: aligned files need the same number of lines"
             )
         yield {language: text for language, (_, text) in zip(paths, row, strict=True) if text.strip()}

@@ -1,4 +1,4 @@
-"""Monolingual text: a sentence a line, an empty line between documents."""
+"""Monolingual text: one sentence on each line, an empty line between documents."""
 
 from __future__ import annotations
 

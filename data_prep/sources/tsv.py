@@ -1,4 +1,4 @@
-"""Tab-separated text: a column a language, an empty cell where a row lacks it."""
+"""Tab-separated text: one column for each language; a cell is empty if the row lacks that language."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving and loading the whole state of a run, by all ranks together."""
+"""Saves and loads the whole state of a run. All ranks work together."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.elastic import suited
-from infoxlm_ds.checkpoint.files import Contents, read_slices, restore_rng, rng_state, to_host
+from infoxlm_ds.checkpoint.files import Contents, read_slices, to_host
 from infoxlm_ds.checkpoint.identity import ORDER, Difference, Identity
-from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, commit_protocol, on_first_rank
+from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, on_first_rank
 from infoxlm_ds.checkpoint.store import (
     FORMAT,
     STATE,
     Store,
     damage_of,
-    read_json,
     read_receipts,
     read_state,
 )
@@ -40,7 +39,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Saved:
-    """Optimizer steps applied, steps' batches consumed, where the streams stand, and the best probe."""
+    """`step`: optimizer steps applied; `consumed`: steps whose batches were read; `cursors`: the streams' positions."""
 
     step: int
     consumed: int
@@ -50,7 +49,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint to go on from, and in what the run may now differ."""
+    """An undamaged checkpoint to go on from, and the allowed differences between its run and this one."""
 
     path: Path
     state: dict[str, Any]
@@ -66,17 +65,19 @@ class Checkpoints:
         self._under_way: Save | None = None
 
     def check(self, identity: Identity) -> bool:
-        """Whether the run has done all its steps. UserError where it is another's, or `resume` forbids to go on or to
-        start. Nothing is written."""
+        """Whether the run has done all its steps. Writes nothing. UserError if the folder belongs to another run, or if
+        `resume.mode` forbids to start or to go on."""
         run, newest = self.store.run, self.store.latest()
         if newest is None:
             if self._resume.mode == "required":
-                raise UserError(f"{run} holds no checkpoint and resume is required: correct `run`, or set resume=auto")
+                raise UserError(
+                    f"{run} holds no checkpoint and resume.mode is required: correct `run`, or set resume.mode=auto"
+                )
             return False
         if self._resume.mode == "never":
             raise UserError(
-                f"{run} holds a run that has come to {newest.name} and resume is never: take another run folder, or "
-                "set resume=auto"
+                f"{run} holds a run at {newest.name} and resume.mode is never: "
+                "take another run folder, or set resume.mode=auto"
             )
         for path in self._candidates():
             try:
@@ -87,11 +88,11 @@ class Checkpoints:
                 continue
             identity.check(state, run)
             return int(state["step"]) >= identity.recipe.optimizer.steps
-        return False  # `find` says what is wrong with each
+        return False  # `find` reports what is wrong with each checkpoint
 
     def lock(self) -> None:
-        """Hold the run folder until this process ends, and remove what an earlier one left half-written. Collective.
-        UserError where another process trains in it."""
+        """Lock the run folder until this process ends, and remove half-written checkpoints. Collective. UserError if
+        another process trains in the folder."""
         holder = on_first_rank(self.store.acquire)
         if isinstance(holder, Failed):
             raise UserError(f"{self.store.run} cannot be written to ({holder.why}): correct `run`, or its permissions")
@@ -99,8 +100,8 @@ class Checkpoints:
             raise UserError(f"{holder} trains in {self.store.run}: wait for it, or take another run folder")
 
     def find(self, identity: Identity) -> Found | None:
-        """The checkpoint to go on from, every byte of it verified. Collective. UserError where it is damaged; with
-        `resume.fallback` the newest that is not, and the damaged ones are set aside."""
+        """The checkpoint to go on from, or None to start. Every byte of it is verified. Collective. UserError if it is
+        damaged. With `resume.fallback` it is the newest undamaged one, and the damaged ones are renamed."""
         candidates = dist.from_first_rank(None if dist.rank() else self._candidates())
         assert isinstance(candidates, list)
         damaged: list[str] = []
@@ -112,7 +113,7 @@ class Checkpoints:
             if number and dist.rank() == 0:
                 aside = [self.store.set_aside(bad).name for bad in candidates[:number] if bad.is_dir()]
                 self.store.point_to(path)
-                kept = f"; kept for you: {', '.join(aside)}" if aside else ""
+                kept = f"; the damaged files are kept in {', '.join(aside)}" if aside else ""
                 print(f"{'; '.join(damaged)}: going on from {path.name}{kept}", flush=True)
             dist.barrier()
             return Found(path, state, identity.check(state, self.store.run))
@@ -120,23 +121,21 @@ class Checkpoints:
             raise UserError(f"{'; '.join(damaged)}: {self._remedy()}")
         return None
 
-    def load(self, found: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
-        """Take everything from a checkpoint that `find` gave, of any number of ranks. Collective. UserError where it
-        cannot be converted for this one."""
-        path, state = found.path, found.state
+    def load(self, source: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
+        """Load everything from a checkpoint that `find` returned; any number of ranks may have written it. Collective.
+        UserError if it cannot be converted for this number of ranks."""
+        path, state = source.path, source.state
         files = suited(path, state, engine)
         engine.load(files, universal=files != path)
         own = path / f"momentum-{dist.rank():05d}.safetensors"
-        names = sorted(receipt.name for receipt in read_receipts(path))  # thousands of ranks list no folder
+        names = sorted(receipt.name for receipt in read_receipts(path))  # thousands of ranks must not list the folder
         if momentum is not None:
             parts = sorted((path / n for n in names if n.startswith("momentum-")), key=lambda part: part != own)
             wanted = {name: len(values) for name, values in momentum.state_dict().items()}
             momentum.load_state_dict(read_slices(parts, wanted))
         if queue is not None:
             queue.load_state_dicts(load_file(path / n) for n in names if n.startswith("queue-"))
-        if state["world_size"] == dist.world_size():
-            restore_rng(read_json(path / f"rng-{dist.rank():05d}.json"))
-        skipped = any(d.below(*ORDER) for d in found.differences)  # the window in hand has other items now
+        skipped = any(d.below(*ORDER) for d in source.differences)  # the current window now holds other items
         cursors = {
             task: {int(lane): (window + 1, 0) if skipped else (window, offset) for lane, (window, offset) in at.items()}
             for task, at in state["cursors"].items()
@@ -147,25 +146,25 @@ class Checkpoints:
     def save(
         self, saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
     ) -> None:
-        """Start to save; `finish` or, where `checkpoint.asynchronous`, later calls of `poll` commit it. Collective."""
+        """Start a save. `finish` completes it; if `checkpoint.asynchronous`, calls of `poll` may complete it earlier.
+        Collective."""
         assert self._under_way is None
         started = time.monotonic()
         contents = _contents(saved, identity, engine, momentum, queue)
         if self._settings.asynchronous:
             contents = to_host(contents)
-        protocol = commit_protocol(self.store, self._settings, saved.step, contents)
-        self._under_way = Save(saved.step, protocol, self._settings.asynchronous, started)
+        self._under_way = Save(self.store, self._settings, saved.step, contents, started)
 
     def poll(self) -> Outcome | None:
-        """Bring a save that is under way as far as its threads are, without waiting for them. Collective while there is
-        one. Its outcome once there is one."""
+        """Advance the current save if the threads of all ranks are done, without waiting for them. Collective while
+        there is a save. Returns its outcome when it has ended."""
         save = self._under_way
         if save is None or not dist.agree(save.ready):
             return None
         return self._advance(save)
 
     def finish(self) -> Outcome | None:
-        """Bring a save that is under way to its end. Collective."""
+        """Wait for the current save, if there is one, and complete it. Collective."""
         outcome = None
         while (save := self._under_way) is not None:
             outcome = self._advance(save)
@@ -178,7 +177,8 @@ class Checkpoints:
         return outcome
 
     def _candidates(self) -> list[Path]:
-        """Newest first: what `latest` names and, with `resume.fallback`, the committed ones before it."""
+        """The checkpoints to try, newest first: the one that `latest` points to and, with `resume.fallback`, the
+        committed ones before it."""
         newest = self.store.latest()
         if newest is None:
             return []
@@ -197,7 +197,6 @@ def _contents(
     """This rank's files of a checkpoint. Collective."""
     rank = dist.rank()
     contents: Contents = dict(engine.snapshot())
-    contents[f"rng-{rank:05d}.json"] = rng_state()
     if momentum is not None and (engine.sharded or rank == 0):
         contents[f"momentum-{rank:05d}.safetensors"] = momentum.state_dict()
     if queue is not None:
@@ -218,9 +217,9 @@ def _contents(
 
 
 def _damage_seen_by_any(path: Path) -> str:
-    """What is wrong with a committed folder; each rank reads its share of the files. Collective."""
-    share = slice(dist.rank(), None, dist.world_size())
-    return next((str(damage) for damage in dist.gather_objects(damage_of(path, share)) if damage), "")
+    """What is wrong with a committed folder; empty if nothing is. Each rank reads a part of the files. Collective."""
+    part = slice(dist.rank(), None, dist.world_size())
+    return next((str(damage) for damage in dist.gather_objects(damage_of(path, part)) if damage), "")
 
 
 def _merge(everyone: list[Cursors]) -> Cursors:

@@ -1,5 +1,5 @@
-"""A checkpoint of one number of ranks, for another: DeepSpeed's universal checkpoint, made when it is needed and
-kept."""
+"""Converts a checkpoint for another number of ranks, to DeepSpeed's universal checkpoint. This is done when it is
+needed, and the result is kept."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ from infoxlm_ds.engine_files import convert
 
 
 def suited(path: Path, state: dict[str, Any], engine: Engine) -> Path:
-    """The checkpoint itself, or what DeepSpeed makes of it for another number of ranks or the other of the stages 1 and
-    2. Collective. UserError where it cannot."""
-    then = state["world_size"], state["zero_stage"]
-    now = dist.world_size(), engine.stage
-    if engine.stage == 0 or then == now:
+    """The folder to load: the checkpoint itself, or its conversion if the number of ranks changed, or ZeRO's stage from
+    1 to 2 or back. Collective. UserError if it cannot be converted."""
+    written = state["world_size"], state["zero_stage"]
+    wanted = dist.world_size(), engine.stage
+    if engine.stage == 0 or written == wanted:
         return path
     if not dist.agree(engine.loads_universal):
         raise UserError(
-            f"{path.name} was written by {then[0]} rank(s), and DeepSpeed converts it only for fewer than "
-            f"{now[0]}, of which some would hold no part of the model: start {then[0]}, or a number between"
+            f"{path.name} was written by {written[0]} rank(s). DeepSpeed cannot convert it for {wanted[0]} ranks, "
+            f"because some of them would hold no part of the model: start {written[0]} ranks, or a number between"
         )
-    if problem := on_first_rank(partial(_make_universal, path, then, now)):
-        raise UserError(f"{problem}: start {then[0]} ranks at ZeRO {then[1]}, as then")
+    if problem := on_first_rank(partial(_make_universal, path, written, wanted)):
+        raise UserError(f"{problem}: start {written[0]} ranks at ZeRO {written[1]}, as before")
     return universal_of(path)
 
 
-def _make_universal(path: Path, then: tuple[int, int], now: tuple[int, int]) -> str:
-    """Make, unless it is there, what ranks and stage `now` load. Returns what went wrong; empty where nothing did."""
+def _make_universal(path: Path, written: tuple[int, int], wanted: tuple[int, int]) -> str:
+    """Convert a checkpoint, unless the conversion exists. `written` and `wanted` are (ranks, stage). Returns what went
+    wrong; empty if nothing did."""
     universal = universal_of(path)
-    what = "{} was written by {} rank(s) at ZeRO {}; for {} rank(s) at ZeRO {}".format(path.name, *then, *now)
+    change = "{} was written by {} rank(s) at ZeRO {}; for {} rank(s) at ZeRO {}".format(path.name, *written, *wanted)
     if universal.is_dir() and not damage_of(universal):
-        print(f"{what} it was converted before: {universal}", flush=True)
+        print(f"{change} it was converted before: {universal}", flush=True)
         return ""
-    print(f"{what} it is converted ...", flush=True)
+    print(f"{change} it is converted ...", flush=True)
     started, unfinished = time.monotonic(), universal.with_name(universal.name + ".partial")
     for old in (unfinished, universal):
         shutil.rmtree(old, ignore_errors=True)
     try:
         convert(path, unfinished)
         Store(path.parent.parent).publish(unfinished, collect_receipts(unfinished))
-    except Exception as error:  # a full disk is a RuntimeError of torch's
+    except Exception as error:  # torch raises RuntimeError on a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(path.parent).free / 2**30
-        return f"{what} it cannot be converted ({free:.1f} GiB free): {' '.join(str(error).split())}"
+        return f"{change} it cannot be converted ({free:.1f} GiB free): {' '.join(str(error).split())}"
     print(f"... in {time.monotonic() - started:.0f} s, and kept as {universal}", flush=True)
     return ""

@@ -1,6 +1,6 @@
-"""A rank's files of a checkpoint: written with their hashes, read back, and what is not DeepSpeed's turned into text.
+"""Writes and reads one rank's files of a checkpoint, with their hashes.
 
-Tensors of ours are safetensors, all else is JSON: reading either runs nothing. DeepSpeed's own files are pickles.
+Our own tensors are safetensors and the rest is JSON: reading them runs no code. DeepSpeed's files are pickles.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import copy
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -27,9 +25,9 @@ Contents = dict[str, Any]  # by file name: .safetensors of tensors by name, .jso
 
 
 class _Hashing:
-    """A file that knows the hash of what went into it, which need not be what came onto the disk.
+    """A file that hashes what is written to it. The disk may hold something else: a reader compares later.
 
-    An error of the disk is raised by `receipt`: torch.save would hide it behind errors of its own.
+    `receipt` raises an error of the disk: torch.save would hide it behind an error of its own.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -49,7 +47,7 @@ class _Hashing:
     def flush(self) -> None: ...
 
     def receipt(self, name: str) -> Receipt:
-        """What was written and is on the disk now."""
+        """Name, size and hash of what was written. It is on the disk after the call."""
         if self._error is not None:
             raise self._error
         self._file.flush()
@@ -58,7 +56,7 @@ class _Hashing:
 
 
 def write_files(folder: Path, contents: Contents) -> list[Receipt]:
-    """Write files that are on the disk after the call. OSError where they do not fit."""
+    """Write files. They are on the disk after the call. OSError if they do not fit."""
     receipts = []
     for name, value in contents.items():
         with (folder / name).open("wb") as file:
@@ -79,8 +77,8 @@ def _write(file: _Hashing, name: str, value: Any) -> None:
 
 
 def to_host(contents: Contents) -> Contents:
-    """A copy in the host's memory, for a thread to write while training goes on. Tensors that share memory, such as
-    tied weights, share it in the copy."""
+    """A copy in the host's memory, which a thread writes while training goes on. Tensors that share memory, such as
+    tied weights, share it in the copy too."""
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copied(x: Tensor) -> Tensor:
@@ -94,9 +92,9 @@ def to_host(contents: Contents) -> Contents:
 
 
 def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tensor]:
-    """Fragments `parameter:start` of so many values each, put together from fragments that were cut anywhere else.
-    RuntimeError where some are in no part."""
-    found = {name: torch.empty(length) for name, length in wanted.items()}
+    """Values of the `wanted` fragments, read from files whose fragments are cut at other places. A fragment is named
+    `parameter:start`; `wanted` gives its number of values. RuntimeError if the files lack some values."""
+    values_of = {name: torch.empty(length) for name, length in wanted.items()}
     missing = dict(wanted)
     by_parameter: dict[str, list[tuple[str, int]]] = {}
     for name in wanted:
@@ -104,37 +102,15 @@ def read_slices(parts: Iterable[Path], wanted: dict[str, int]) -> dict[str, Tens
         by_parameter.setdefault(parameter, []).append((name, int(start)))
     for path in parts:
         with safe_open(path, "pt") as part:
-            for saved in part.keys():  # noqa: SIM118  # no mapping, for all its looks
+            for saved in part.keys():  # noqa: SIM118  # not a mapping
                 parameter, first = saved.split(":")
                 values = part.get_slice(saved)
-                theirs = range(int(first), int(first) + values.get_shape()[0])
-                for name, own in by_parameter.get(parameter, []):
-                    low, high = max(theirs.start, own), min(theirs.stop, own + wanted[name])
+                span = range(int(first), int(first) + values.get_shape()[0])
+                for name, begin in by_parameter.get(parameter, []):
+                    low, high = max(span.start, begin), min(span.stop, begin + wanted[name])
                     if low < high:
-                        found[name][low - own : high - own] = values[low - theirs.start : high - theirs.start]
+                        values_of[name][low - begin : high - begin] = values[low - span.start : high - span.start]
                         missing[name] -= high - low
         if not any(missing.values()):
-            return found
+            return values_of
     raise RuntimeError(f"no file holds all of the fragments {[name for name, left in missing.items() if left]}")
-
-
-def rng_state() -> dict[str, Any]:
-    """Where this process' random generators stand. Nothing in training draws from them today: masks, order and mixup
-    are keyed by the step."""
-    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": cuda,
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

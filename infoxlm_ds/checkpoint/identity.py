@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to, and in what another recipe would make it another run."""
+"""Which run a checkpoint belongs to, and which changes of the recipe the run allows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.engine_config import precision_of, stage_of
 
-# What may differ between the start of a run and its continuation: nothing that a step depends on. Corpus and engine are
-# known by what is in them, wherever they lie; a preset by its values; the queue fills again.
+# Keys that may always change, because no step depends on them. Corpus and engine configuration are compared by content,
+# not by path; a preset by its values.
 FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
-# What decides which tensors a checkpoint holds: no continuation can take over those of another.
+# Keys that can never change, because the tensors would have other shapes.
 FIXED = ("model", "batch.lanes", "contrast.keys", "contrast.learn_temperature_within", "tokenizer", "tasks.xlco")
-# Where one of these differs, the plan gives a window other items: the rest of the one in hand is left.
+# If one of these changes, a window of the data holds other items: a stream skips the rest of its current window.
 ORDER = ("corpus", "sampling", "seed", "contrast.same_text", "contrast.pairs_per_row", "contrast.mixup")
 
 
 @dataclass(frozen=True)
 class Difference:
+    """A key whose value in the checkpoint, `then`, is not its value `now`."""
+
     key: str
     then: Any
     now: Any
@@ -36,8 +38,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run this run: its recipe, what is in its engine configuration, the hashes of its corpus' manifest
-    and tokenizer."""
+    """What identifies a run: its recipe, the content of its engine configuration, and the hashes of its corpus'
+    manifest and of its tokenizer's files."""
 
     recipe: Recipe
     engine: dict[str, Any]
@@ -55,8 +57,8 @@ class Identity:
         }
 
     def check(self, state: dict[str, Any], run: Path) -> list[Difference]:
-        """How the run that wrote `state` differs, as far as `resume.allow_change` allows it. UserError where it does
-        not, or where nothing could."""
+        """The differences between the run that wrote `state` and this one. UserError if `resume.allow_change` does not
+        allow one of them, or if it can never be allowed."""
         differing = self._differences(state, run)
         stages = [state["zero_stage"], stage_of(self.engine)]
         families = [0 if stage == 0 else 1 if stage < 3 else 3 for stage in stages]
@@ -68,33 +70,34 @@ class Identity:
             impossible.append("precision {} -> {}".format(*precisions))
         if impossible:
             raise UserError(
-                f"{run} cannot go on with another {', '.join(impossible)}: go on with its own, or take its weights "
-                f"into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
+                f"{run} cannot go on with these changes: {', '.join(impossible)}. Use its own recipe, or take its "
+                f"weights into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
             )
         refused = [str(d) for d in differing if not d.below(*self.recipe.resume.allow_change)]
         if refused:
             raise UserError(
-                f"{run} holds a run with another {', '.join(refused)}: go on with its own recipe, give this one "
-                "another run folder, or name what may change in resume.allow_change"
+                f"{run} holds a run with other settings: {', '.join(refused)}. Use its own recipe, choose another run "
+                "folder, or allow the changes in resume.allow_change"
             )
         return differing
 
     def _differences(self, state: dict[str, Any], run: Path) -> list[Difference]:
-        then = check(Recipe, state["recipe"], f"{run}: the recipe of its checkpoint")
+        saved_recipe = check(Recipe, state["recipe"], f"{run}: the recipe of its checkpoint")
         trees = [
-            r.model_dump(mode="json", exclude=FREE) | {"tasks": {"xlco": r.tasks["xlco"]}} for r in (then, self.recipe)
+            r.model_dump(mode="json", exclude=FREE) | {"tasks": {"xlco": r.tasks["xlco"]}}
+            for r in (saved_recipe, self.recipe)
         ]
         for tree in trees:
             tree["contrast"].pop("queue")
         for tree, saved in zip(trees, (state, self.as_json()), strict=True):
             tree |= {key: saved[key] for key in ("engine", "corpus", "tokenizer")}
         flat = [dict(_leaves(tree)) for tree in trees]
-        found = [
+        differences = [
             Difference(key, flat[0].get(key), flat[1].get(key))
             for key in dict.fromkeys((*flat[0], *flat[1]))
             if flat[0].get(key) != flat[1].get(key)
         ]
-        return [d for d in found if d.key != "engine.zero_optimization.stage"]  # `check` looks at that
+        return [d for d in differences if d.key != "engine.zero_optimization.stage"]  # `check` compares the stages
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,14 +1,14 @@
-"""The folder `RUN/checkpoints`: what lies in it, which of it counts, and who may write there. No torch.
+"""The folder `RUN/checkpoints`: its files, which checkpoints count, and which process may write. No torch.
 
-    step-00000600/                  a committed checkpoint: whole, with `manifest.json`
+    step-00000600/                  a committed checkpoint, complete, with `manifest.json`
     step-00000600.partial/          being written, or left by a run that was killed
-    step-00000600.universal/        the same state for another number of ranks, made when it was asked for
-    step-00000600.damaged/          set aside when the run went on from the one before
-    step-00000600.removed/          on its way out
-    latest                          the name of the newest committed checkpoint: what it does not name never happened
-    lock                            held by the run that writes here
+    step-00000600.universal/        the same state, converted for another number of ranks
+    step-00000600.damaged/          a damaged checkpoint, renamed when the run went on from an older one
+    step-00000600.removed/          being removed
+    latest                          the name of the newest committed checkpoint: only it and older ones count
+    lock                            held by the process that writes here
 
-A folder gets its final name only when all that is in it is on the disk, so a name is never half true.
+A folder gets its final name only after all its files are on the disk. So a folder with a final name is complete.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MANIFEST, STATE = "manifest.json", "state.json"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a file was when it was written."""
+    """Size and hash of a file when it was written."""
 
     name: str
     bytes: int
     sha256: str
 
     def damage(self, folder: Path) -> str:
-        """What is wrong with the file now; empty where nothing is."""
+        """What is wrong with the file now; empty if nothing is."""
         path = folder / self.name
         if not path.is_file():
             return f"{self.name} is missing"
@@ -59,8 +59,8 @@ class Store:
         self._lock: TextIO | None = None
 
     def acquire(self) -> str:
-        """Hold the folder until this process ends, and remove what was never committed. Returns who holds it where
-        another does, else nothing."""
+        """Lock the folder until this process ends, and remove what was not committed. If another process holds the
+        lock, return its name; else an empty text."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / "lock").open("a+")
         try:
@@ -79,11 +79,11 @@ class Store:
     def steps(self) -> list[Path]:
         """Committed checkpoints, oldest first."""
         latest = self.latest()
-        found = (p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
-        return sorted((p for p in found if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
+        named = (p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
+        return sorted((p for p in named if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
 
     def latest(self) -> Path | None:
-        """The newest committed checkpoint, whether it is still there or not. UserError where `latest` names none."""
+        """The newest committed checkpoint; its folder may be gone. UserError if `latest` holds no checkpoint's name."""
         if not self._pointer.is_file():
             return None
         name = self._pointer.read_text(errors="replace").strip()
@@ -92,40 +92,40 @@ class Store:
         return self.folder / name
 
     def at(self, step: int | None = None) -> Path:
-        """The committed checkpoint of a step, or the newest. UserError where there is none."""
+        """The committed checkpoint of a step; without a step, the newest. UserError if there is none."""
         newest = self.latest()
         if newest is None:
             raise UserError(f"{self.run} holds no checkpoint: train there first, or correct the path")
-        found = {step_of(path): path for path in self.steps()}
-        if step is not None and step not in found:
-            raise UserError(f"{self.run} holds no checkpoint of step {step}, but of {', '.join(map(str, found))}")
-        return newest if step is None else found[step]
+        paths = {step_of(path): path for path in self.steps()}
+        if step is not None and step not in paths:
+            raise UserError(f"{self.run} holds no checkpoint of step {step}, but of {', '.join(map(str, paths))}")
+        return newest if step is None else paths[step]
 
     def point_to(self, checkpoint: Path) -> None:
-        """From now on this is the newest. Atomic."""
+        """Make this the newest checkpoint. Atomic."""
         write_durably(self._pointer, checkpoint.name)
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write a step's files into."""
+        """Make an empty folder for a step's files."""
         partial = self.folder / f"step-{step:08d}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
 
     def publish(self, partial: Path, receipts: Iterable[Receipt]) -> Path:
-        """Give a folder whose files are on the disk its manifest and its final name."""
+        """Write the manifest of a folder and give it its final name. Its files must be on the disk."""
         manifest = {r.name: {"bytes": r.bytes, "sha256": r.sha256} for r in receipts}
         write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
         final = partial.with_suffix("")
-        if final.exists():  # written before, but never the newest; or its run went back behind it
+        if final.exists():  # not committed before, or its run went back to an older checkpoint
             self.remove(final)
         partial.replace(final)
         sync(self.folder)
         return final
 
     def remove(self, checkpoint: Path) -> None:
-        """Take a folder away, with what was made of it. Killed half way, its name is gone and the rest is removed at
-        the next start."""
+        """Remove a checkpoint and its conversion. Each folder is renamed first: if the process is killed, the next
+        start removes the rest."""
         for path in (universal_of(checkpoint), checkpoint):
             if path.exists():
                 going = path.with_name(path.name + ".removed")
@@ -134,7 +134,7 @@ class Store:
                 shutil.rmtree(going)
 
     def set_aside(self, damaged: Path) -> Path:
-        """Keep a damaged checkpoint for whoever wants to look, where no run takes it for whole."""
+        """Rename a damaged checkpoint, so that it can be inspected and no run loads it. Returns its new path."""
         aside = damaged.with_name(damaged.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         damaged.replace(aside)
@@ -158,31 +158,31 @@ def universal_of(checkpoint: Path) -> Path:
 
 
 def read_receipts(folder: Path) -> list[Receipt]:
-    """What a committed folder was when it was written. UserError where that cannot be read."""
+    """The receipts of a committed folder. UserError if they cannot be read."""
     return [Receipt(name, **stated) for name, stated in read_json(folder / MANIFEST).items()]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a committed checkpoint. UserError where it is gone, damaged or of another format."""
+    """`state.json` of a committed checkpoint. UserError if it is missing, damaged or of another format."""
     stated = {receipt.name: receipt for receipt in read_receipts(checkpoint)}
     if damage := stated[STATE].damage(checkpoint) if STATE in stated else f"{STATE} is missing":
         raise UserError(f"{checkpoint}: {damage}")
     state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT:
-        raise UserError(f"{checkpoint} was written by another version of infoxlm_ds, which has to export it")
+        raise UserError(f"{checkpoint} was written by another version of infoxlm_ds: export it with that version")
     return state
 
 
-def damage_of(folder: Path, share: slice = slice(None), seen: Callable[[int], None] = lambda _: None) -> str:
-    """The first thing that is wrong with a committed folder, or with a share of its files; empty where nothing is.
-    `seen` is told the bytes of each file."""
+def damage_of(folder: Path, part: slice = slice(None), seen: Callable[[int], None] = lambda _: None) -> str:
+    """The first damage of a committed folder, or of a part of its files; empty if there is none. Calls `seen` with the
+    bytes of each file."""
     if not folder.is_dir():
         return "the folder is gone"
     try:
         receipts = read_receipts(folder)
     except UserError as error:
         return str(error).removeprefix(f"{folder}: ")
-    for receipt in receipts[share]:
+    for receipt in receipts[part]:
         if damage := receipt.damage(folder):
             return damage
         seen(receipt.bytes)
@@ -190,7 +190,7 @@ def damage_of(folder: Path, share: slice = slice(None), seen: Callable[[int], No
 
 
 def collect_receipts(folder: Path) -> list[Receipt]:
-    """Of all files below a folder, which are then on the disk."""
+    """Receipts of all files below a folder. The files are on the disk after the call."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
         sync(path)
@@ -198,7 +198,7 @@ def collect_receipts(folder: Path) -> list[Receipt]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """The whole text or the whole old one is there, and after the call the new one."""
+    """Write a file atomically: a reader sees the old text or the new one. After the call the new one is on the disk."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text)
     sync(temporary)
@@ -207,7 +207,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """What was written to a file or folder is on the disk."""
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -216,7 +216,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """UserError where the file is gone or is no JSON."""
+    """UserError if the file is missing or is not JSON."""
     try:
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

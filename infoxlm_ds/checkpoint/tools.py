@@ -1,4 +1,4 @@
-"""`infoxlm checkpoint list|verify|prune`: what lies in a run's folder, whether it is whole, and less of it."""
+"""`infoxlm checkpoint list|verify|prune`: lists, verifies and removes the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infoxlm_ds.config import Recipe, UserError, check
 
 
 def list_checkpoints(run: Path, console: Console) -> None:
-    """A table of what lies in the folder, oldest first. Names are looked at, contents are not."""
+    """Print a table of the checkpoints, oldest first. It checks that files exist; it does not read them all."""
     store, newest = Store(run), Store(run).at()
     table = Table("step", "written", "GB", "ranks", "ZeRO", "precision", "best probe", "", box=None)
     steps = store.steps()
@@ -25,22 +25,24 @@ def list_checkpoints(run: Path, console: Console) -> None:
         table.add_row(str(step_of(path)), *_about(path), _remarks(path, path == newest))
     console.print(table)
     if newest not in steps:
-        console.print(f"`latest` names {newest.name}, which is gone: `resume.fallback=true` goes on from one before it")
+        console.print(
+            f"`latest` points to {newest.name}, which is gone: `resume.fallback=true` goes on from an older one"
+        )
     for path in sorted(store.folder.glob("step-*")):
         if path not in steps and path not in map(universal_of, steps):
-            console.print(f"{path.name}: {_LEFT.get(path.suffix, 'newer than `latest`, never counted')}")
+            console.print(f"{path.name}: {_LEFT.get(path.suffix, 'newer than `latest`: it was not committed')}")
 
 
 _LEFT = {
     ".partial": "being written, or left by a run that was killed: removed at the next start",
     ".removed": "being removed: finished at the next start",
-    ".damaged": "set aside as damaged: `infoxlm checkpoint prune` removes it",
+    ".damaged": "a damaged checkpoint: `infoxlm checkpoint prune` removes it",
     ".universal": "a conversion of a step that is gone: `infoxlm checkpoint prune` removes it",
 }
 
 
 def verify(run: Path, step: int | None, console: Console) -> bool:
-    """Read every byte of all checkpoints, or of one, and of what was made of them. Whether all are whole."""
+    """Read every byte of all checkpoints, or of one, and of their conversions. Returns whether all are undamaged."""
     store = Store(run)
     chosen = [store.at(step)] if step is not None or not store.steps() else store.steps()
     folders = [folder for path in chosen for folder in (path, universal_of(path)) if folder == path or folder.is_dir()]
@@ -53,7 +55,7 @@ def verify(run: Path, step: int | None, console: Console) -> bool:
 
 
 def read_through(folder: Path, console: Console) -> str:
-    """What is wrong with a committed folder, empty where nothing is; with a bar, for large ones take minutes."""
+    """What is wrong with a committed folder; empty if nothing is. Shows a progress bar: large folders take minutes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"reading {folder.name}", total=_size(folder))
@@ -61,14 +63,14 @@ def read_through(folder: Path, console: Console) -> str:
 
 
 def prune(run: Path, keep: int | None, keep_every: int | None, dry_run: bool, console: Console) -> None:
-    """Remove all but the newest `keep` and every step that is a multiple of `keep_every` (defaults: what the run's
-    recipe says), what was set aside, and conversions of steps that are gone."""
+    """Remove all checkpoints but the newest `keep` and the steps that are a multiple of `keep_every` (defaults: the
+    recipe's). Also remove damaged checkpoints that were renamed, and conversions of steps that are gone."""
     store, newest = Store(run), Store(run).at()
     if damage := damage_of(newest):
         raise UserError(f"{newest}: {damage}: nothing is removed while the newest is damaged")
     settings = check(Recipe, read_state(newest)["recipe"], str(newest)).checkpoint
     if not dry_run and (holder := store.acquire()):
-        raise UserError(f"{holder} trains in {run}, and prunes by itself: wait for it")
+        raise UserError(f"{holder} trains in {run} and removes old checkpoints itself: wait for it")
     removed = store.prune(keep or settings.keep, keep_every or settings.keep_every, dry_run)
     steps = [path for path in store.steps() if path not in removed]
     kept = {*steps, *map(universal_of, steps)}
@@ -81,7 +83,7 @@ def prune(run: Path, keep: int | None, keep_every: int | None, dry_run: bool, co
 
 
 def _about(path: Path) -> Iterator[str]:
-    """Time, size, ranks, ZeRO stage, precision, best probe; a dash where the files do not tell."""
+    """Time, size, ranks, ZeRO stage, precision, best probe; a dash where the files cannot be read."""
     yield time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
     yield f"{_size(path) / 1e9:.3f}"
     try:
@@ -101,7 +103,7 @@ def _remarks(path: Path, newest: bool) -> str:
     except UserError:
         whole = False
     remarks = ["newest"] if newest else []
-    remarks += [] if whole else ["DAMAGED: `infoxlm checkpoint verify` tells"]
+    remarks += [] if whole else ["DAMAGED: `infoxlm checkpoint verify` names the file"]
     remarks += ["converted for other ranks"] if universal_of(path).is_dir() else []
     return ", ".join(remarks)
 

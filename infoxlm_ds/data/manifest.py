@@ -7,19 +7,15 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from infoxlm_ds.config import UserError
+from infoxlm_ds.config import Section, UserError
 
 FORMAT = 2
 NAME = "manifest.json"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class File(_Part):
+class File(Section):
     name: str  # relative to the corpus
     bytes: int
     sha256: str
@@ -29,7 +25,7 @@ class Shard(File):
     packs: int
 
 
-class Source(_Part):
+class Source(Section):
     """`languages` are the sides of a row, in the order in which packs hold them."""
 
     name: str
@@ -42,7 +38,7 @@ class Source(_Part):
     shards: tuple[Shard, ...]
 
 
-class Tokenizer(_Part):
+class Tokenizer(Section):
     """`special_ids`: bos, pad, eos, unk and mask by name; bos begins every sequence and eos ends every text.
     `separators`: how many eos stand between two texts, two of XLM-R's and one of BERT's."""
 
@@ -57,7 +53,7 @@ class Tokenizer(_Part):
         return 2 if texts == 1 else 2 + self.separators
 
 
-class Manifest(_Part):
+class Manifest(Section):
     """`max_tokens`: the longest side in pieces, without special tokens. `counts`: what was split or left out, by
     reason."""
 

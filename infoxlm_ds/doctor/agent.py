@@ -1,4 +1,4 @@
-"""What `infoxlm doctor` asks a host. This runs there: a line of its input asks, a line of its output answers."""
+"""The program that `infoxlm doctor` runs on each host: it reads one question a line and prints one answer a line."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Facts:
-    """`packages`: versions of what the project requires, empty where it is missing; `wrong`: those that it cannot work
-    with. `code`: a hash by file. `memory`: available, in bytes. `locks`: of builds of extensions, with their age in
-    seconds. `address`: where others reach this host, as DeepSpeed's launcher finds it."""
+    """What the doctor knows of a host.
+
+    `address`: where other hosts reach it, as DeepSpeed's launcher finds it; `packages`: version of each required
+    package, empty if it is missing; `wrong`: packages with a version that does not work; `code`: hash of each source
+    file; `memory`: available bytes; `locks`: lock files of extension builds, with their age in seconds."""
 
     address: str
     python: str
@@ -73,13 +75,13 @@ def facts() -> dict[str, Any]:
 
 
 def _address() -> str:
-    """The first that `hostname -I` names, which DeepSpeed's launcher takes for the first host's."""
-    found = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
-    return found[0] if found else "127.0.0.1"
+    """The first address of `hostname -I`: DeepSpeed's launcher uses it as the first host's address."""
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.split()
+    return addresses[0] if addresses else "127.0.0.1"
 
 
 def _packages() -> tuple[dict[str, str], list[str]]:
-    """Versions, and what the project's own requirements say against them."""
+    """The version of each required package, and those that break a requirement."""
     versions, wrong = {}, []
     for line in importlib.metadata.requires("infoxlm-ds") or []:
         requirement = Requirement(line)
@@ -91,7 +93,7 @@ def _packages() -> tuple[dict[str, str], list[str]]:
             version = ""
         versions[requirement.name] = version
         if not version or not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} {version or 'is missing'}, needed is {requirement.specifier}")
+            wrong.append(f"{requirement.name} {version or 'is missing'}, {requirement.specifier} is needed")
     return versions, wrong
 
 
@@ -112,7 +114,7 @@ def _gpus() -> list[Gpu]:
 
 
 def _locks() -> dict[str, float]:
-    """A build that was killed leaves its lock, and torch waits for it for ever."""
+    """Lock files of extension builds. A killed build leaves its lock, and torch then waits for ever."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     return {str(path): time.time() - path.stat().st_mtime for path in folder.glob("**/lock")}
 
@@ -128,13 +130,13 @@ def port_is_free(port: int) -> bool:
 
 
 def mark(folder: str, name: str) -> int:
-    """Leave a file for the other hosts to see. Returns the free bytes there."""
+    """Create a file that the other hosts must see. Returns the free bytes of its disk."""
     (Path(folder) / name).touch()
     return int(psutil.disk_usage(folder).free)
 
 
 def marks(folder: str, beginning: str) -> list[str]:
-    """The names that are seen here."""
+    """Names of the files that this host sees."""
     return [path.name for path in Path(folder).glob(f"{beginning}*")]
 
 
@@ -142,14 +144,14 @@ def unmark(folder: str, name: str) -> None:
     (Path(folder) / name).unlink(missing_ok=True)
 
 
-def read_corpus(path: str, share: int, shares: int, seconds: float) -> dict[str, Any]:
-    """Check all names, sizes and indices, and as many packs as can be read in time, in an order that starts elsewhere
-    on each host. UserError for the first thing that is wrong."""
+def read_corpus(path: str, part: int, parts: int, seconds: float) -> dict[str, Any]:
+    """Check all names, sizes and indices, and read packs for so many seconds. Each host, number `part` of `parts`,
+    starts at another pack. UserError names the first damage."""
     corpus = Corpus(Path(path))
     packs = [(number, pack) for number, source in enumerate(corpus.sources) for pack in range(source.packs)]
     deadline, read = time.monotonic() + seconds, 0
     while read < len(packs) and time.monotonic() < deadline:
-        at = (read + share * len(packs) // shares) % len(packs)
+        at = (read + part * len(packs) // parts) % len(packs)
         corpus.pack.__wrapped__(*packs[permuted(at, len(packs), 0)])
         read += 1
     return {"packs": len(packs), "read": read, "sha256": corpus.manifest.sha256}
@@ -176,11 +178,11 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # so that what a library prints is not read as an answer
     for line in sys.stdin:
-        question = json.loads(line)
+        request = json.loads(line)
         try:
-            answer = {"value": QUESTIONS[question["what"]](**question["arguments"])}
+            answer = {"value": QUESTIONS[request["question"]](**request["arguments"])}
         except UserError as error:
             answer = {"error": str(error)}
         except Exception as error:

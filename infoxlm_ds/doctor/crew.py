@@ -1,4 +1,4 @@
-"""An agent on each host, asked over ssh; or one here."""
+"""Starts an agent on each host over ssh, or one on this machine, and asks them questions."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ AGENT = ("-m", "infoxlm_ds.doctor.agent")
 
 
 class NoAnswer(Exception):
-    """Why a host did not do what it was asked."""
+    """Why a host gave no answer."""
 
 
 class Agent:
-    """`host`: None for this machine."""
+    """The agent process of one host. `host`: None for this machine."""
 
     def __init__(self, host: str | None) -> None:
         command = [sys.executable, *AGENT] if host is None else python_there(host, *AGENT)
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe would have to be read all the time
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe would block if nobody reads it
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True)
 
-    def ask(self, what: str, seconds: float, arguments: Mapping[str, Any]) -> Any:
-        """NoAnswer where there is none within so many seconds, or it is an error."""
+    def ask(self, question: str, seconds: float, arguments: Mapping[str, Any]) -> Any:
+        """Ask a question and return the answer. NoAnswer if there is none within `seconds`, or if it is an error."""
         assert self._process.stdin is not None and self._process.stdout is not None
         late = threading.Timer(seconds, self._process.kill)
         late.start()
         try:
-            self._process.stdin.write(json.dumps({"what": what, "arguments": arguments}) + "\n")
+            self._process.stdin.write(json.dumps({"question": question, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
-            line = next((line for line in self._process.stdout if line.startswith("{")), "")  # others are its shell's
+            line = next(
+                (line for line in self._process.stdout if line.startswith("{")), ""
+            )  # other lines come from the shell
         except BrokenPipeError:
             line = ""
         finally:
@@ -64,7 +66,7 @@ class Agent:
 
 
 class Crew:
-    """Agents by host."""
+    """The agents of all hosts."""
 
     def __init__(self, hosts: list[str | None]) -> None:
         self._pool = ThreadPoolExecutor(max(1, len(hosts)))
@@ -72,12 +74,12 @@ class Crew:
         self.hosts = list(self._agents)
 
     def ask(
-        self, what: str, arguments: Mapping[str, Mapping[str, Any]] | None = None, seconds: float = 60
+        self, question: str, arguments: Mapping[str, Mapping[str, Any]] | None = None, seconds: float = 60
     ) -> dict[str, Any]:
-        """The answers, by host, of those in `arguments`, or of all: a value or a NoAnswer."""
+        """Ask the hosts in `arguments`, or all hosts, at the same time. Returns each host's answer or its NoAnswer."""
         asked = arguments if arguments is not None else {host: {} for host in self.hosts}
-        under_way = {host: self._pool.submit(self._agents[host].ask, what, seconds, asked[host]) for host in asked}
-        return {host: answer.exception() or answer.result() for host, answer in under_way.items()}
+        answers = {host: self._pool.submit(self._agents[host].ask, question, seconds, asked[host]) for host in asked}
+        return {host: answer.exception() or answer.result() for host, answer in answers.items()}
 
     def dismiss(self, hosts: list[str]) -> None:
         for host in hosts:

@@ -1,4 +1,4 @@
-"""`infoxlm doctor`: everything that a run needs, looked at before it starts."""
+"""`infoxlm doctor`: checks everything that a run needs, before it starts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from infoxlm_ds.sizing import checkpoint_bytes, memory
 from infoxlm_ds.sizing_table import GIB, Wishes, read_setting
 from infoxlm_ds.step_cost import wire
 
-PORT = 29500  # DeepSpeed's own
-PARTNERS = 15  # that each host meets: all, up to 16 hosts
-READING = 10.0  # seconds each host reads of the corpus
+PORT = 29500  # DeepSpeed's default
+PARTNERS = 15  # a host exchanges data with so many others: with all of them up to 16 hosts
+READING = 10.0  # seconds for which each host reads the corpus
 
 
 def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) -> Iterator[Finding]:
-    """All findings, as they come. A check that another one's failure makes impossible is left out."""
+    """Yield all findings, one after the other. If a check fails, the checks that depend on it are left out."""
     slots: dict[str, int] = {}
     if hostfile is not None:
         try:
@@ -41,7 +41,7 @@ def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) ->
             return
         yield ok("hostfile", f"{len(slots)} hosts, {sum(slots.values())} slots")
         if shutil.which("pdsh") is None:
-            yield failure("pdsh", "is not installed here, and starts the ranks on the hosts", "install pdsh")
+            yield failure("pdsh", "is not installed here; it starts the ranks on the hosts", "install pdsh")
         else:
             yield ok("pdsh", "is installed")
     loaded, setting = None, None
@@ -53,7 +53,7 @@ def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) ->
             yield ok("recipe", f"{recipe}, {setting.world} ranks")
         except UserError as error:
             yield failure("recipe", str(error), "correct it")
-    unknown = [found for host in slots if (found := _resolved(host))]
+    unknown = [finding for host in slots if (finding := _resolved(host))]
     yield from unknown
     if slots and not unknown:
         yield ok("names", "all hosts have an address")
@@ -65,7 +65,7 @@ def examine(hostfile: Path | None, recipe: Path | None, overrides: list[str]) ->
 
 
 def _resolved(host: str) -> Finding | None:
-    """As ssh does it, with its own configuration."""
+    """Look up a host's address as ssh does it, with ssh's own configuration. Returns a failure if there is none."""
     settings = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=False).stdout.splitlines()
     name = next((line.split()[1] for line in settings if line.startswith("hostname ")), host)
     try:
@@ -76,10 +76,10 @@ def _resolved(host: str) -> Finding | None:
 
 
 def _meet(crew: Crew, facts: dict[str, Facts], over_ssh: bool) -> Iterator[Finding]:
-    """Ask all hosts for their facts; go on with those that answer."""
+    """Ask all hosts for their facts, and drop those that do not answer."""
     for host, answer in crew.ask("facts").items():
         if isinstance(answer, NoAnswer):
-            yield failure("ssh", f"{host} runs nothing: {answer}", _remedy(host, str(answer)))
+            yield failure("ssh", f"{host} does not run the project's Python: {answer}", _remedy(host, str(answer)))
             crew.dismiss([host])
         else:
             facts[host] = Facts(**answer | {"gpus": [Gpu(**gpu) for gpu in answer["gpus"]]})
@@ -87,11 +87,11 @@ def _meet(crew: Crew, facts: dict[str, Facts], over_ssh: bool) -> Iterator[Findi
         yield ok("ssh", f"answered without a password: {', '.join(facts)}")
 
 
-def _remedy(host: str, said: str) -> str:
-    if "denied" in said:
+def _remedy(host: str, error: str) -> str:
+    if "denied" in error:
         return f"ssh-copy-id {host}"
-    if any(word in said for word in ("No such file", "not found", "No module named", "ModuleNotFound")):
-        return f"bring code and environment to {host} under the same path: {Path.cwd()}"
+    if any(word in error for word in ("No such file", "not found", "No module named", "ModuleNotFound")):
+        return f"copy code and environment to {host}, to the same path: {Path.cwd()}"
     return f"try `ssh {host} true`"
 
 
@@ -115,17 +115,17 @@ def _judge(
 
 
 def _clocks(crew: Crew) -> dict[str, float]:
-    """How far each clock is ahead, by the quickest of three answers."""
-    found = {}
+    """Seconds by which each host's clock is ahead of this one's, from the fastest of three answers."""
+    ahead = {}
     for host in crew.hosts:
         answers = []
         for _ in range(3):
             asked = time.time()
-            there = crew.ask("clock", {host: {}})[host]
+            remote = crew.ask("clock", {host: {}})[host]
             took = time.time() - asked
-            answers.append((took, there - asked - took / 2))
-        found[host] = min(answers)[1]
-    return found
+            answers.append((took, remote - asked - took / 2))
+        ahead[host] = min(answers)[1]
+    return ahead
 
 
 def _port(crew: Crew) -> Iterator[Finding]:
@@ -133,14 +133,16 @@ def _port(crew: Crew) -> Iterator[Finding]:
     if crew.ask("port_is_free", {first: {"port": PORT}})[first] is True:
         yield ok("port", f"{PORT} is free on {first}")
     else:
-        remedy = "end what listens there, or give `deepspeed` --master_port; `infoxlm train` takes a free one"
-        yield warning("port", f"{PORT}, DeepSpeed's own, is taken on {first}", remedy)
+        remedy = (
+            "stop the program that listens there, or use `deepspeed` --master_port; `infoxlm train` uses a free port"
+        )
+        yield warning("port", f"{PORT}, DeepSpeed's default, is taken on {first}", remedy)
 
 
 def _exchanges(crew: Crew, facts: Mapping[str, Facts]) -> dict[tuple[str, str], Any]:
-    """Rounds of a tournament: in each, hosts meet in disjoint pairs, all at once."""
+    """Measure pairs of hosts in the rounds of a tournament: in a round, disjoint pairs exchange at the same time."""
     hosts: list[str | None] = [*crew.hosts] + [None] * (len(crew.hosts) % 2)
-    found: dict[tuple[str, str], Any] = {}
+    results: dict[tuple[str, str], Any] = {}
     for _ in range(min(len(hosts) - 1, PARTNERS)):
         half = len(hosts) // 2
         pairs = [(a, b) for a, b in zip(hosts[:half], reversed(hosts[half:]), strict=True) if a and b]
@@ -150,13 +152,13 @@ def _exchanges(crew: Crew, facts: Mapping[str, Facts]) -> dict[tuple[str, str], 
             meeting = {"address": facts[a].address, "port": ports[a]}
             asked |= {a: {"rank": 0} | meeting, b: {"rank": 1} | meeting}
         answers = crew.ask("exchange", asked, seconds=3 * PATIENCE)
-        found |= {(a, b): answers[b] if isinstance(answers[a], dict) else answers[a] for a, b in pairs}
+        results |= {(a, b): answers[b] if isinstance(answers[a], dict) else answers[a] for a, b in pairs}
         hosts = [hosts[0], hosts[-1], *hosts[1:-1]]
-    return found
+    return results
 
 
 def _run_folder(crew: Crew, run: Path, needed: int) -> Iterator[Finding]:
-    """Each host leaves a file that all others must see."""
+    """Each host creates a file in the run's folder, and all hosts must see it. Then check the free space."""
     folder = run.absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -170,25 +172,27 @@ def _run_folder(crew: Crew, run: Path, needed: int) -> Iterator[Finding]:
         )
     writers = [host for host in crew.hosts if host not in bad]
     seen = {host: [] if isinstance(s, NoAnswer) else s for host, s in _marks(crew, folder, beginning, writers).items()}
-    apart = [host for host in writers if not all(names[other]["name"] in seen[host] for other in writers)]
-    if apart:
-        what = f"{folder} is another folder on {' and on '.join(apart)}"
+    elsewhere = [host for host in writers if not all(names[other]["name"] in seen[host] for other in writers)]
+    if elsewhere:
+        what = f"{folder} is not the same folder on {' and on '.join(elsewhere)}"
         yield failure(
-            "run folder", what, "put `run` on a file system that all hosts share: checkpoints lie there whole"
+            "run folder",
+            what,
+            "put `run` on a file system that all hosts share: a checkpoint needs the files of all ranks there",
         )
     crew.ask("unmark", names)
-    if writers and not bad and not apart:
-        yield ok("run folder", f"{folder}: written to and seen{judge.everywhere(left)}")
+    if writers and not bad and not elsewhere:
+        yield ok("run folder", f"{folder}: writable and shared{judge.everywhere(left)}")
     if writers and needed:
         yield _disk(min((left[host], host) for host in writers), folder, needed)
 
 
 def _marks(crew: Crew, folder: Path, beginning: str, writers: list[str]) -> dict[str, Any]:
-    """What each host sees, a moment later where that is not all: NFS tells others late."""
+    """The files that each host sees. If some are missing, ask again a moment later: NFS shows new files late."""
     question = {host: {"folder": str(folder), "beginning": beginning} for host in crew.hosts}
     for _ in range(6):
         seen = crew.ask("marks", question)
-        if all(isinstance(found, list) and len(found) == len(writers) for found in seen.values()):
+        if all(isinstance(listed, list) and len(listed) == len(writers) for listed in seen.values()):
             break
         time.sleep(0.5)
     return seen
@@ -196,42 +200,47 @@ def _marks(crew: Crew, folder: Path, beginning: str, writers: list[str]) -> dict
 
 def _disk(least: tuple[int, str], folder: Path, needed: int) -> Finding:
     free, host = least
-    what = f"{free / GIB:.1f} GiB free in {folder} on {host}; two checkpoints take {needed / GIB:.1f}"
-    return ok("disk", what) if free > needed else failure("disk", what, "make room, or set `run` to a larger disk")
+    what = f"{free / GIB:.1f} GiB free in {folder} on {host}; two checkpoints need {needed / GIB:.1f}"
+    return (
+        ok("disk", what) if free > needed else failure("disk", what, "free some space, or set `run` to a larger disk")
+    )
 
 
 def _corpus(crew: Crew, corpus: Path) -> Iterator[Finding]:
-    shares = len(crew.hosts)
+    parts = len(crew.hosts)
     asked = {
-        host: {"path": str(corpus), "share": i, "shares": shares, "seconds": READING}
-        for i, host in enumerate(crew.hosts)
+        host: {"path": str(corpus), "part": i, "parts": parts, "seconds": READING} for i, host in enumerate(crew.hosts)
     }
     read = crew.ask("read_corpus", asked, seconds=600)
-    works = {host: answer for host, answer in read.items() if isinstance(answer, dict)}
-    for host in read.keys() - works.keys():
-        yield failure("corpus", f"{host}: {read[host]}", "restore it there; `infoxlm prep verify` reads all of it")
-    for host in judge.odd_ones({host: answer["sha256"] for host, answer in works.items()}):
-        yield failure("corpus", f"{corpus} is another corpus on {host}", "bring the same corpus to every host")
-    if len(works) == len(read):
-        few = min(works.values(), key=lambda answer: answer["read"])
-        part = "" if few["read"] == few["packs"] else f" in {READING:g} seconds; `infoxlm prep verify` reads all"
-        yield ok("corpus", f"{corpus}: {few['read']:,} of {few['packs']:,} packs read{judge.everywhere(read)}{part}")
+    readers = {host: answer for host, answer in read.items() if isinstance(answer, dict)}
+    for host in read.keys() - readers.keys():
+        yield failure("corpus", f"{host}: {read[host]}", "restore it there; `infoxlm prep verify` checks all of it")
+    for host in judge.odd_ones({host: answer["sha256"] for host, answer in readers.items()}):
+        yield failure("corpus", f"{corpus} is another corpus on {host}", "copy the same corpus to every host")
+    if len(readers) == len(read):
+        least = min(readers.values(), key=lambda answer: answer["read"])
+        part = "" if least["read"] == least["packs"] else f" in {READING:g} seconds; `infoxlm prep verify` reads all"
+        yield ok(
+            "corpus", f"{corpus}: {least['read']:,} of {least['packs']:,} packs read{judge.everywhere(read)}{part}"
+        )
 
 
 def _memory(s: Setting, facts: Mapping[str, Facts], slots: Mapping[str, int]) -> Iterator[Finding]:
-    """The plan's peak against the smallest GPU, or against the host's memory where there is none."""
+    """Compare the plan's peak with the smallest GPU; without GPUs, with the host's memory."""
     needs = memory(s)
-    remedy = "`infoxlm plan` shows what takes it: more ranks, a higher ZeRO stage, smaller batches a lane"
-    for host, found in facts.items():
+    remedy = "use more ranks, a higher ZeRO stage or smaller lanes: `infoxlm plan` shows what needs the memory"
+    for host, of_host in facts.items():
         ranks = slots.get(host, s.world)
-        on_host = needs.host if found.gpus else needs.peak + needs.host
-        demands = [("memory", ranks * on_host, found.memory)]
-        demands += [(f"{found.gpus[0].name}", needs.peak, min(g.memory for g in found.gpus))] if found.gpus else []
-        for what, wanted, there in demands:
-            line = f"{host}, {what}: {wanted / GIB:.1f} GiB planned, {there / GIB:.1f} there"
-            if wanted > there:
+        on_host = needs.host if of_host.gpus else needs.peak + needs.host
+        demands = [("memory", ranks * on_host, of_host.memory)]
+        demands += (
+            [(f"{of_host.gpus[0].name}", needs.peak, min(g.memory for g in of_host.gpus))] if of_host.gpus else []
+        )
+        for device, planned, available in demands:
+            line = f"{host}, {device}: {planned / GIB:.1f} GiB planned, {available / GIB:.1f} available"
+            if planned > available:
                 yield failure("memory", line, remedy)
-            elif wanted > 0.9 * there:
-                yield warning("memory", f"{line}: CUDA and buffers take some too", remedy)
+            elif planned > 0.9 * available:
+                yield warning("memory", f"{line}: CUDA and buffers need memory too", remedy)
             else:
                 yield ok("memory", line)

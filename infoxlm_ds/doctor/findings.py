@@ -1,4 +1,4 @@
-"""What `infoxlm doctor` found, for people and for programs."""
+"""The findings of `infoxlm doctor`: printed for people, written as JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """`remedy`: what to do about a warning or a failure."""
+    """The result of one check. `remedy`: what to do about a warning or a failure."""
 
     check: str
     level: Literal["ok", "warning", "failure"]
@@ -37,17 +37,17 @@ def failure(check: str, what: str, remedy: str) -> Finding:
 
 
 def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
-    """Print each as it comes. Returns all."""
+    """Print each finding when it comes. Returns all."""
     seen = []
-    for found in findings:
-        line = Text.assemble((f"{found.level:8}", STYLES[found.level]), f"{found.check:12}{found.what}")
+    for finding in findings:
+        line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.check:12}{finding.what}")
         console.print(line, soft_wrap=True)
-        if found.remedy:
-            console.print(Text(f"{'':20}{found.remedy}"), soft_wrap=True)
-        seen.append(found)
+        if finding.remedy:
+            console.print(Text(f"{'':20}{finding.remedy}"), soft_wrap=True)
+        seen.append(finding)
     return seen
 
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(found) for found in findings], indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n", encoding="utf-8")

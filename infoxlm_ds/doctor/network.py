@@ -1,4 +1,4 @@
-"""What two hosts reach between them: an all-reduce as training does it."""
+"""Measures the network between two hosts, with an all-reduce as in training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PATIENCE = 20  # seconds
 
 
 def exchange(rank: int, address: str, port: int) -> dict[str, float]:
-    """All-reduce with one partner; rank 0 is at `address`. Returns seconds of a small one, `latency`, and bytes a
-    second of a large one, `bandwidth`: each of two ranks sends once what is reduced. RuntimeError where they do not
-    meet."""
+    """All-reduce with one partner; rank 0 is at `address`. Returns `latency`, the seconds of a small all-reduce, and
+    `bandwidth`, the bytes a second of a large one (each of the two ranks sends the reduced bytes once). RuntimeError if
+    they cannot connect."""
     gpu = torch.cuda.is_available()
     given = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = given or interface_towards(address)
@@ -40,12 +40,12 @@ def exchange(rank: int, address: str, port: int) -> dict[str, float]:
 
 
 def _seconds(tensor: torch.Tensor, times: int) -> float:
-    """The median, behind one to warm up."""
-    found = []
+    """Median seconds of an all-reduce, after one to warm up."""
+    seconds = []
     for _ in range(times + 1):
         started = time.monotonic()
         torch_dist.all_reduce(tensor)
         if tensor.is_cuda:
             torch.cuda.synchronize()
-        found.append(time.monotonic() - started)
-    return median(found[1:])
+        seconds.append(time.monotonic() - started)
+    return median(seconds[1:])

@@ -1,5 +1,5 @@
 """Measures of a trained encoder. Nothing here needs the trainer."""
 
-from typing import Literal
+from infoxlm_ds.config import Pooling
 
-Pooling = Literal["mean", "cls"]
+__all__ = ["Pooling"]

@@ -1,6 +1,6 @@
 """Parallel evaluation text: JSON lines `{"key": ..., "text": {language: sentence}}`, plain or xz-compressed.
 
-Language codes stay as the file has them (`fr_FR`, `zh-Hans`).
+Language codes are kept as the file has them (`fr_FR`, `zh-Hans`).
 """
 
 import json
@@ -18,16 +18,16 @@ from infoxlm_ds.config import UserError
 
 @dataclass(frozen=True)
 class Pairs:
-    """The rows of one file that have both the pivot and `language`; sentence i translates sentence i."""
+    """The rows of one file that have both the pivot and `language`: text[i] translates pivot_text[i]."""
 
     language: str
     pivot_text: list[str]
     text: list[str]
-    cross_script: bool  # most letters of `text` belong to another script than most letters of `pivot_text`
+    cross_script: bool  # the two languages are written in different scripts, judged by most of their letters
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Each row's {language: sentence}, blank sentences left out. Raises UserError naming the file and the line."""
+    """The {language: sentence} of each row, without blank sentences. UserError names the file and the line."""
     opener = lzma.open if path.suffix == ".xz" else open
     try:
         with opener(path, "rb") as lines:
@@ -39,32 +39,32 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def pairs_with_pivot(
     rows: list[dict[str, str]], pivot: str, languages: Sequence[str], min_pairs: int, source: str
 ) -> list[Pairs]:
-    """One `Pairs` for every language with at least `min_pairs` rows beside `pivot`, sorted by code.
+    """One `Pairs` for every language that shares at least `min_pairs` rows with `pivot`, sorted by code.
 
-    `languages` restricts them (see `matches`; empty: all). Raises UserError, naming `source`, if no row has the pivot
-    or no language has enough pairs.
+    `languages`: only these (see `matches`; empty: all). UserError if no row has the pivot or no language has enough
+    pairs; it names `source`.
     """
     with_pivot = [row for row in rows if pivot in row]
     if not with_pivot:
-        raise UserError(f"{source}: no row has the pivot language {pivot!r}: choose another with --pivot")
+        raise UserError(f"{source}: no row has the pivot language {pivot!r}: choose another language with --pivot")
     counts = Counter(code for row in with_pivot for code in row if code != pivot and _wanted(code, languages))
     enough = sorted(code for code, count in counts.items() if count >= min_pairs)
     if not enough:
         best = ", ".join(f"{code} {count}" for code, count in counts.most_common(3)) or "none"
         raise UserError(
-            f"{source}: no language asked for has {min_pairs} pairs with {pivot!r} (most: {best}): "
+            f"{source}: no requested language has {min_pairs} pairs with {pivot!r} (most: {best}): "
             "lower --min-pairs or change --languages"
         )
     return [_pairs(with_pivot, pivot, code) for code in enough]
 
 
 def matches(code: str, wanted: str) -> bool:
-    """Whether a file's language code is `wanted` itself or a variant of it: zh_CN and zh-Hans are variants of zh."""
+    """Whether a language code is `wanted` or a variant of it: zh_CN and zh-Hans are variants of zh."""
     return code == wanted or re.split("[_-]", code)[0] == wanted
 
 
 def letters_by_script(texts: Iterable[str]) -> Counter[str]:
-    """How many letters each script has, by the first word of their Unicode names (LATIN, CYRILLIC, CJK, ...)."""
+    """The number of letters of each script. A script is the first word of a letter's Unicode name (LATIN, CJK, ...)."""
     characters = Counter("".join(texts))
     scripts: Counter[str] = Counter()
     for character, count in characters.items():

@@ -1,9 +1,9 @@
-"""Cross-lingual sentence retrieval: for each sentence, is its translation the nearest of all candidates by cosine?
+"""Cross-lingual sentence retrieval: is the translation of a sentence the nearest of all candidates by cosine?
 
 Legend: n pairs, D width, L layers.
 
-A hit is a translation, or another row's identical text, that scores strictly above every different text. Ties between
-different texts are misses: an encoder that maps all sentences to one point scores 0, not what the sort order gives.
+A hit: the translation, or the same text in another row, scores strictly above every different text. A tie between
+different texts is a miss, so an encoder that maps all sentences to one point has accuracy 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.evaluation.parallel_text import Pairs, matches, pairs_with_pivot, read_rows
 
 Vectors = npt.NDArray[np.float32]
@@ -24,7 +23,7 @@ TextIds = npt.NDArray[np.int64]
 
 
 class Embedder(Protocol):
-    """What embeds the sentences, as `SentenceEmbedder` does."""
+    """Embeds sentences, as `SentenceEmbedder` does."""
 
     layers: list[int]
     pooling: Pooling
@@ -35,7 +34,8 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """Accuracy@1 of one language at one layer; forward is pivot -> language, trigram the baseline on the same pairs."""
+    """Accuracy@1 of one language at one layer. `forward`: from pivot to language; `trigram_*`: the baseline on the same
+    pairs."""
 
     data: str
     lang: str
@@ -53,18 +53,18 @@ class RetrievalRow:
 def retrieval_accuracy(
     query: Vectors, key: Vectors, key_texts: Sequence[str] | None = None, chunk: int = 1024
 ) -> float:
-    """The share of rows i whose `key[i]` is the nearest key of `query[i]`; both [n, D], L2-normalised.
+    """The fraction of rows i for which `key[i]` is the nearest key of `query[i]`; both [n, D], L2-normalised.
 
-    Keys with equal `key_texts` are one answer; without texts every key is its own. Memory: chunk x n scores.
+    Keys with equal `key_texts` count as the same answer. Memory: chunk x n scores.
     """
     ids = np.arange(len(key)) if key_texts is None else _text_ids(key_texts)
     return _accuracy(lambda start, end: query[start:end] @ key.T, ids, chunk)
 
 
 def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk: int = 1024) -> tuple[float, float]:
-    """(forward, backward) accuracy@1 of character-trigram TF-IDF cosine, which knows nothing of any language.
+    """(forward, backward) accuracy@1 of the cosine of character-trigram TF-IDF, an untrained baseline.
 
-    The vocabulary and its weights come from these very pairs, both sides together.
+    The vocabulary and its weights come from these pairs, both sides together.
     """
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(3, 3)).fit([*query_texts, *key_texts])
     query, key = vectorizer.transform(query_texts), vectorizer.transform(key_texts)
@@ -74,23 +74,25 @@ def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk
 
 
 def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_pairs: int) -> dict[str, list[Pairs]]:
-    """The pairs of each file, by its path. Raises UserError as `pairs_with_pivot`, or for a language no file has."""
-    pairs = {str(path): pairs_with_pivot(read_rows(path), pivot, languages, min_pairs, str(path)) for path in paths}
-    found = {one.language for of_file in pairs.values() for one in of_file}
+    """The pairs of each file, by its path. UserError as in `pairs_with_pivot`, or if no file has one of the
+    `languages`."""
+    by_file = {str(path): pairs_with_pivot(read_rows(path), pivot, languages, min_pairs, str(path)) for path in paths}
+    codes = {pairs.language for of_file in by_file.values() for pairs in of_file}
     for wanted in languages:
-        if not any(matches(code, wanted) for code in found):
+        if not any(matches(code, wanted) for code in codes):
             raise UserError(f"--languages {wanted}: no file has {min_pairs} pairs of {wanted!r} with {pivot!r}")
-    return pairs
+    return by_file
 
 
 def evaluate_retrieval(embedder: Embedder, data: str, pairs: Sequence[Pairs]) -> list[RetrievalRow]:
-    """One row for every layer and every language of `pairs`, the layers outermost; `data` names the file."""
-    position = {text: i for i, text in enumerate(dict.fromkeys(text for one in pairs for text in one.pivot_text))}
+    """One row for every layer and every language of `pairs`, sorted by layer. `data`: the file's name."""
+    different = dict.fromkeys(text for of_language in pairs for text in of_language.pivot_text)
+    position = {text: i for i, text in enumerate(different)}
     pivots = embedder.embed(list(position), description="pivot")
     rows = []
-    for one in pairs:
-        pivot = pivots[:, [position[text] for text in one.pivot_text]]
-        rows += _rows_of_language(embedder, data, one, pivot)
+    for of_language in pairs:
+        pivot = pivots[:, [position[text] for text in of_language.pivot_text]]
+        rows += _rows_of_language(embedder, data, of_language, pivot)
     return sorted(rows, key=lambda row: row.layer)
 
 
@@ -116,7 +118,7 @@ def _rows_of_language(embedder: Embedder, data: str, pairs: Pairs, pivot: Vector
 
 
 def _accuracy(scores: Callable[[int, int], Vectors], ids: TextIds, chunk: int) -> float:
-    """`scores(start, end)` are those rows of the n x n matrix; `ids` [n] are equal where keys are the same answer."""
+    """`scores(start, end)`: those rows of the n x n matrix; `ids` [n]: keys with equal ids are the same answer."""
     hits = 0
     for start in range(0, len(ids), chunk):
         block = scores(start, start + chunk)

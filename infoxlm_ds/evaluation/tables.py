@@ -1,4 +1,4 @@
-"""Retrieval results for people (a table a file) and for programs (JSON)."""
+"""Retrieval results: a table for each file, and JSON."""
 
 import json
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _ACCURACIES = ("forward", "backward", "trigram_forward", "trigram_backward", "ch
 
 
 def print_tables(rows: Sequence[RetrievalRow], console: Console) -> None:
-    """A table for each file: every language and the means for a single layer, the means of each for several."""
+    """Print a table for each file. For one layer it shows every language and the means; for several, only the means."""
     for data, of_file in groupby(rows, key=lambda row: row.data):
         layers = [list(of_layer) for _, of_layer in groupby(of_file, key=lambda row: row.layer)]
         console.print(_table(data, layers))
 
 
 def write_json(rows: Sequence[RetrievalRow], path: Path) -> None:
-    """A list with one object a row, the fields of `RetrievalRow`."""
+    """Write a list with one object for each `RetrievalRow`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     text = json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
@@ -34,16 +34,16 @@ def write_json(rows: Sequence[RetrievalRow], path: Path) -> None:
 
 
 def read_json(path: Path) -> list[RetrievalRow]:
-    """The rows that `write_json` wrote. Raises UserError for another file."""
+    """Read the rows that `write_json` wrote. UserError if it is another kind of file."""
     try:
         return [RetrievalRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no result of `infoxlm eval retrieval --json`: {error}") from error
+        raise UserError(f"{path} is not a result of `infoxlm eval retrieval --json`: {error}") from error
 
 
 def print_comparison(results: dict[str, Sequence[RetrievalRow]], console: Console) -> None:
-    """One table of several models on the same files: mean accuracy@1 of both directions over languages, a column a
-    model."""
+    """Print one table of several models on the same files, a column for each model: accuracy@1, mean of both directions
+    and of all languages."""
     table = Table(title="mean accuracy@1, both directions", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("data", "languages"):
         table.add_column(heading, no_wrap=True)
@@ -84,7 +84,7 @@ def _table(data: str, layers: list[list[RetrievalRow]]) -> Table:
         cross_script = [row for row in rows if row.cross_script]
         if cross_script:
             _add(table, f"mean of {len(cross_script)} *", cross_script)
-    table.caption = "* another script than the pivot's; trigram: untrained TF-IDF on the same pairs"
+    table.caption = "* cross-script: another script than the pivot's; trigram: untrained TF-IDF on the same pairs"
     return table
 
 

@@ -1,17 +1,17 @@
 """Cross-lingual contrast (XlCo; InfoXLM, section 3.2): InfoNCE with exact gradients, at any batch, on any number of
 ranks.
 
-Usable alone, with plain torch.distributed or in one process. Derivation and comparison: docs/contrast.md.
+It runs with plain torch.distributed or in one process. Derivation and comparison: docs/contrast.md.
 
 Legend: b pairs of this rank, N pairs of all ranks, h hard negatives of this rank, K queue, n keys, D width, I text ids
 an item.
 
-- Negatives are read in tiles; nothing of size N x negatives exists. The positive never enters a sum of many terms, so
-  the gradient keeps its precision when the loss is tiny. Inside, all is float32 (float64 for float64 input).
-- Gradients are finished in forward, as are all collectives; backward only scales them, so it can run under any
-  sharding engine. One backward a forward.
-- Every rank gets the same loss, the mean over all pairs, and gradients for an engine that averages over ranks (DDP,
-  ZeRO): what it averages to is the gradient of that mean, also where ranks have different numbers of pairs, or none.
+- Negatives are read in tiles; no matrix of size N x negatives exists. The positive is never added to the sum over the
+  negatives, so the gradient stays precise when the loss is tiny. Computation is in float32 (float64 for float64 input).
+- The forward pass runs all collectives and computes the gradients; backward only scales them, so it works under any
+  sharding engine. Call backward at most once for each forward.
+- Every rank gets the same loss, the mean over all pairs. The gradients are for an engine that averages over ranks (DDP,
+  ZeRO): their average is the gradient of that mean, even if ranks have different numbers of pairs, or none.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SameText = Literal["mask", "positive", "ignore"]
 
 @dataclass(frozen=True)
 class Form:
-    """Which contrast it is.
+    """The form of the contrast.
 
-    `in_batch`: the other pairs of the step are negatives. `margin`: taken off the positive's score (additive margin,
-    LaBSE). `cosine`: scores are cosines, everything is divided by its norm here; otherwise inner products (InfoXLM).
-    `same_text`: keys that share a text id with the pair are left out (`mask`), further positives (`positive`), or
-    negatives like any other (`ignore`). `drop_within`: negatives that score above the positive less this are left out
-    as probable translations; None drops none. Scores are before the temperature.
+    `in_batch`: the other pairs of the step are negatives. `margin`: subtracted from the positive's score (additive
+    margin, LaBSE). `cosine`: scores are cosines, vectors are normalised here; otherwise scores are inner products
+    (InfoXLM). `same_text`: keys that share a text id with the pair are left out (`mask`), are further positives
+    (`positive`), or are negatives like any other (`ignore`). `drop_within`: negatives with a score above the positive's
+    minus this are left out, as probable translations; None keeps all. All scores are before the temperature.
     """
 
     in_batch: bool = True
@@ -66,12 +66,12 @@ class Form:
 
 
 class Report(NamedTuple):
-    """Columns [R] without gradient, one row an anchor, the second direction's rows behind the first's.
+    """Columns [R] without gradient: one row for each anchor; the rows of the second direction follow the first's.
 
-    `loss` in nats; `repelled` 1 - p(positive), the share of the gradient that is left; logits of the `positive` (no
-    margin) and of the `hardest` negative, be it dropped; how many keys were `negatives`, `masked` because they share a
-    text, `positives` beside the own one, `dropped` by their score, and how many negatives lie `above` the positive,
-    dropped ones among them: 1 + above is the positive's rank.
+    `loss`: in nats; `repelled`: 1 - p(positive), the fraction of the gradient that is left; `positive`: its logit
+    without margin; `hardest`: largest logit of a negative, also of a dropped one. Numbers of keys: `negatives`;
+    `masked`, because they share a text; `positives` beside the own one; `dropped`, by their score; `above`: negatives
+    with a logit above the positive's, with dropped ones, so that 1 + above is the positive's rank.
     """
 
     loss: Tensor
@@ -90,8 +90,8 @@ class Report(NamedTuple):
 
 
 class Temperature(nn.Module):
-    """A learned temperature, kept within bounds. Its value is clamped, its gradient is not, unless a step along it
-    would lead further out: so the parameter never sticks to a bound."""
+    """A learned temperature with bounds. Its value is clamped. Its gradient is zero only if a step would lead further
+    out of the bounds, so the parameter can always come back."""
 
     def __init__(self, start: float, lowest: float, highest: float) -> None:
         super().__init__()
@@ -119,15 +119,15 @@ def contrast(
     group: dist.Group = None,
 ) -> tuple[Tensor, Report]:
     """The contrast of pairs (query [b, D], key [b, D]): the mean loss over the pairs of all ranks, [], and this rank's
-    report. Collective: all ranks of `group` call it alike, with b >= 0 pairs each.
+    report. Collective: all ranks of `group` call it with the same options and b >= 0 pairs each.
 
-    ids [b, I]: text ids, int64; items that share one are not negatives of each other (`form.same_text`).
-    queue: older keys, the same on every rank, or each rank's part of them. No gradient.
-    hard: this rank's hard negatives [h, D], h >= 0; every query of every rank sees all of them.
-    symmetric: the mean with the same contrast from key to query, where hard negatives take no part.
-    key_gradient: whether key and hard negatives get a gradient; the query, and a temperature tensor [], always do.
+    - ids [b, I]: text ids, int64; for items that share one see `form.same_text`.
+    - queue: older keys, the same on every rank, or each rank's part of them. They get no gradient.
+    - hard: this rank's hard negatives [h, D], h >= 0; they are negatives of every query of every rank.
+    - symmetric: average with the contrast from key to query, which does not use the hard negatives.
+    - key_gradient: whether key and hard negatives get a gradient; query and a temperature tensor [] always get one.
 
-    ValueError where shapes do not fit, a float temperature is not above 0, or there are no negatives to be had.
+    ValueError if shapes do not fit, a float temperature is not above 0, or there are no negatives.
     """
     _check(query, key, temperature, form, ids, queue, hard, symmetric)
     ids = _ids(ids, query, form)
@@ -159,11 +159,11 @@ def contrast_with_keys(
     total: int,
     group: dist.Group = None,
 ) -> tuple[Tensor, Report]:
-    """The contrast of query [b, D] with keys [n, D] that have no gradient and are gathered already (MoCo's form), of
-    which row i's is `keys[own[i]]`: a caller that holds a step in several parts makes its keys once.
+    """The contrast of query [b, D] with keys [n, D] that are gathered already and get no gradient (MoCo's form). The
+    positive of row i is `keys[own[i]]`. So a caller that splits a step into parts computes the keys once.
 
-    Returns this part's share, the sum over its own rows divided by `total`, and its report: shares and their gradients
-    add up over parts and ranks. Collective only where the queue is sharded. Otherwise as `contrast`.
+    Returns this part's share of the loss, the sum over its own rows divided by `total`, and its report. Shares and
+    their gradients add up over parts and ranks. Collective only if the queue is sharded. Otherwise like `contrast`.
     """
     _check_keys("keys", keys.vectors, keys.ids, query)
     _check(query, keys.vectors[own], temperature, form, ids, queue, None, symmetric=False)
@@ -172,19 +172,20 @@ def contrast_with_keys(
         vectors = _wide(keys.vectors, form)
         in_batch = _keys(keys, vectors, form) if form.in_batch else None
         blocks = _blocks(form, in_batch, own, None, queue)
-        one = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
-    inputs = [(wide, one.gradient / total)]
+        direction = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
+    inputs = [(wide, direction.gradient / total)]
     if isinstance(temperature, Tensor):
-        inputs.append((temperature, one.d_temperature / total))
-    return finished(one.report.loss.sum() / total, inputs), one.report
+        inputs.append((temperature, direction.d_temperature / total))
+    return finished(direction.report.loss.sum() / total, inputs), direction.report
 
 
-QUERY, HARD = 0, 2  # numbers of gradients; the keys' is between
+QUERY, HARD = 0, 2  # places in `_Step.gradients`; 1 is the keys'
 
 
 class _Direction(NamedTuple):
-    """One direction's rows, and d (sum of its losses) / d anchors [b, D] and d temperature []. `attracted` [b]: how
-    much each anchor pulls its own target. `fate` [b, 4]: see `negatives.Fate`."""
+    """One direction: its rows, and the derivatives of its summed loss, `gradient` [b, D] by the anchors before the
+    scale and `d_temperature` []. `attracted` [b]: how strongly each anchor pulls its own target. `fate` [b, 4]: see
+    `negatives.Fate`."""
 
     report: Report
     anchors: Anchors
@@ -195,8 +196,8 @@ class _Direction(NamedTuple):
 
 
 class _Step:
-    """Pairs of all ranks, gathered where a direction needs them, and the gradients (of two sides and hard negatives) of
-    this rank's vectors with respect to the sum of all losses."""
+    """The pairs of all ranks, gathered when a direction needs them, and `gradients`: the derivatives of the sum of all
+    losses by this rank's queries, keys and hard negatives."""
 
     def __init__(
         self,
@@ -220,16 +221,16 @@ class _Step:
         self.gradients: list[Tensor | None] = [None, None, None]
 
     def direction(self, turn: int) -> _Direction:
-        """From queries to keys (turn 0) or from keys to queries (turn 1). Adds to the gradients."""
+        """The contrast from queries to keys (turn 0) or from keys to queries (turn 1). Adds to the gradients."""
         form, target = self._form, self._sides[1 - turn]
         keys = Keys.indexed(self._everyone(1 - turn), self._texts) if form.in_batch else None
         blocks = _blocks(form, keys, self._own, self._all_hard if turn == 0 else None, self._queue)
-        one = _direct(self._sides[turn], target, self._ids, blocks, self._temperature, form, self._group)
-        self._add(turn, one.gradient)
+        direction = _direct(self._sides[turn], target, self._ids, blocks, self._temperature, form, self._group)
+        self._add(turn, direction.gradient)
         if turn == 1 or self._key_gradient:
-            self._add(1 - turn, -one.attracted[:, None] * one.anchors.vectors)
-            self._push(turn, one)
-        return one
+            self._add(1 - turn, -direction.attracted[:, None] * direction.anchors.vectors)
+            self._push(turn, direction)
+        return direction
 
     def _add(self, number: int, gradient: Tensor) -> None:
         if number != QUERY and not self._key_gradient:
@@ -237,13 +238,14 @@ class _Step:
         before = self.gradients[number]
         self.gradients[number] = gradient if before is None else before.add_(gradient)
 
-    def _push(self, turn: int, one: _Direction) -> None:
-        """Gradients of the keys that the anchors of all ranks have as negatives or further positives."""
+    def _push(self, turn: int, direction: _Direction) -> None:
+        """Add the gradients of keys that are negatives or further positives of the anchors of all ranks."""
         hard = self._hard if turn == 0 else None
         if not self._form.in_batch and hard is None:
             return
-        scale = 1 / _number(self._temperature, one.gradient)
-        columns = self._gather(torch.cat([one.fate, torch.stack([one.anchors.positive, one.anchors.cut], 1)], 1))
+        scale = 1 / _number(self._temperature, direction.gradient)
+        own = torch.stack([direction.anchors.positive, direction.anchors.cut], 1)
+        columns = self._gather(torch.cat([direction.fate, own], 1))
         *fate, positive, cut = columns.unbind(1)
         anchors = Anchors(scale * self._everyone(turn), self._texts.ids, positive, cut)
         margin, attracts = scale * self._form.margin, self._form.same_text == "positive"
@@ -278,33 +280,36 @@ def _direct(
     form: Form,
     group: dist.Group,
 ) -> _Direction:
-    """Row i of anchor [b, D] with its positive, row i of target [b, D], against the negatives in the blocks."""
+    """Contrast each row of anchor [b, D] with its positive, the same row of target [b, D], and the negatives in the
+    blocks."""
     scale = 1 / _number(temperature, anchor)
     margin, vectors = scale * form.margin, scale * anchor
     positive = (vectors * target).sum(1)
     cut = torch.full_like(positive, torch.inf)
     if form.drop_within is not None:
-        # Scores of equal vectors differ by rounding, from tile to tile: they are all at the cut, or all below.
+        # Scores of equal vectors differ by rounding between tiles. With this tolerance all are cut, or none.
         rounding = 16 * torch.finfo(positive.dtype).eps * (1 + vectors.norm(dim=1) * target.norm(dim=1))
         cut = positive - scale * form.drop_within - rounding
     anchors = Anchors(vectors, ids, positive, cut)
     sums = sum_negatives(anchors, blocks, group)
-    away = sums.shift - positive + sums.mass.log() + margin  # how far the negatives outweigh the positive
+    away = sums.shift - positive + sums.mass.log() + margin  # L - p in docs/contrast.md, with the margin
     loss, attracted = softplus(away, threshold=NEVER), torch.sigmoid(away)
-    repelled, share, mean_key = attracted, torch.ones_like(loss), sums.mean_key
+    repelled, per_positive, mean_key = attracted, torch.ones_like(loss), sums.mean_key
     pulled, positives = attracted * (positive - margin), torch.zeros_like(sums.shared)
-    gradient = (mean_key - target).mul_(attracted[:, None])  # differences first: at the start all vectors are similar
+    gradient = (mean_key - target).mul_(attracted[:, None])  # subtract first: at the start all vectors are similar
     if form.same_text == "positive":
         extra = attract(anchors, sums.log_sum, margin, blocks, group)
-        positives, share = extra.found, 1 / (1 + extra.found.to(loss.dtype))
-        loss, attracted, pulled = share * (loss + extra.loss), share * attracted, share * (pulled + extra.logit)
-        repelled = attracted + share * extra.repelled
+        positives, per_positive = extra.positives, 1 / (1 + extra.positives.to(loss.dtype))
+        loss = per_positive * (loss + extra.loss)
+        attracted = per_positive * attracted
+        pulled = per_positive * (pulled + extra.logit)
+        repelled = attracted + per_positive * extra.repelled
         gradient += extra.repelled[:, None] * mean_key - extra.pulled
-        gradient *= share[:, None]
+        gradient *= per_positive[:, None]
     d_log_scale = repelled @ torch.einsum("bd,bd->b", vectors, mean_key) - pulled.sum()
     masked, negatives = sums.shared - positives, sums.keys - sums.shared - sums.dropped
     report = Report(loss, repelled, positive, sums.hardest, negatives, masked, positives, sums.dropped, sums.above)
-    fate = torch.stack([sums.shift, sums.mass.log(), repelled.log(), share], 1)
+    fate = torch.stack([sums.shift, sums.mass.log(), repelled.log(), per_positive], 1)
     return _Direction(report, anchors, gradient.mul_(scale), -scale * d_log_scale, attracted, fate)
 
 
@@ -349,12 +354,12 @@ def _check(
 ) -> None:
     if isinstance(temperature, Tensor):
         if temperature.ndim:
-            raise ValueError(f"a temperature tensor is a scalar [], not {list(temperature.shape)}")
+            raise ValueError(f"a temperature tensor must be a scalar [], not {list(temperature.shape)}")
     elif not temperature > 0:
-        raise ValueError(f"the temperature is above 0, not {temperature}")
+        raise ValueError(f"the temperature must be above 0, not {temperature}")
     if query.ndim != 2 or query.shape != key.shape or query.dtype != key.dtype:
-        found = " and ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key))
-        raise ValueError(f"query and key are both [pairs, width] of one type, not {found}")
+        given = " and ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key))
+        raise ValueError(f"query and key must both be [pairs, width] of one dtype, not {given}")
     if not form.in_batch and queue is None and (hard is None or symmetric):
         raise ValueError("there are no negatives: give a queue or, for one direction, hard negatives, or set in_batch")
     if ids is not None:
@@ -366,15 +371,15 @@ def _check(
 
 def _check_keys(name: str, vectors: Tensor, ids: Tensor, query: Tensor) -> None:
     if vectors.ndim != 2 or vectors.shape[1] != query.shape[1]:
-        raise ValueError(f"{name}: vectors are [keys, {query.shape[1]}], not {list(vectors.shape)}")
+        raise ValueError(f"{name}: vectors must be [keys, {query.shape[1]}], not {list(vectors.shape)}")
     if ids is None or ids.shape[:1] != vectors.shape[:1] or ids.ndim != 2 or ids.dtype != torch.int64:
-        found = "None" if ids is None else f"{ids.dtype} {list(ids.shape)}"
-        raise ValueError(f"{name}: text ids are int64 [{len(vectors)}, texts], not {found}")
+        given = "None" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"{name}: text ids must be int64 [{len(vectors)}, texts], not {given}")
 
 
 def finished(value: Tensor, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`value` as a loss whose gradients are known: of each input (tensor, gradient), backward hands the gradient times
-    the incoming one to the tensor."""
+    """A loss with the given value and known gradients. `inputs`: pairs (tensor, gradient); backward gives each tensor
+    its gradient times the incoming one."""
     tensors, gradients = zip(*inputs, strict=True)
     result: Tensor = _Finished.apply(value, len(inputs), *tensors, *gradients)  # type: ignore[no-untyped-call]
     return result
@@ -391,13 +396,13 @@ class _Finished(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
-        # Cast last: before a loss scale is on it, a gradient may vanish in 16 bits.
+        # Cast after scaling: without the loss scale, a gradient may vanish in 16 bits.
         scaled = [(g * d_value).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return None, None, *scaled, *(None for _ in scaled)
 
 
 class _Bounded(torch.autograd.Function):
-    """Clamp to [lowest, highest]; the gradient passes unless following it leads further out."""
+    """Clamp to [lowest, highest]. The gradient passes unless a step along it leads further out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lowest: float, highest: float) -> Tensor:

@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear vocabulary head, without the logits of all rows at once.
+"""Cross-entropy of a linear vocabulary head. The logits of all rows never exist at once.
 
 Legend: M masked rows, D width, V vocabulary, C rows of a chunk.
 
-The gradient is finished in forward: a chunk's logits [C, V] become its softmax and then its gradient in place, so that
-the peak is one chunk, and the vocabulary matrix gets one gradient buffer for all losses of a micro-batch.
+The forward pass computes the gradient: a chunk's logits [C, V] become its softmax and then its gradient in place. So
+the memory peak is one chunk, and all losses of a micro-batch share one gradient buffer of the vocabulary matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 1024  # a chunk of 16 rows reads V x D for almost nothing; 1,024 rows of 250k logits are 0.95 GiB in fp32
+CHUNK_ROWS = 1024  # few rows would be slow: each chunk reads V x D; 1,024 rows of 250k logits are 0.95 GiB in fp32
 
 
 def masked_lm(
@@ -22,12 +22,12 @@ def masked_lm(
 ) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropies of the rows [M], to be added up; and without gradient the cross-entropies [M] in nats.
 
-    hidden [M, D]; weight [V, D]; bias [V]; labels [M] int64; row_weights [M] (a task's weight over its global count,
-    which makes the sum over lanes and ranks the weighted mean of the task). M may be 0. `vocabulary`: only the first so
-    many rows of `weight` are pieces; the others pad.
+    hidden [M, D]; weight [V, D]; bias [V]; labels [M] int64; row_weights [M]: a task's weight divided by its global
+    count, so that the sum over lanes and ranks is the task's weighted mean. M may be 0. `vocabulary`: the number of
+    pieces; the rows of `weight` after them are padding.
 
-    The gradient is that of the sum over all rows, in as many parts as one likes, times one factor: rows cannot be
-    weighted again behind this function.
+    Backward gives the gradient of the sum over all rows. So the caller adds up all rows, in any parts, and may multiply
+    the sum by a factor, but not single rows.
     """
     weighted, rows = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, row_weights, vocabulary or len(weight)
@@ -47,8 +47,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(weight),
             torch.zeros_like(bias, dtype=wide),
         )
-        # Gradients are kept in units of the largest weight: one over thousands of rows would vanish in fp16 before a
-        # loss scale is on it.
+        # Gradients are stored divided by the largest weight: a weight of 1 / thousands of rows would make them vanish
+        # in fp16 before the loss scale is applied.
         unit = row_weights.abs().max() if len(row_weights) else row_weights.new_ones(())
         unit = torch.where(unit > 0, unit, 1.0).to(wide)
         for start in range(0, len(labels), CHUNK_ROWS):

@@ -1,8 +1,8 @@
-"""The tiles of the contrast: what a row needs of its many negatives, and what a key needs of its many anchors, without
-ever holding more than one tile of logits. Derivation: docs/contrast.md.
+"""The tiles of the contrast: sums over a row's many negatives and over a key's many anchors. No more than one tile of
+logits is in memory. Derivation: docs/contrast.md.
 
-Legend: b anchors, n keys of a block, m rows and t keys of a tile, D width, I text ids an item. Anchors come multiplied
-by the scale s = 1 / temperature, so that an inner product is a logit.
+Legend: b anchors, n keys of a block, m rows and t keys of a tile, D width, I text ids of an item. Anchors are already
+multiplied by the scale s = 1 / temperature, so an inner product is a logit.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds import dist
 
-# Rows and keys of a tile. On a CPU a tile (2 MiB of float32) stays in the second-level cache; a GPU wants large ones.
+# Rows and keys of a tile. On a CPU a tile (2 MiB of float32) fits the second-level cache; a GPU needs large tiles.
 TILES = {"cpu": (512, 1024)}
 LARGE_TILES = (4096, 8192)
-HEADROOM = 40.0  # exp(40) times a billion keys is still far from the largest float32
-NEVER = 50.0  # torch's softplus is a straight line above 20 by default, an error of 2e-9
+HEADROOM = 40.0  # exp(40) times a billion keys is far below the largest float32
+NEVER = 50.0  # softplus' threshold; torch's default, 20, makes an error of 2e-9
 
 
 class TextIndex:
-    """Text ids [n, I] of keys, sorted once to find the keys that share a text with given items."""
+    """Text ids [n, I] of keys, sorted, to find the keys that share a text with given items."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
@@ -34,7 +34,7 @@ class TextIndex:
         self._key_of = order // max(1, ids.shape[1])
 
     def sharing(self, ids: Tensor) -> Tensor:
-        """The keys that share a text with any of these items, in order: the only ones to compare one by one."""
+        """Sorted numbers of the few keys that share a text with any of these items: only these are compared."""
         wanted = ids.unique()
         first = torch.searchsorted(self._texts, wanted)
         count = torch.searchsorted(self._texts, wanted, right=True) - first
@@ -45,9 +45,9 @@ class TextIndex:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys [n, D] and the text ids of their items [n, I], int64. `sharded`: each rank holds other keys of the set.
+    """Keys [n, D] and the text ids of their items [n, I], int64. `sharded`: each rank holds a part of them.
 
-    The index of the texts is made when it is first read, and once: hold on to the object as long as its keys stay.
+    `texts` is computed on first use and kept, so one object should serve as long as its keys do not change.
     """
 
     vectors: Tensor
@@ -60,15 +60,15 @@ class Keys:
 
     @staticmethod
     def indexed(vectors: Tensor, texts: TextIndex, sharded: bool = False) -> Keys:
-        """Keys of items whose index is there already."""
+        """Keys of items whose index exists already."""
         keys = Keys(vectors, texts.ids, sharded)
         keys.__dict__["texts"] = texts
         return keys
 
 
 class Anchors(NamedTuple):
-    """Rows of one side: `vectors` [b, D] times the scale, text `ids` [b, I], the logit of each row's own `positive` [b]
-    without margin, and `cut` [b]: negatives with a logit from here on are dropped."""
+    """Rows of one side. `vectors` [b, D]: times the scale; `ids` [b, I]: text ids; `positive` [b]: logit of each row's
+    own positive, without margin; `cut` [b]: negatives with this logit or a larger one are dropped."""
 
     vectors: Tensor
     ids: Tensor
@@ -83,28 +83,31 @@ class Anchors(NamedTuple):
 
 
 class Block:
-    """Keys that anchors are held against."""
+    """Keys that anchors are compared with."""
 
     def __init__(self, keys: Keys, own: Tensor | None = None, *, unit: bool = False, attracts: bool = True) -> None:
-        """`own` [b]: which of the keys is each anchor's positive, where the block holds them. `unit`: divide the keys
-        by their norms. `attracts`: keys that share a text may be further positives."""
+        """`own` [b]: the number of each anchor's positive, if the block holds them; `unit`: divide the keys by their
+        norms; `attracts`: keys that share a text may be further positives."""
         self.vectors, self.texts, self.sharded = keys.vectors, keys.texts, keys.sharded
         self.own, self._unit, self.attracts = own, unit, attracts
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def part(self, keys: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Some of the keys, as wide as the anchors."""
-        vectors = self.vectors[keys].to(dtype)
+    def part(self, chosen: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Some of the keys, in the anchors' dtype."""
+        vectors = self.vectors[chosen].to(dtype)
         return normalize(vectors, dim=1) if self._unit else vectors
 
 
 @dataclass
 class Sums:
-    """What rows [b] know of their negatives: sum of exp(logit - shift) is `mass`, the same times the key `weighted`
-    [b, D]; the `hardest` logit; counts of `keys`, of those that share a text (`shared`), lie `above` the positive, were
-    `dropped` by the cut."""
+    """Sums over the negatives of rows [b].
+
+    `mass`: sum of exp(logit - shift); `weighted` [b, D]: sum of exp(logit - shift) times the key; `hardest`: largest
+    logit. Numbers of keys: `keys` in all; `shared`: share a text; `above`: have a logit above the positive's;
+    `dropped`: by the cut.
+    """
 
     shift: Tensor
     mass: Tensor
@@ -117,8 +120,8 @@ class Sums:
 
     @staticmethod
     def none(anchors: Anchors) -> Sums:
-        """No negative yet. The shift starts at the positive's logit, so that `log mass` is the difference that the loss
-        needs, without cancellation."""
+        """Sums over no negative. The shift starts at the positive's logit: then `log mass` is the difference that the
+        loss needs, without cancellation."""
         zero, count = torch.zeros_like(anchors.positive), torch.zeros_like(anchors.positive, dtype=torch.int64)
         counts = (count.clone() for _ in range(4))
         lowest = torch.full_like(zero, -torch.inf)
@@ -128,26 +131,26 @@ class Sums:
 
     @property
     def log_sum(self) -> Tensor:
-        """Log-sum-exp over the negatives, -inf where there is none."""
+        """Log-sum-exp over the negatives; -inf if there are none."""
         return self.shift + self.mass.log()
 
     @property
     def mean_key(self) -> Tensor:
-        """Mean of the negative keys under their softmax, [b, D]."""
+        """Mean of the negative keys, weighted with their softmax, [b, D]."""
         return self.weighted / self.mass.clamp_min(torch.finfo(self.mass.dtype).tiny)[:, None]
 
     def move(self, by: Tensor) -> None:
-        """Raise (or, while there is no mass, lower) the shift."""
+        """Add to the shift. `by` may be negative only where there is no mass."""
         factor = torch.where(self.mass > 0, (-by).exp(), 0.0)
         self.shift, self.mass, self.weighted = self.shift + by, self.mass * factor, self.weighted * factor[:, None]
 
     def move_to(self, shift: Tensor) -> None:
-        """Set the shift; where it is -inf (no negative anywhere) it stays."""
+        """Set the shift. Where the new one is -inf (no negative on any rank), keep the old one."""
         self.move(torch.where(shift == -torch.inf, 0.0, shift - self.shift))
 
 
 def sum_negatives(anchors: Anchors, blocks: list[Block], group: dist.Group = None) -> Sums:
-    """Sums over all blocks for all anchors. Collective where a block is sharded."""
+    """Sums over all blocks for all anchors. Collective if a block is sharded."""
     sums = _sum_local(anchors, [block for block in blocks if not block.sharded])
     for block in blocks:
         if block.sharded:
@@ -177,8 +180,8 @@ def _sum_rows(anchors: Anchors, rows: slice, blocks: list[Block]) -> Sums:
 def _leave_out(
     logits: Tensor, ids: Tensor, block: Block, sharing: Tensor, part: slice, own: Tensor | None
 ) -> Tensor | int:
-    """Take the rows' own positives and the keys that share a text out of a tile. Returns how many the latter are, a
-    row."""
+    """Set the logits of the rows' own positives, and of keys that share a text, to -inf in a tile. Returns the number
+    of the latter for each row."""
     count: Tensor | int = 0
     ends = torch.searchsorted(sharing, torch.tensor([part.start, part.stop], device=ids.device)).tolist()
     columns = sharing[slice(*ends)]
@@ -194,12 +197,12 @@ def _leave_out(
 
 
 def _add(sums: Sums, logits: Tensor, keys: Tensor, anchors: Anchors) -> None:
-    """Add a tile of logits [m, t], from which the shift is taken off, to the sums. Overwrites the tile."""
+    """Add a tile of logits minus shift, [m, t], to the sums. Overwrites the tile."""
     top = logits.amax(1)
     sums.hardest = torch.maximum(sums.hardest, top + sums.shift)
     positive = anchors.positive - sums.shift
     if bool((top >= positive).any()):
-        # Into a tensor of floats: a comparison that makes bools is three times as slow on a CPU.
+        # The result is a float tensor: on a CPU, a comparison that makes bools takes three times as long.
         sums.above += torch.ge(logits, positive[:, None], out=torch.empty_like(logits)).sum(1).long()
     cut = anchors.cut - sums.shift
     if bool((top >= cut).any()):
@@ -216,16 +219,16 @@ def _add(sums: Sums, logits: Tensor, keys: Tensor, anchors: Anchors) -> None:
     sums.weighted.addmm_(logits, keys)
 
 
-def _merged(one: Sums, other: Sums) -> Sums:
-    highest = torch.maximum(one.log_sum, other.log_sum)
-    for sums in (one, other):
+def _merged(first: Sums, other: Sums) -> Sums:
+    highest = torch.maximum(first.log_sum, other.log_sum)
+    for sums in (first, other):
         sums.move_to(highest)
-    added = {name: getattr(one, name) + getattr(other, name) for name in Sums.ADDED}
-    return Sums(shift=one.shift, hardest=torch.maximum(one.hardest, other.hardest), **added)
+    added = {name: getattr(first, name) + getattr(other, name) for name in Sums.ADDED}
+    return Sums(shift=first.shift, hardest=torch.maximum(first.hardest, other.hardest), **added)
 
 
 def _sum_sharded(anchors: Anchors, block: Block, group: dist.Group) -> Sums:
-    """Every rank holds the anchors of all against its part of the keys; the parts add up."""
+    """Every rank compares the anchors of all ranks with its part of the keys; the sums are then added over ranks."""
     counts = dist.row_counts(anchors.ids, group)
     sums = _sum_local(anchors.of_all_ranks(counts, group), [block])
     sums.move_to(dist.max_over_ranks(sums.log_sum, group))
@@ -237,10 +240,11 @@ def _sum_sharded(anchors: Anchors, block: Block, group: dist.Group) -> Sums:
 
 
 class Attraction(NamedTuple):
-    """What rows [b] know of further positives, keys that share a text with them: how many, their losses' sum, each
-    one's 1 - p added up, the same times its logit and times its key [b, D]."""
+    """Sums over the further positives of rows [b], which are keys that share a text with them. `positives`: their
+    number; `loss`: sum of their losses; `repelled`: sum of their weights w = 1 - p; `logit`: sum of w times the logit;
+    `pulled` [b, D]: sum of w times the key."""
 
-    found: Tensor
+    positives: Tensor
     loss: Tensor
     repelled: Tensor
     logit: Tensor
@@ -255,18 +259,18 @@ class Attraction(NamedTuple):
 def attract(
     anchors: Anchors, log_sum: Tensor, margin: float | Tensor, blocks: list[Block], group: dist.Group = None
 ) -> Attraction:
-    """Each further positive against the negatives alone, whose log-sum-exp is `log_sum` [b]; `margin` in logits.
-    Collective where a block is sharded."""
+    """Contrast each further positive with the negatives only, whose log-sum-exp is `log_sum` [b]. `margin`: in logits.
+    Collective if a block is sharded."""
     blocks = [block for block in blocks if block.attracts]
-    found = _attract_local(anchors, log_sum, margin, [block for block in blocks if not block.sharded])
+    total = _attract_local(anchors, log_sum, margin, [block for block in blocks if not block.sharded])
     for block in blocks:
         if block.sharded:
             counts = dist.row_counts(anchors.ids, group)
             everyone = anchors.of_all_ranks(counts, group)
             part = _attract_local(everyone, dist.gather_rows(log_sum, counts, group), margin, [block])
             own = dist.own_rows(counts, group)
-            found = Attraction(*(a + dist.sum_over_ranks(b, group)[own] for a, b in zip(found, part, strict=True)))
-    return found
+            total = Attraction(*(a + dist.sum_over_ranks(b, group)[own] for a, b in zip(total, part, strict=True)))
+    return total
 
 
 def _attract_local(anchors: Anchors, log_sum: Tensor, margin: float | Tensor, blocks: list[Block]) -> Attraction:
@@ -277,7 +281,7 @@ def _attract_local(anchors: Anchors, log_sum: Tensor, margin: float | Tensor, bl
 def _attract_rows(
     anchors: Anchors, rows: slice, log_sum: Tensor, margin: float | Tensor, blocks: list[Block]
 ) -> Attraction:
-    found = Attraction.none(anchors.vectors)
+    total = Attraction.none(anchors.vectors)
     for block in blocks:
         own = None if block.own is None else block.own[rows]
         sharing = block.texts.sharing(anchors.ids)
@@ -289,18 +293,18 @@ def _attract_rows(
             weight = torch.sigmoid(away).masked_fill(~same, 0.0)
             losses = softplus(away, threshold=NEVER).masked_fill(~same, 0.0)
             part = (same.sum(1), losses.sum(1), weight.sum(1), (weight * logits).sum(1), weight @ keys)
-            found = Attraction(*(a + b for a, b in zip(found, part, strict=True)))
-    return found
+            total = Attraction(*(a + b for a, b in zip(total, part, strict=True)))
+    return total
 
 
 class Fate(NamedTuple):
-    """What the keys must know of all anchors [N], beside their vectors: log-sum-exp over the negatives as `shift` plus
-    `log_mass`, the log of what `repels` (1 - p), and one over the number of positives."""
+    """What the gradients of keys need of all anchors [N] beside their vectors. `shift` + `log_mass`: log-sum-exp over
+    the negatives; `log_repels`: log(1 - p); `per_positive`: 1 / number of positives."""
 
     shift: Tensor
     log_mass: Tensor
     log_repels: Tensor
-    share: Tensor
+    per_positive: Tensor
 
 
 def push(
@@ -312,43 +316,43 @@ def push(
     margin: float | Tensor,
     attracts: bool,
 ) -> Tensor:
-    """d (sum of the anchors' losses) / d keys, [n, D], without what the own pair adds: `own` [n] says which of the
-    anchors [N] that is. `texts`: the index of the anchors' texts. Anchors have the keys as negatives, or as further
-    positives where `attracts`."""
+    """The derivative of the sum of the anchors' losses by the keys, [n, D]. The keys are the anchors' negatives and, if
+    `attracts`, further positives. `own` [n]: the number of each key's own anchor of [N], which is left out. `texts`:
+    the index of the anchors' texts."""
     block = Block(Keys.indexed(anchors.vectors, texts), own)
     vectors, sums = keys.vectors.to(anchors.vectors.dtype), []
-    total = fate.log_mass.clamp_min(torch.finfo(fate.log_mass.dtype).min)  # of an anchor without negatives -inf
+    total = fate.log_mass.clamp_min(torch.finfo(fate.log_mass.dtype).min)  # it is -inf for an anchor without negatives
     for rows in _row_tiles(keys):
-        ids, mine, sharing = keys.ids[rows], None if own is None else own[rows], block.texts.sharing(keys.ids[rows])
+        ids, own_rows, sharing = keys.ids[rows], None if own is None else own[rows], block.texts.sharing(keys.ids[rows])
         pushed = torch.zeros_like(vectors[rows])
         for part in _key_tiles(block):
-            # In the layout of the rows, whose rounding this has to meet.
+            # Computed in the same layout as the rows' sums, so that it rounds alike.
             logits = torch.addmm(fate.shift[part, None], anchors.vectors[part], vectors[rows].t(), beta=-1)
-            _leave_out(logits.t(), ids, block, sharing, part, mine)
+            _leave_out(logits.t(), ids, block, sharing, part, own_rows)
             logits.masked_fill_(logits >= (anchors.cut - fate.shift)[part, None], -torch.inf)
-            logits.sub_(total[part, None]).clamp_max_(0.0)  # no term is above the sum, whatever its rounding
+            logits.sub_(total[part, None]).clamp_max_(0.0)  # a term cannot exceed the sum, except by rounding
             pushed.addmm_(logits.add_(fate.log_repels[part, None]).exp_().t(), anchors.vectors[part])
         for columns in sharing.split(_sizes(sharing)[1]) if attracts else ():
-            same = _others_sharing(ids, block, columns, mine)
+            same = _others_sharing(ids, block, columns, own_rows)
             logits = torch.addmm(fate.shift[columns, None], anchors.vectors[columns], vectors[rows].t(), beta=-1)
             away = fate.log_mass[None, columns] - logits.t() + margin
-            weight = (torch.sigmoid(away) * fate.share[None, columns]).masked_fill_(~same, 0.0)
+            weight = (torch.sigmoid(away) * fate.per_positive[None, columns]).masked_fill_(~same, 0.0)
             pushed.addmm_(weight, anchors.vectors[columns], alpha=-1)
         sums.append(pushed)
     return torch.cat(sums)
 
 
 def shares_text(ids: Tensor, other: Tensor) -> Tensor:
-    """Whether item i of `ids` [m, I] and item j of `other` [n, I] have a text in common, [m, n] bool."""
+    """Whether item i of `ids` [m, I] and item j of `other` [n, I] share a text, [m, n] bool."""
     same = torch.zeros(len(ids), len(other), dtype=torch.bool, device=ids.device)
-    for mine in ids.unbind(1):
-        for theirs in other.unbind(1):
-            same |= mine[:, None] == theirs[None, :]
+    for first in ids.unbind(1):
+        for second in other.unbind(1):
+            same |= first[:, None] == second[None, :]
     return same
 
 
 def _others_sharing(ids: Tensor, block: Block, columns: Tensor, own: Tensor | None) -> Tensor:
-    """[m, len(columns)]: keys other than the rows' own positives that share a text with them."""
+    """Whether a key shares a text with a row and is not the row's own positive, [m, len(columns)]."""
     same = shares_text(ids, block.texts.ids[columns])
     return same if own is None else same & (own[:, None] != columns)
 
@@ -358,7 +362,7 @@ def _sizes(tensor: Tensor) -> tuple[int, int]:
 
 
 def _row_tiles(rows: Anchors | Keys) -> Iterator[slice]:
-    """At least one, for a rank may have no rows."""
+    """Slices of the rows. There is at least one slice, because a rank may have no rows."""
     size, count = _sizes(rows.ids)[0], len(rows.ids)
     return (slice(start, min(count, start + size)) for start in range(0, max(1, count), size))
 

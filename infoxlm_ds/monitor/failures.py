@@ -1,7 +1,7 @@
-"""Why a run ended early: the rank that has a cause leaves it in `RUN/failures/`, the others, which only see a broken
-connection, tell it.
+"""Reports why a run ended early.
 
-A rank that was killed leaves nothing: it is known by its silence.
+A rank that fails writes the cause to `RUN/failures/`. The others only see a broken connection: they read the causes,
+and one of them prints the message. A killed rank writes nothing: the others conclude that it is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from infoxlm_ds import dist
 from infoxlm_ds.config import UserError
 
-WAIT = 5.0  # seconds that a rank gets to tell its cause
+WAIT = 5.0  # seconds that a rank has to write its cause
 
 
 class Place(NamedTuple):
@@ -37,13 +37,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Ranks whose only fault is that they lost others, and failures with a cause."""
+class _Reports:
+    """What the ranks wrote. `lost`: ranks that only lost the connection to others; `causes`: failures with a cause."""
 
     lost: frozenset[int]
     causes: tuple[Failure, ...]
 
     def silent(self, world: int) -> list[int]:
+        """Other ranks that wrote nothing."""
         return sorted(set(range(world)) - self.lost - {f.rank for f in self.causes} - {dist.rank()})
 
 
@@ -53,20 +54,20 @@ def here() -> Place:
 
 
 def forget(run: Path) -> None:
-    """Of an earlier start."""
+    """Remove the failures of an earlier start."""
     shutil.rmtree(run / "failures", ignore_errors=True)
 
 
 def end(error: Exception, run: Path, where: Sequence[Place], newest: str) -> int:
-    """Say on the screen why this rank, or another, ends the run. Returns the exit code.
+    """Print why this rank, or another, ends the run. Returns the exit code.
 
-    `where`: host and process of each rank. `newest`: what to go on from.
+    `where`: host and process of each rank. `newest`: a sentence about the newest checkpoint.
     """
     if dist.is_broken(error):
         return _tell_of_others(error, run, where, newest)
-    if isinstance(error, UserError):  # which only its rank knows of, such as a damaged pack
+    if isinstance(error, UserError):  # only this rank knows it, such as a damaged pack of rows
         return _tell(run, str(error), 2)
-    if isinstance(error, OSError):  # the disk, mostly
+    if isinstance(error, OSError):  # usually the disk
         return _tell(run, f"{type(error).__name__}: {error}", 1)
     if isinstance(error, dist.AllRanksError):
         if dist.rank() == 0:
@@ -85,37 +86,37 @@ def _tell(run: Path, cause: str, code: int) -> int:
 def _tell_of_others(error: Exception, run: Path, where: Sequence[Place], newest: str) -> int:
     _leave(run, ".lost", "")
     deadline = time.monotonic() + WAIT
-    while (found := _read(run)).silent(len(where)) and time.monotonic() < deadline:
+    while (reports := _read(run)).silent(len(where)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    silent = found.silent(len(where))
-    why = [f"rank {f.rank} failed: {f.cause}" for f in found.causes]
+    silent = reports.silent(len(where))
+    why = [f"rank {f.rank} failed: {f.cause}" for f in reports.causes]
     why += [f"{names} {_fate(error)}" for names in _names(silent, where)]
     hosts = sorted({place.host for place in where})
     if not why and len(hosts) > 1:
-        why = [f"all ranks are alive and lost each other: the network between {', '.join(hosts)} is broken"]
-    # One line, whoever is left; where hosts lost each other, one of each, for one may be cut off from the screen.
-    tellers = found.lost | {dist.rank()}
-    if not found.causes and not silent:
+        why = [f"all ranks are alive but lost each other: the network between {', '.join(hosts)} is broken"]
+    # One rank prints one line. If hosts lost each other, one rank of each host does: the user may see one host only.
+    tellers = reports.lost | {dist.rank()}
+    if not reports.causes and not silent:
         tellers = frozenset(rank for rank in tellers if where[rank].host == where[dist.rank()].host)
     if dist.rank() == min(tellers):
         print(f"infoxlm: {'; '.join(why) or error}. {newest}", file=sys.stderr, flush=True)
-    return max((f.code for f in found.causes), default=1)
+    return max((f.code for f in reports.causes), default=1)
 
 
 def _names(ranks: Sequence[int], where: Sequence[Place]) -> Iterable[str]:
-    """Each rank with its place; a host that lost all of its several ranks by its own name."""
+    """Names of ranks, with process and host. If a host lost all of its several ranks, its own name is used."""
     for host in dict.fromkeys(where[rank].host for rank in ranks):
-        there = [rank for rank in ranks if where[rank].host == host]
-        if len(there) > 1 and len(there) == sum(place.host == host for place in where):
-            yield f"all of {host} (ranks {', '.join(map(str, there))})"
+        of_host = [rank for rank in ranks if where[rank].host == host]
+        if len(of_host) > 1 and len(of_host) == sum(place.host == host for place in where):
+            yield f"all of {host} (ranks {', '.join(map(str, of_host))})"
         else:
-            yield from (f"rank {rank} (process {where[rank].process} on {host})" for rank in there)
+            yield from (f"rank {rank} (process {where[rank].process} on {host})" for rank in of_host)
 
 
 def _fate(error: Exception) -> str:
     if "timed out" in str(error).lower():
-        return "does not answer (timeout.step says how long to wait): it hangs, or its host does"
-    return "is gone without a word: killed, perhaps for memory (the kernel's log there tells)"
+        return "does not answer (timeout.step sets how long to wait): the rank or its host hangs"
+    return "is gone without a message: it was killed, perhaps for lack of memory (see the kernel's log on that host)"
 
 
 def _leave(run: Path, kind: str, text: str) -> None:
@@ -126,16 +127,16 @@ def _leave(run: Path, kind: str, text: str) -> None:
         unfinished = path.with_suffix(".new")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
-    except OSError:  # a full disk: then the screen has to do
+    except OSError:  # the disk is full: then only the screen shows the cause
         pass
 
 
-def _read(run: Path) -> _Found:
-    """With thousands of ranks, all that look read names alone, and the few causes."""
+def _read(run: Path) -> _Reports:
+    """Read what the ranks wrote. Thousands of ranks may do this at once, so they open only the few causes."""
     try:
         paths = list((run / "failures").iterdir())
     except OSError:
         paths = []
     lost = frozenset(int(path.stem.removeprefix("rank-")) for path in paths if path.suffix == ".lost")
     causes = [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.suffix == ".json"]
-    return _Found(lost, tuple(sorted(causes, key=lambda failure: failure.rank)))
+    return _Reports(lost, tuple(sorted(causes, key=lambda failure: failure.rank)))

@@ -1,4 +1,4 @@
-"""Why a step was not applied: whose losses were not finite, and in which languages."""
+"""Explains why a step was not applied: which losses were not finite, on which ranks and in which languages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.objective import Report
 from infoxlm_ds.xlco import Representations
 
-SHOWN = 4  # lanes of a message, languages of a lane
+SHOWN = 4  # at most so many lanes in a message, and languages of a lane
 
 
 def find_faults(
@@ -22,8 +22,8 @@ def find_faults(
     reports: Sequence[Report],
     representations: Sequence[Representations],
 ) -> list[str]:
-    """Tasks of the step whose losses are not finite, with rank, lane and languages: the same list on every rank, empty
-    where only gradients are not finite. Collective."""
+    """The losses of the step that are not finite, with task, rank, lane and languages. Every rank gets the same list.
+    It is empty if only gradients are not finite. Collective."""
     own = [
         f"{task} on rank {dist.rank()}, lane {number}{languages}"
         for number, lane, report, of_lane in zip(numbers, lanes, reports, representations, strict=True)
@@ -33,16 +33,17 @@ def find_faults(
 
 
 def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
-    """One line on a step that was not applied. `scale`: its loss scale, 1 outside fp16; `next_scale`: the next's."""
-    said = f"loss not finite: {_some(faults, '; ')}" if faults else "all losses are finite, gradients are not"
+    """One line about a step that was not applied. `scale`: its loss scale, 1 without fp16; `next_scale`: the next
+    step's."""
+    line = f"loss not finite: {_some(faults, '; ')}" if faults else "all losses are finite, gradients are not"
     if scale == next_scale == 1:
-        return said
-    said += f"; loss scale {scale:g}, now {next_scale:g}"
-    return said if faults else f"{said}: how fp16 finds its scale, normal at the start and now and then later"
+        return line
+    line += f"; loss scale {scale:g}, now {next_scale:g}"
+    return line if faults else f"{line}: fp16 searches its scale, which is normal at the start and sometimes later"
 
 
 def _faults(lane: JointBatch, report: Report, own: Representations) -> dict[str, str]:
-    """Tasks of a lane whose losses are not finite, with the languages of the items that are to blame."""
+    """The tasks of a lane whose losses are not finite, with the languages of the items that cause it."""
     blamed: dict[str, Iterable[str]] = {}
     ends = lane.tokens.layout.cu_seqlens[1:].cpu().numpy()
     sequences = np.searchsorted(ends, lane.rows.cpu().numpy(), side="right")
@@ -53,7 +54,7 @@ def _faults(lane: JointBatch, report: Report, own: Representations) -> dict[str,
             blamed[task] = names[sequences[part][bad[part]]]
     loss, sides = report.sums.get("xlco/loss", 0.0), [_not_finite(side) for side in own if len(side)]
     if not np.isfinite(float(loss)) or any(side.any() for side in sides):
-        items = np.concatenate([np.flatnonzero(side) for side in sides])  # none: the fault is another lane's
+        items = np.concatenate([np.flatnonzero(side) for side in sides])  # no items: another lane causes it
         blamed["xlco"] = lane.names["xlco"][items].ravel()
     return {task: _languages(names) for task, names in blamed.items()}
 
@@ -69,6 +70,6 @@ def _some(parts: Sequence[str], between: str) -> str:
 
 
 def _not_finite(rows: Tensor) -> np.ndarray:
-    """Which rows of [n, D] hold a number that is not finite."""
+    """Whether each row of [n, D] holds a number that is not finite, [n]."""
     flags: np.ndarray = (~torch.isfinite(rows)).flatten(1).any(1).cpu().numpy()
     return flags

@@ -1,5 +1,5 @@
-"""Adds up what the lanes report between two log lines, over micro-steps, steps and ranks, and turns sums into
-scalars."""
+"""Adds up what the lanes report between two log lines, over micro-steps, steps and ranks, and computes scalars from the
+sums."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Scalars = dict[str, float]
 
 
 class Interval(NamedTuple):
-    """Sums over ranks by name; items by task and language; mean loss and accuracy of the contrast by language pair; and
-    how many seconds it took."""
+    """The sums of one interval, over all ranks. `sums`: by name; `languages`: number of items by task and language;
+    `pairs`: mean loss and accuracy of the contrast by language pair; `seconds`: its length."""
 
     sums: Scalars
     languages: dict[str, dict[str, int]]
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 
 
 class Meter:
-    """Sums of one interval. All ranks add the same names; `collect` is collective and starts the next interval."""
+    """Sums of one interval on this rank. All ranks must add the same names."""
 
     def __init__(self) -> None:
         self._clear()
@@ -39,25 +39,26 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + value
 
     def count_languages(self, names: dict[str, np.ndarray]) -> None:
-        """By task the language, or pair of languages, of each item."""
+        """`names`: for each task, the language or pair of languages of each item."""
         for task, of_task in names.items():
             self._languages.setdefault(task, Counter()).update(of_task.ravel().tolist())
 
     def add_pairs(self, names: np.ndarray, columns: Tensor) -> None:
-        """Loss and hit [2, R] of the contrast's rows, and what language pairs their items are, [b, 1 or 2]; R is b, or
-        2 b where a second direction's rows follow."""
+        """`columns`: loss and hit of the contrast's rows, [2, R]; `names`: the language pairs of their items, [b, 1 or
+        2]. R is b, or 2 b if the rows of a second direction follow."""
         self._pairs.append((names, columns.detach()))
 
     def collect(self) -> Interval:
+        """The sums over all ranks. Starts the next interval. Collective."""
         names = sorted(self._sums)
         sums = torch.tensor([float(self._sums[name]) for name in names], dtype=torch.float64, device=dist.device())
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
         pairs: dict[str, np.ndarray] = {}
-        for counts, found in dist.gather_objects((self._languages, _by_pair(self._pairs))):
+        for counts, of_rank in dist.gather_objects((self._languages, _by_pair(self._pairs))):
             for task, counter in counts.items():
                 languages.setdefault(task, Counter()).update(counter)
-            for name, values in found.items():
+            for name, values in of_rank.items():
                 pairs[name] = pairs.get(name, 0) + values
         seconds = time.monotonic() - self._since
         self._clear()
@@ -76,23 +77,23 @@ class Meter:
 
 
 def _by_pair(parts: list[tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
-    """Rows, loss and hits of each language pair."""
-    found: dict[str, np.ndarray] = {}
+    """Number of rows, sum of losses and number of hits for each language pair."""
+    sums: dict[str, np.ndarray] = {}
     for names, columns in parts:
         loss, hits = columns.double().cpu().numpy()
         rows = np.resize(names, (len(loss), names.shape[1]))  # the second direction's rows repeat the items
         for name in np.unique(rows):
-            its = (rows == name).any(1)
-            found[name] = found.get(name, 0) + np.array([its.sum(), loss[its].sum(), hits[its].sum()])
-    return found
+            chosen = (rows == name).any(1)
+            sums[name] = sums.get(name, 0) + np.array([chosen.sum(), loss[chosen].sum(), hits[chosen].sum()])
+    return sums
 
 
 def scalars(sums: Scalars, vocabulary: int) -> Scalars:
     """Means and bounds, in nats, from an interval's sums.
 
-    A loss L of guessing one of C equally likely answers bounds the mutual information from below by log C - L: log V
-    for a masked LM, log(1 + negatives) for the contrast (InfoXLM, section 3; van den Oord et al., 2018), unless
-    negatives were left out by their scores or there were further positives.
+    If a loss L measures the choice among C equally likely answers, the mutual information is at least log C - L. C is V
+    for a masked LM and 1 + negatives for the contrast (InfoXLM, section 3; van den Oord et al., 2018). The contrast has
+    no bound if negatives were left out by their scores, or if there were further positives.
     """
     out: Scalars = {}
     for task in ("mmlm", "tlm", "xlco"):
@@ -101,7 +102,7 @@ def scalars(sums: Scalars, vocabulary: int) -> Scalars:
             continue
         out[f"{task}/loss"] = sums[f"{task}/loss"] / items
         if task == "xlco" and (sums["xlco/dropped"] or sums["xlco/positives"]):
-            continue  # then it bounds nothing
+            continue  # no bound
         log_choices = sums["xlco/log_choices"] / items if task == "xlco" else math.log(vocabulary)
         out[f"{task}/information_bound"] = log_choices - out[f"{task}/loss"]
     if rows := sums.get("xlco/items", 0):

@@ -1,4 +1,4 @@
-"""Where the figures go: metrics.jsonl always, TensorBoard by default, and a progress line for who looks."""
+"""Writes the metrics: always to metrics.jsonl, by default to TensorBoard, and as a progress line on the screen."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SHOWN = {"mmlm/loss": "mmlm", "tlm/loss": "tlm", "xlco/loss": "xlco", "xlco/accu
 
 
 class Sinks:
-    """Rank 0's outputs of a run. A context manager, so that nothing stays unflushed."""
+    """Rank 0's outputs of a run. A context manager, which flushes and closes them."""
 
     def __init__(self, run: Path, first: int, steps: int, tensorboard: bool) -> None:
-        """Of a run at step `first` of `steps`. What was written beyond that step, before a crash, is taken out."""
+        """The run starts after step `first` of `steps`. Lines of later steps, from before a crash, are removed."""
         run.mkdir(parents=True, exist_ok=True)
         self._metrics = _reopened(run / "metrics.jsonl", first)
         self._board: Any = None
@@ -47,7 +47,7 @@ class Sinks:
             self._board.close()
 
     def write(self, step: int, values: Scalars, more: dict[str, Any] | None = None) -> None:
-        """Scalars of a step; `more` goes to metrics.jsonl alone."""
+        """Write the scalars of a step; `more` goes to metrics.jsonl only."""
         print(json.dumps({"step": step} | values | (more or {})), file=self._metrics, flush=True)
         if self._board:
             for name, value in values.items():
@@ -63,7 +63,7 @@ class Sinks:
             self.say(f"step {step}/{self._steps} {figures} eta {_clock(seconds_left)}")
 
     def say(self, text: str) -> None:
-        """A line of text that the progress bar does not swallow."""
+        """Print a line that the progress bar does not overwrite."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -78,7 +78,7 @@ def _reopened(path: Path, first: int) -> TextIO:
 
 
 def _progress(console: Console) -> Progress:
-    # Narrow enough for 80 columns: a bar would push out the figures.
+    # No bar: in 80 columns it would leave no space for the figures.
     columns = (MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TextColumn("left"), TimeRemainingColumn())
     return Progress(*columns, console=console)
 

@@ -1,4 +1,4 @@
-"""A checkpoint's weights in whole tensors and files that run nothing when they are loaded."""
+"""Writes a checkpoint's weights as whole tensors, in files that run no code when they are loaded."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from infoxlm_ds.model.pretrained import saved_shape
 def consolidate(run: Path, out: Path, step: int | None = None) -> None:
     """Write the weights of a checkpoint (default: the newest) to the new folder `out`.
 
-    `model.safetensors`: the fp32 masters; `key_encoder.safetensors`: the fp32 average of some of them, under the same
-    names, where the run has one; `state.json`. UserError: no such checkpoint, a damaged one, or `out` exists.
+    `model.safetensors`: the fp32 masters; `key_encoder.safetensors`, if the run has a momentum encoder: its fp32
+    averages, under the same names; `state.json`. UserError if the checkpoint is missing or damaged, or if `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists: remove it, or write to another folder")
     path = Store(run).at(step)
-    if damage := damage_of(path):  # before anything is unpickled
+    if damage := damage_of(path):  # must come before unpickling
         raise UserError(f"{path}: {damage}: choose another with --step")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {name: x.clone().contiguous() for name, x in read_weights(path).items()}  # tied ones apart
+    weights = {
+        name: x.clone().contiguous() for name, x in read_weights(path).items()
+    }  # tied weights get separate copies
     save_file(weights, partial / "model.safetensors")
     keys = _key_weights(path, run)
     if keys:
@@ -47,5 +49,5 @@ def _key_weights(path: Path, run: Path) -> dict[str, Tensor]:
     model = saved_shape(run / "model", recipe.model)
     followed = list(model.sentence_encoder().parameters())
     names = {id(p): f"model.{name}" for name, p in model.named_parameters()}
-    found = read_slices(parts, {f"{i}:0": p.numel() for i, p in enumerate(followed)})
-    return {names[id(p)]: found[f"{i}:0"].view(p.shape) for i, p in enumerate(followed)}
+    values = read_slices(parts, {f"{i}:0": p.numel() for i, p in enumerate(followed)})
+    return {names[id(p)]: values[f"{i}:0"].view(p.shape) for i, p in enumerate(followed)}

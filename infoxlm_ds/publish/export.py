@@ -1,4 +1,4 @@
-"""A run's newest checkpoint as a Hugging Face folder, checked before it counts."""
+"""Exports a run's newest checkpoint as a Hugging Face folder, and checks it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from infoxlm_ds.engine_files import read_weights
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
 
-TOLERANCE = (
-    1e-4  # of hidden states of order 1, in fp32: attention on padded and on flat batches adds up in another order
-)
+# Of hidden states of order 1, in fp32: attention on padded and on flat batches adds up in different orders.
+TOLERANCE = 1e-4
 SAMPLE = [
     "Hello, world!",
     "Zwei Sprachen, ein Satz.",
@@ -33,20 +32,19 @@ SAMPLE = [
 def export(run: Path, out: Path) -> None:
     """Write model, tokenizer and configuration of the newest checkpoint of `run` to the new folder `out`.
 
-    `out` loads with `AutoModelForMaskedLM` and `AutoTokenizer`; its config says which layer and pooling the contrast
-    trained
-    (`universal_layer`, `sentence_pooling`); a projection lies beside it in `projection.safetensors`. The folder
-    appears only after
-    it was loaded again and gave the hidden states of the trained weights. UserError: no checkpoint, or `out` exists.
+    `out` loads with `AutoModelForMaskedLM` and `AutoTokenizer`. Its config names the layer and the pooling that the
+    contrast trained (`universal_layer`, `sentence_pooling`). A projection is in `projection.safetensors`. The folder
+    gets its name only after it was loaded again and gave the hidden states of the trained weights. UserError if there
+    is no checkpoint, if it is damaged, or if `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists: remove it or export to another folder")
     latest = Store(run).at()
-    if damage := damage_of(latest):  # before anything is unpickled
+    if damage := damage_of(latest):  # must come before unpickling
         raise UserError(f"{latest}: {damage}: restore the file, or go on training with resume.fallback=true")
     recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
     model = _trained(recipe, run, latest)
-    disable_progress_bar()  # transformers' bars for files that are written in no time
+    disable_progress_bar()  # small files need no progress bars
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _write(model, recipe, run / "model", partial)
@@ -61,7 +59,7 @@ def export(run: Path, out: Path) -> None:
 
 def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:
     model = saved_shape(run / "model", recipe.model)
-    inside = "model."  # beside it the objective may hold a temperature
+    inside = "model."  # the objective may also hold a temperature
     weights = {name[len(inside) :]: x.float() for name, x in read_weights(latest).items() if name.startswith(inside)}
     model.load_state_dict(weights)
     strip_vocabulary(model.lm)
@@ -79,8 +77,8 @@ def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> Non
 
 @torch.no_grad()
 def _difference(model: InfoXLM, folder: Path) -> float:
-    """Largest difference of any hidden state between the trained model, on a flat batch, and the folder's, loaded again
-    and on a padded batch."""
+    """Largest difference of a hidden state between the trained model on a flat batch and the exported model on a padded
+    one."""
     loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(folder).eval()
     padded = AutoTokenizer.from_pretrained(folder)(SAMPLE, padding=True, return_tensors="pt")
     real = padded["attention_mask"].bool()

@@ -23,11 +23,10 @@ def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
     """Every tensor of a nest of dataclasses and tuples, by its path."""
     if isinstance(value, Tensor):
         return {name: value}
-    parts = value if isinstance(value, tuple) else ()
+    parts: dict[Any, Any] = dict(enumerate(value)) if isinstance(value, tuple) else {}
     if dataclasses.is_dataclass(value):
-        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        return {path: x for key, part in parts for path, x in _tensors(part, f"{name}.{key}").items()}
-    return {path: x for key, part in enumerate(parts) for path, x in _tensors(part, f"{name}.{key}").items()}
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {path: x for key, part in parts.items() for path, x in _tensors(part, f"{name}.{key}").items()}
 
 
 @pytest.fixture(scope="module", params=["contrast.keys=momentum", "contrast.keys=gradient"])
@@ -47,7 +46,7 @@ class _Copies(TorchDispatchMode):
     """Counts copies from one device to another."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[bool] = []  # whether each holds up the host
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -40,11 +40,11 @@ def test_the_embedded_description_is_right() -> None:
         ({"sources": [SOURCE | {"colour": 1}]}, "sources.0.colour is not a known key"),
         ({"sources": [SOURCE | {"path": None}]}, "format jsonl needs path"),
         ({"sources": [SOURCE | {"format": "text"}]}, "format text needs languages"),
-        ({"sources": [SOURCE | {"paths": {"en": "b"}}]}, "format jsonl has no use for paths"),
-        ({"sources": [SOURCE | {"languages": ["en"]}]}, "format jsonl has no use for languages"),
-        ({"sources": [MONO | {"mono": True}]}, "kind mono has no use for mono"),
+        ({"sources": [SOURCE | {"paths": {"en": "b"}}]}, "format jsonl does not use paths"),
+        ({"sources": [SOURCE | {"languages": ["en"]}]}, "format jsonl does not use languages"),
+        ({"sources": [MONO | {"mono": True}]}, "kind mono does not use mono"),
         ({"sources": [SOURCE | {"name": "../etc"}]}, "name: "),
-        ({"sources": [SOURCE | {"name": "tokenizer"}]}, "the name of a nway source starts with nway."),
+        ({"sources": [SOURCE | {"name": "tokenizer"}]}, "the name of a nway source must start with nway."),
         ({"sources": [SOURCE | {"kind": "mono", "name": "mono.a"}]}, "format text is for kind mono"),
         (
             {

@@ -116,7 +116,7 @@ def test_damage_is_named_by_all_ranks_and_the_checkpoint_before_is_used_where_th
         (["weights.xlco=0", "resume.allow_change=[weights]"], ["tasks.xlco True -> False", "infoxlm export"]),
         (["engine=zero3_fp32", "resume.allow_change=[engine]"], ["ZeRO stage 1 -> 3", "infoxlm export"]),
         (["engine=zero1_bf16", "resume.allow_change=[engine]"], ["precision fp32 -> bf16", "infoxlm export"]),
-        (["resume=never"], ["step-00000002", "resume is never"]),
+        (["resume.mode=never"], ["step-00000002", "resume.mode is never"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
@@ -139,8 +139,8 @@ def test_a_finished_run_is_finished_on_any_number_of_ranks(corpus: Path, tmp_pat
 
 
 def test_a_run_that_must_go_on_does_not_start(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint and resume is required"):
-        check_inputs(small_recipe(corpus, tmp_path / "run", "resume=required"), 0, 1)
+    with pytest.raises(UserError, match=r"holds no checkpoint and resume\.mode is required"):
+        check_inputs(small_recipe(corpus, tmp_path / "run", "resume.mode=required"), 0, 1)
 
 
 @pytest.mark.parametrize("name", ["", "step-1", "../../etc"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
@@ -24,7 +25,7 @@ def _sorted_texts(rank: int, world: int, recipe: Recipe) -> list[int]:
     rows: list[int] = []
     make = negatives.TextIndex.__init__
 
-    def counted(index: negatives.TextIndex, ids: negatives.Tensor) -> None:
+    def counted(index: negatives.TextIndex, ids: Tensor) -> None:
         rows.append(len(ids))
         make(index, ids)
 

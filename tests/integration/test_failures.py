@@ -58,7 +58,7 @@ def test_a_rank_that_is_killed_alone_is_named_by_the_others(corpus: Path, tmp_pa
     newest = Store(run).latest()
     assert process.returncode == 1 and newest is not None and damage_of(newest) == ""
     line = _told(stderr)
-    assert f"rank {lost} (process {rank.pid} on " in line and "is gone without a word" in line
+    assert f"rank {lost} (process {rank.pid} on " in line and "is gone without a message" in line
     assert newest.name in line and "Traceback" not in stderr
 
 

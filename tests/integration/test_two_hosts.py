@@ -102,7 +102,7 @@ def test_a_run_goes_on_without_a_host_that_died_and_with_it_when_it_is_back(
     told = _told(_end(process, hosts))
     assert read_losses(run).items() <= read_losses(whole).items()  # up to there bit-equal
     assert process.returncode == 1 and told.startswith(first.name)
-    assert "rank 1 (process " in told and f" on {second.name}) is gone without a word" in told
+    assert "rank 1 (process " in told and f" on {second.name}) is gone without a message" in told
 
     hosts.hostfile(first)
     process = _train(hosts, *arguments)

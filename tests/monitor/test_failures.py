@@ -47,7 +47,7 @@ def test_a_cause_is_told_by_its_rank_and_by_those_it_took_along(
     assert failures.end(Gone(), tmp_path, WHERE, "Newest: 7") == code
     line = capsys.readouterr().err
     assert f"rank 1 failed: {words}" in line and "Newest: 7" in line
-    assert "rank 2 (process 3 on c) is gone without a word" in line
+    assert "rank 2 (process 3 on c) is gone without a message" in line
     monkeypatch.setattr(dist, "rank", lambda group=None: 2)
     assert failures.end(Gone(), tmp_path, WHERE, "Newest: 7") == code
     assert capsys.readouterr().err == ""  # rank 0 has said it
