@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from infoxlm_ds.hosts import free_port_here
+from infoxlm_ds.cluster.hosts import free_port_here
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer, load_manifest
+from infoxlm_ds.data.order import Plan, SourceSize, keyed_generator
 from infoxlm_ds.data.packs import ROWS, Pack
-from infoxlm_ds.data.plan import Plan, SourceSize, keyed_generator
-from infoxlm_ds.data.reader import KINDS, StreamReader
-from infoxlm_ds.setting import Setting
-from infoxlm_ds.sizing import checkpoint_bytes, memory, queue_bytes
-from infoxlm_ds.sizing_table import GIB, Wishes, read_setting
-from infoxlm_ds.step_cost import wire
+from infoxlm_ds.data.stream import KINDS, StreamReader
+from infoxlm_ds.planner.cost import wire
+from infoxlm_ds.planner.memory import checkpoint_bytes, memory, queue_bytes
+from infoxlm_ds.planner.report import GIB, Wishes, read_setting
+from infoxlm_ds.planner.workload import Setting
 
 ROOT = Path(__file__).parent.parent
 WORLDS = (8, 64, 1024)

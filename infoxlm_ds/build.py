@@ -11,14 +11,14 @@ from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.identity import Identity
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.data.reader import Corpus
-from infoxlm_ds.engine import Engine
-from infoxlm_ds.engine_config import check_device, dtype_of, load_engine_config, precision_of
+from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config, precision_of
+from infoxlm_ds.engine.engine import Engine
+from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.attention import runs_varlen
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model, check_fit
-from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective

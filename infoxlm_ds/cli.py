@@ -34,7 +34,7 @@ def train(
     hostfile: Hostfile = None,
 ) -> None:
     """Train on every GPU of this machine (without a GPU, on CPU ranks), or on the hosts of a hostfile."""
-    from infoxlm_ds.launch import launch
+    from infoxlm_ds.cluster.launch import launch
 
     raise typer.Exit(launch(recipe, overrides or [], hostfile))
 
@@ -52,8 +52,8 @@ def doctor(
     """Check hosts, environment, network, disks, corpus and memory before a run. Exit code 1 if a check fails."""
     from rich.console import Console
 
-    from infoxlm_ds.doctor.examine import examine
-    from infoxlm_ds.doctor.findings import told, write_json
+    from infoxlm_ds.cluster.doctor.examine import examine
+    from infoxlm_ds.cluster.doctor.findings import told, write_json
 
     findings = told(examine(hostfile, recipe, overrides or []), Console())
     if json:
@@ -91,7 +91,7 @@ def plan(
     """Estimate a recipe's memory for each ZeRO stage, its operations, bytes sent and time, without running it."""
     from rich.console import Console
 
-    from infoxlm_ds.sizing_table import Wishes, print_plan, read_setting, write_json
+    from infoxlm_ds.planner.report import Wishes, print_plan, read_setting, write_json
 
     wishes = Wishes(gpus, gpu_memory, tokens, vocabulary, tokens_per_second, gpu_flops, mfu)
     setting = read_setting(recipe, overrides or [], wishes)
@@ -141,7 +141,7 @@ def consolidate(
     step: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
 ) -> None:
     """Write the fp32 weights, also the key encoder's, as whole tensors in safetensors files."""
-    from infoxlm_ds.publish.consolidate import consolidate as consolidate_run
+    from infoxlm_ds.checkpoint.consolidate import consolidate as consolidate_run
 
     consolidate_run(run, out, step)
 

@@ -10,7 +10,7 @@ import torch
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.checkpoints import Best
 from infoxlm_ds.checkpoint.protocol import Outcome
-from infoxlm_ds.engine import NotFinite, schedule
+from infoxlm_ds.engine.engine import NotFinite, schedule
 from infoxlm_ds.monitor.meters import Scalars, scalars
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.state import TrainState

@@ -9,9 +9,9 @@ from infoxlm_ds.checkpoint.identity import Identity
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.engine import Engine
+from infoxlm_ds.engine.engine import Engine
+from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.momentum import MomentumEncoder
-from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.monitor.meters import Meter, Scalars
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective

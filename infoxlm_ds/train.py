@@ -17,7 +17,7 @@ from pathlib import Path
 from infoxlm_ds import dist, trainer
 from infoxlm_ds.build import Inputs, agreed_inputs, build, summary
 from infoxlm_ds.config import UserError, load_recipe
-from infoxlm_ds.engine import NotJoined, start_ranks
+from infoxlm_ds.engine.engine import NotJoined, start_ranks
 from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.state import TrainState

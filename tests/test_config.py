@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from infoxlm_ds.config import UserError, load_recipe
-from infoxlm_ds.engine_config import check_device, load_engine_config
+from infoxlm_ds.engine.config import check_device, load_engine_config
 from infoxlm_ds.model.pretrained import shape_of
 
 ROOT = Path(__file__).parent.parent

@@ -24,11 +24,11 @@ from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch, Sides
 from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch, make_layout
 from infoxlm_ds.losses.contrast import Keys
+from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.heads import masked_lm_losses
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, write_whole
 from infoxlm_ds.model.pretrained import build_model, strip_vocabulary
-from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.objective import Objective
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")

@@ -24,9 +24,9 @@ from infoxlm_ds.checkpoint.store import (
 )
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.loader import Cursors
-from infoxlm_ds.engine import Engine
+from infoxlm_ds.engine.engine import Engine
+from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.momentum import MomentumEncoder
-from infoxlm_ds.model.queue import KeyQueue
 
 
 @dataclass(frozen=True)

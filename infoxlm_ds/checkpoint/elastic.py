@@ -13,8 +13,8 @@ from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.protocol import on_first_rank
 from infoxlm_ds.checkpoint.store import Store, collect_receipts, damage_of, universal_of
 from infoxlm_ds.config import UserError
-from infoxlm_ds.engine import Engine
-from infoxlm_ds.engine_files import convert
+from infoxlm_ds.engine.engine import Engine
+from infoxlm_ds.engine.files import convert
 
 
 def suited(path: Path, state: dict[str, Any], engine: Engine) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infoxlm_ds.config import Recipe, UserError, check
-from infoxlm_ds.engine_config import precision_of, stage_of
+from infoxlm_ds.engine.config import precision_of, stage_of
 
 # Keys that may always change, because no step depends on them. Corpus and engine configuration are compared by content,
 # not by path; a preset by its values.

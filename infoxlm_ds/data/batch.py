@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from infoxlm_ds.config import Contrast, Recipe, UserError
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.flat_batch import FlatBatch, Layout, flat_batch, make_layout
 from infoxlm_ds.data.masking import Masked, mask_pieces
-from infoxlm_ds.data.plan import keyed_generator
-from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader
+from infoxlm_ds.data.order import keyed_generator
 from infoxlm_ds.data.sequences import Sequences, Texts, assemble, mix
+from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
 from infoxlm_ds.data.upload import to_device
 
 # Text ids an item, by mixup: two sides and what all translations of the row share.

@@ -10,7 +10,7 @@ import torch
 
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import BatchBuilder, JointBatch
-from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.upload import in_one_buffer
 
 Cursors = dict[str, dict[int, tuple[int, int]]]  # stream -> lane -> (window, offset)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from infoxlm_ds.config import Pooling, UserError
-from infoxlm_ds.evaluation.parallel_text import Pairs, matches, pairs_with_pivot, read_rows
+from infoxlm_ds.evaluation.text import Pairs, matches, pairs_with_pivot, read_rows
 
 Vectors = npt.NDArray[np.float32]
 TextIds = npt.NDArray[np.int64]

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from infoxlm_ds import dist
 from infoxlm_ds.config import Probe
 from infoxlm_ds.evaluation.embed import embed
-from infoxlm_ds.evaluation.parallel_text import Pairs, pairs_with_pivot, read_rows
 from infoxlm_ds.evaluation.retrieval import retrieval_accuracy, trigram_accuracy
+from infoxlm_ds.evaluation.text import Pairs, pairs_with_pivot, read_rows
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.monitor.meters import Scalars
 

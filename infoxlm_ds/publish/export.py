@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.data.flat_batch import flat_batch
-from infoxlm_ds.engine_files import read_weights
+from infoxlm_ds.engine.files import read_weights
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
 

@@ -10,9 +10,9 @@ import pytest
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import N_TEXTS, BatchBuilder, JointBatch
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.flat_batch import FlatBatch
 from infoxlm_ds.data.manifest import Tokenizer
-from infoxlm_ds.data.reader import Corpus
 from infoxlm_ds.data.sequences import Sequences, Texts, assemble
 from tests.corpus import small_recipe
 

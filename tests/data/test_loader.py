@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import JointBatch
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.loader import Cursors, Loader
-from infoxlm_ds.data.reader import Corpus
 from tests.corpus import small_recipe
 
 STEPS, LANES = 8, 8

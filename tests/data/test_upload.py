@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infoxlm_ds.data.batch import BatchBuilder, JointBatch
-from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.upload import in_one_buffer
 from tests.corpus import small_recipe
 

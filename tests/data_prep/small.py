@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from data_prep.build import build
-from infoxlm_ds.data.reader import Corpus
+from infoxlm_ds.data.corpus import Corpus
 from tests.corpus import LANGUAGES
 
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from data_prep.clean import clean
 from data_prep.verify import verify
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.packs import ROWS, text_id
-from infoxlm_ds.data.reader import Corpus
 from tests.corpus import write_corpus
 from tests.data_prep.small import prepare, read_rows, stored, write_rows
 

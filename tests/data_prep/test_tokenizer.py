@@ -19,8 +19,8 @@ from data_prep.build import build
 from data_prep.clean import clean
 from data_prep.tokenizer import load_fast
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.packs import text_id
-from infoxlm_ds.data.reader import Corpus
 from infoxlm_ds.data.sequences import Texts, assemble
 from tests.conftest import HubCache
 from tests.corpus import LANGUAGES

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
-from infoxlm_ds.engine import Engine
+from infoxlm_ds.engine.engine import Engine
+from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.momentum import Fragment
-from infoxlm_ds.model.queue import KeyQueue
 from infoxlm_ds.state import TrainState
 
 

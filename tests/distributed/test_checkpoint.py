@@ -14,7 +14,7 @@ from infoxlm_ds.build import agreed_inputs, build, check_inputs
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.trainer import SaveFailed, fit, save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole_state

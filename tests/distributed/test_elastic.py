@@ -17,7 +17,7 @@ from infoxlm_ds.checkpoint.store import Store, universal_of
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.data.test_loader import content

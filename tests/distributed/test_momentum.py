@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Contrast, Recipe
-from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, momentum_at
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import train_step

@@ -9,7 +9,7 @@ import pytest
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.train import main
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import small_recipe

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoxlm_ds.evaluation import Pooling
-from infoxlm_ds.evaluation.parallel_text import Pairs
 from infoxlm_ds.evaluation.retrieval import evaluate_retrieval, retrieval_accuracy, trigram_accuracy
+from infoxlm_ds.evaluation.text import Pairs
 
 Vectors = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaForMaske
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.engine import start_ranks
+from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.publish.export import SAMPLE, export
 from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe

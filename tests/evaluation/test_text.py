@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation.parallel_text import matches, pairs_with_pivot, read_rows
+from infoxlm_ds.evaluation.text import matches, pairs_with_pivot, read_rows
 
 ROWS = [
     {"en": "The lamp is on.", "de": "Das Licht ist an.", "ru": "Лампа включена."},

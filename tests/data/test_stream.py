@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer
 from infoxlm_ds.data.packs import ROWS, Pack, write_source
-from infoxlm_ds.data.reader import Corpus, Grouping, Rows, StreamReader
+from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
 
 ID = 1000
 SOURCES: dict[str, tuple[Literal["mono", "para", "nway"], tuple[str, ...], int]] = {

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from infoxlm_ds.config import load_recipe
-from infoxlm_ds.engine_config import load_engine_config
-from infoxlm_ds.setting import Setting, Shape, read_text
-from infoxlm_ds.sizing import memory, smallest_world, stages
-from infoxlm_ds.step_cost import flops, tokens_per_step, useful, wire
+from infoxlm_ds.engine.config import load_engine_config
+from infoxlm_ds.planner.cost import flops, tokens_per_step, useful, wire
+from infoxlm_ds.planner.memory import memory, smallest_world, stages
+from infoxlm_ds.planner.workload import Setting, Shape, read_text
 
 GIB = 2**30
 KINDS = ("weights", "gradients", "optimizer", "momentum", "queue", "activations", "logits", "buffers", "host", "peak")

@@ -6,7 +6,7 @@ Legend: W ranks. A multiplication and an addition count as two operations.
 from __future__ import annotations
 
 from infoxlm_ds.data.batch import N_TEXTS
-from infoxlm_ds.setting import Setting
+from infoxlm_ds.planner.workload import Setting
 
 
 def flops(s: Setting) -> dict[str, float]:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from infoxlm_ds.hosts import last_words, python_there
+from infoxlm_ds.cluster.hosts import last_words, python_there
 
-AGENT = ("-m", "infoxlm_ds.doctor.agent")
+AGENT = ("-m", "infoxlm_ds.cluster.doctor.agent")
 
 
 class NoAnswer(Exception):

@@ -5,22 +5,17 @@ Legend: n items, s sides (1 monolingual, 2 a pair), T ids.
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import Source, load_manifest
-from infoxlm_ds.data.packs import Pack, read_pack
-from infoxlm_ds.data.plan import Draw, Plan, SourceSize, keyed_generator
+from infoxlm_ds.data.corpus import Corpus
+from infoxlm_ds.data.manifest import Source
+from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
 
 KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}  # what each stream reads
-PACKS_KEPT = 64  # decoded, for windows of several lanes and streams that draw the same packs
 
 
 @dataclass(frozen=True)
@@ -63,44 +58,6 @@ class Rows:
         return Rows(
             np.concatenate([p.pool for p in parts]), starts, *(np.concatenate(column, axis=1) for column in rest)
         )
-
-
-class Corpus:
-    """A corpus folder: manifest, indices, and packs on demand."""
-
-    def __init__(self, path: Path, look_at_files: bool = True) -> None:
-        """UserError where it is no corpus, an index is damaged or, if `look_at_files`, a file is missing or has another
-        size than the manifest says. Shards are not hashed here: each pack is checked when it is read."""
-        self.path, self.manifest = path, load_manifest(path)
-        for file in self.manifest.files() if look_at_files else ():
-            found = path / file.name
-            if not found.is_file():
-                raise UserError(f"{found} is missing: restore the file or prepare the corpus again")
-            if found.stat().st_size != file.bytes:
-                raise UserError(
-                    f"{found} has {found.stat().st_size} bytes, not {file.bytes}: "
-                    "restore the file or prepare the corpus again"
-                )
-        self.sources = self.manifest.sources
-        self.languages = sorted({language for source in self.sources for language in source.languages})
-        self._indices = [self._index(source) for source in self.sources]
-        self._first_rows = [np.cumsum(index[:, 3]) - index[:, 3] for index in self._indices]
-        self.pack = lru_cache(PACKS_KEPT)(self._read)
-
-    def _read(self, source: int, number: int) -> Pack:
-        shard, offset, size, _, _, crc32 = (int(x) for x in self._indices[source][number])
-        return read_pack(self.path / self.sources[source].shards[shard].name, offset, size, crc32)
-
-    def first_row(self, source: int, number: int) -> int:
-        """The row number, in its source, of a pack's first row."""
-        return int(self._first_rows[source][number])
-
-    def _index(self, source: Source) -> np.ndarray:
-        path = self.path / source.index.name
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != source.index.sha256:
-            raise UserError(f"{path} is damaged: restore the file or prepare the corpus again")
-        return np.load(io.BytesIO(data))
 
 
 @dataclass(frozen=True)

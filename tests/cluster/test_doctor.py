@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from infoxlm_ds.doctor import agent, judge
-from infoxlm_ds.doctor.agent import Facts, Gpu
+from infoxlm_ds.cluster.doctor import agent, judge
+from infoxlm_ds.cluster.doctor.agent import Facts, Gpu
 
 HERE = Facts(**agent.facts())
 

@@ -12,18 +12,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from infoxlm_ds.cluster.doctor import judge
+from infoxlm_ds.cluster.doctor.agent import Facts, Gpu
+from infoxlm_ds.cluster.doctor.crew import Crew, NoAnswer
+from infoxlm_ds.cluster.doctor.findings import Finding, failure, ok, warning
+from infoxlm_ds.cluster.doctor.network import PATIENCE
+from infoxlm_ds.cluster.environment import ranks_here
+from infoxlm_ds.cluster.hosts import read_hostfile
 from infoxlm_ds.config import Recipe, UserError, load_recipe
-from infoxlm_ds.doctor import judge
-from infoxlm_ds.doctor.agent import Facts, Gpu
-from infoxlm_ds.doctor.crew import Crew, NoAnswer
-from infoxlm_ds.doctor.findings import Finding, failure, ok, warning
-from infoxlm_ds.doctor.network import PATIENCE
-from infoxlm_ds.hosts import read_hostfile
-from infoxlm_ds.placement import ranks_here
-from infoxlm_ds.setting import Setting
-from infoxlm_ds.sizing import checkpoint_bytes, memory
-from infoxlm_ds.sizing_table import GIB, Wishes, read_setting
-from infoxlm_ds.step_cost import wire
+from infoxlm_ds.planner.cost import wire
+from infoxlm_ds.planner.memory import checkpoint_bytes, memory
+from infoxlm_ds.planner.report import GIB, Wishes, read_setting
+from infoxlm_ds.planner.workload import Setting
 
 PORT = 29500  # DeepSpeed's default
 PARTNERS = 15  # a host exchanges data with so many others: with all of them up to 16 hosts

@@ -11,7 +11,7 @@ from torch import Tensor
 from infoxlm_ds.checkpoint.files import read_slices
 from infoxlm_ds.checkpoint.store import STATE, Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError, check
-from infoxlm_ds.engine_files import read_weights
+from infoxlm_ds.engine.files import read_weights
 from infoxlm_ds.model.pretrained import saved_shape
 
 

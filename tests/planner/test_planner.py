@@ -21,12 +21,12 @@ from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.cli import app
 from infoxlm_ds.config import Recipe, UserError, load_recipe
-from infoxlm_ds.engine import start_ranks
-from infoxlm_ds.engine_config import load_engine_config
-from infoxlm_ds.setting import Setting, Shape, read_text
-from infoxlm_ds.sizing import checkpoint_bytes, memory, partition, smallest_world, stages
+from infoxlm_ds.engine.config import load_engine_config
+from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.planner.cost import flops, tokens_per_step, wire
+from infoxlm_ds.planner.memory import checkpoint_bytes, memory, partition, smallest_world, stages
+from infoxlm_ds.planner.workload import Setting, Shape, read_text
 from infoxlm_ds.state import TrainState
-from infoxlm_ds.step_cost import flops, tokens_per_step, wire
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from infoxlm_ds.data.batch import N_TEXTS
 from infoxlm_ds.losses.masked_lm import CHUNK_ROWS
 from infoxlm_ds.losses.negatives import LARGE_TILES
-from infoxlm_ds.setting import Setting
+from infoxlm_ds.planner.workload import Setting
 
 STAGES = (0, 1, 2, 3)
 ALLREDUCE = 500_000_000  # elements: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine

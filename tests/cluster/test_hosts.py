@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infoxlm_ds.cluster.environment import first_of_nodelist, from_slurm, interface_towards
+from infoxlm_ds.cluster.hosts import read_hostfile
+from infoxlm_ds.cluster.launch import environment_lines
 from infoxlm_ds.config import UserError
-from infoxlm_ds.hosts import read_hostfile
-from infoxlm_ds.launch import environment_lines
-from infoxlm_ds.placement import first_of_nodelist, from_slurm, interface_towards
 from tests.corpus import ROOT
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
-from infoxlm_ds.doctor.agent import Facts, Gpu
-from infoxlm_ds.doctor.findings import Finding, failure, ok, warning
+from infoxlm_ds.cluster.doctor.agent import Facts, Gpu
+from infoxlm_ds.cluster.doctor.findings import Finding, failure, ok, warning
 
 SKEW = 2.0  # seconds; above this, times of files and logs of several hosts are hard to compare
 LOCK_AGE = 600  # seconds that a build of an extension may take

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infoxlm_ds.engine_config import stage_of, summed_in  # tells DeepSpeed the device, before that is imported
+from infoxlm_ds.engine.config import stage_of, summed_in  # tells DeepSpeed the device, before that is imported
 
 # isort: split
 import deepspeed
@@ -22,9 +22,10 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
-from infoxlm_ds import dist, placement
+from infoxlm_ds import dist
+from infoxlm_ds.cluster import environment
 from infoxlm_ds.config import Optimizer, Timeout
-from infoxlm_ds.engine_files import CLIENT_STATE, Capture
+from infoxlm_ds.engine.files import CLIENT_STATE, Capture
 from infoxlm_ds.model.momentum import Fragment, write_whole
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,7 +39,7 @@ class NotJoined(RuntimeError):
 
 def start_ranks(timeout: Timeout = PATIENT) -> None:
     """Join the ranks of the launcher, or be the only one. NotJoined where others do not come in time."""
-    placement.settle()
+    environment.settle()
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.local_rank())
     else:

@@ -20,11 +20,11 @@ import psutil
 from packaging.requirements import Requirement
 
 import infoxlm_ds
+from infoxlm_ds.cluster.hosts import free_port_here
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import sha256_of
-from infoxlm_ds.data.plan import permuted
-from infoxlm_ds.data.reader import Corpus
-from infoxlm_ds.hosts import free_port_here
+from infoxlm_ds.data.order import permuted
 
 PROJECT = Path(infoxlm_ds.__file__).parent.parent
 CODE = ("infoxlm_ds", "data_prep")
@@ -158,7 +158,7 @@ def read_corpus(path: str, part: int, parts: int, seconds: float) -> dict[str, A
 
 
 def exchange(rank: int, address: str, port: int) -> dict[str, float]:
-    from infoxlm_ds.doctor.network import exchange as measure  # imports torch
+    from infoxlm_ds.cluster.doctor.network import exchange as measure  # imports torch
 
     return measure(rank, address, port)
 

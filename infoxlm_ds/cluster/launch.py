@@ -23,10 +23,10 @@ import infoxlm_ds.train as script
 from infoxlm_ds.build import check_inputs
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.checkpoint.tools import read_through
+from infoxlm_ds.cluster.environment import ranks_here
+from infoxlm_ds.cluster.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
 from infoxlm_ds.config import Recipe, UserError, load_recipe
-from infoxlm_ds.engine_config import check_device
-from infoxlm_ds.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
-from infoxlm_ds.placement import ranks_here
+from infoxlm_ds.engine.config import check_device
 from infoxlm_ds.train import STOPPED_ON_REQUEST
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from infoxlm_ds.config import Optimizer
-from infoxlm_ds.engine import Engine, start_ranks
+from infoxlm_ds.engine.engine import Engine, start_ranks
 from tests.corpus import ROOT
 from tests.distributed.ranks import run_ranks
 

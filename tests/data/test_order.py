@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infoxlm_ds.data.plan import SLOTS, Draw, Plan, SourceSize, keyed_generator, permuted
+from infoxlm_ds.data.order import SLOTS, Draw, Plan, SourceSize, keyed_generator, permuted
 
 SIZES = [SourceSize("mono.a", 40_000, 79), SourceSize("mono.b", 700, 2), SourceSize("mono.c", 9, 1)]
 source_lists = st.lists(st.integers(1, 3000), min_size=1, max_size=5).map(
@@ -83,7 +83,7 @@ def test_seed_and_stream_each_give_another_order() -> None:
 
 def test_the_order_is_the_same_in_another_process() -> None:
     script = """
-from infoxlm_ds.data.plan import Plan, SourceSize, keyed_generator
+from infoxlm_ds.data.order import Plan, SourceSize, keyed_generator
 sizes = [SourceSize("mono.a", 40_000, 79), SourceSize("mono.b", 700, 2), SourceSize("mono.c", 9, 1)]
 plan = Plan(sizes, 0.7, 5, "mmlm")
 print([tuple(plan.draw(t)) for t in range(40)], keyed_generator(5, "mask", 3, 7).integers(2**62))

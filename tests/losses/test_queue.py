@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infoxlm_ds.losses.contrast import Keys
-from infoxlm_ds.model.queue import KeyQueue
+from infoxlm_ds.losses.queue import KeyQueue
 from tests.distributed.ranks import run_ranks
 
 CPU = torch.device("cpu")

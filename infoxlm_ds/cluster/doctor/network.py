@@ -10,7 +10,7 @@ from statistics import median
 import torch
 import torch.distributed as torch_dist
 
-from infoxlm_ds.placement import interface_towards
+from infoxlm_ds.cluster.environment import interface_towards
 
 LARGE = 16 * 2**20  # bytes
 PATIENCE = 20  # seconds

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.manifest import NAME, Tokenizer, load_manifest
-from infoxlm_ds.engine_config import offloaded, precision_of, summed_in, zero_settings
+from infoxlm_ds.engine.config import offloaded, precision_of, summed_in, zero_settings
 from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, init_config, outline
 
 XLM_R = Tokenizer(name="XLM-R", vocab_size=250_002, special_ids={}, files=())

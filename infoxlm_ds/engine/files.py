@@ -14,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import infoxlm_ds.engine_config  # noqa: F401  # tells DeepSpeed the device, before that is imported
+import infoxlm_ds.engine.config  # noqa: F401  # tells DeepSpeed the device, before that is imported
 
 # isort: split
 import torch

@@ -63,7 +63,7 @@ def free_port_here() -> int:
 
 def free_port(host: str) -> int:
     """A free port of a host. UserError if ssh cannot run Python there."""
-    find = "from infoxlm_ds.hosts import free_port_here; print(free_port_here())"
+    find = "from infoxlm_ds.cluster.hosts import free_port_here; print(free_port_here())"
     done = subprocess.run(python_there(host, "-c", find), capture_output=True, text=True, check=False)
     if done.returncode:
         error = last_words(done.stderr, done.returncode)

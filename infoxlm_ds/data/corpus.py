@@ -1,0 +1,54 @@
+"""A prepared corpus: its manifest, the indices of its sources, and packs by number."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data.manifest import Source, load_manifest
+from infoxlm_ds.data.packs import Pack, read_pack
+
+PACKS_KEPT = 64  # decoded, for windows of several lanes and streams that draw the same packs
+
+
+class Corpus:
+    """A corpus folder: manifest, indices, and packs on demand."""
+
+    def __init__(self, path: Path, look_at_files: bool = True) -> None:
+        """UserError where it is no corpus, an index is damaged or, if `look_at_files`, a file is missing or has another
+        size than the manifest says. Shards are not hashed here: each pack is checked when it is read."""
+        self.path, self.manifest = path, load_manifest(path)
+        for file in self.manifest.files() if look_at_files else ():
+            found = path / file.name
+            if not found.is_file():
+                raise UserError(f"{found} is missing: restore the file or prepare the corpus again")
+            if found.stat().st_size != file.bytes:
+                raise UserError(
+                    f"{found} has {found.stat().st_size} bytes, not {file.bytes}: "
+                    "restore the file or prepare the corpus again"
+                )
+        self.sources = self.manifest.sources
+        self.languages = sorted({language for source in self.sources for language in source.languages})
+        self._indices = [self._index(source) for source in self.sources]
+        self._first_rows = [np.cumsum(index[:, 3]) - index[:, 3] for index in self._indices]
+        self.pack = lru_cache(PACKS_KEPT)(self._read)
+
+    def _read(self, source: int, number: int) -> Pack:
+        shard, offset, size, _, _, crc32 = (int(x) for x in self._indices[source][number])
+        return read_pack(self.path / self.sources[source].shards[shard].name, offset, size, crc32)
+
+    def first_row(self, source: int, number: int) -> int:
+        """The row number, in its source, of a pack's first row."""
+        return int(self._first_rows[source][number])
+
+    def _index(self, source: Source) -> np.ndarray:
+        path = self.path / source.index.name
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != source.index.sha256:
+            raise UserError(f"{path} is damaged: restore the file or prepare the corpus again")
+        return np.load(io.BytesIO(data))
