@@ -110,7 +110,7 @@ def test_everything_that_can_be_wrong_is_named_with_its_remedy(corpus: Path, tmp
         ("port", "warning", "29500", "--master_port"),
         ("network", "failure", "node-1 and node-2 cannot connect", "open all ports"),
         ("run folder", "failure", f"{elsewhere} is not the same folder on node-1 and on node-2", "share"),
-        ("disk", "failure", "two checkpoints take", "make room"),
+        ("disk", "failure", "two checkpoints need", "free some space"),
         ("corpus", "failure", f"node-2: {shard}", "restore"),
         ("memory", "failure", "GiB planned", "infoxlm plan"),
     ]:
