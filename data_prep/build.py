@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from tokenizers import Tokenizer
 
 from data_prep.clean import clean
 from data_prep.description import NAME, CorpusDescription, SourceDescription, load_description
-from data_prep.sources import jsonl, moses, text, tsv
+from data_prep.sources import moses, text, tsv
 from data_prep.tokenizer import describe_tokenizer, load_fast, make_tokenizer
+from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
 from infoxlm_ds.data.packs import ROWS, Pack, content_id, text_id, write_source
+from infoxlm_ds.data.text import read_nway
 
 CHUNK = 20_000  # texts tokenised in one call
 
@@ -84,15 +85,8 @@ def build(description_path: Path, out: Path) -> None:
             )
         console.print(f"{out}: prepared already", highlight=False)
         return
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write(description, base, prep, partial, console)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(out) as folder:
+        _write(description, base, prep, folder, console)
     console.print(f"{out}: done", highlight=False)
 
 
@@ -143,7 +137,7 @@ def _read_parallel(
     rows: Iterable[dict[str, str]]
     if source.format == "jsonl":
         assert source.path is not None
-        rows = jsonl.read(base / source.path)
+        rows = read_nway(base / source.path)
     elif source.format == "tsv":
         assert source.path is not None
         rows = tsv.read(base / source.path, source.languages)

@@ -1,27 +1,2 @@
 """Readers, one module for each format. They yield rows `{language: text}`; `text` yields documents, lists of
 sentences."""
-
-from __future__ import annotations
-
-import lzma
-from collections.abc import Iterator
-from pathlib import Path
-
-from infoxlm_ds.config import UserError
-
-
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file, plain or .xz. UserError names the file and the line that cannot be read."""
-    number = 0
-    try:
-        # Read bytes: a text file is decoded ahead, so an error would name a wrong line. It also ends lines at a lone
-        # carriage return, and then aligned files no longer match.
-        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-            for line in file:
-                text = line.decode("utf-8")
-                number += 1
-                yield number, text.rstrip("\r\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UserError(f"{path} line {number + 1}: cannot be read: {error}") from None

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from data_prep.sources import lines
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.text import lines
 
 
 def read(paths: dict[str, Path]) -> Iterator[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources import lines
+from infoxlm_ds.data.text import lines
 
 
 def read(path: Path) -> Iterator[list[str]]:

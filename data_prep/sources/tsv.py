@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources import lines
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.text import lines
 
 
 def read(path: Path, languages: tuple[str, ...]) -> Iterator[dict[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.checkpoint.files import read_slices
 from infoxlm_ds.checkpoint.store import STATE, Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError, check
@@ -26,18 +27,13 @@ def consolidate(run: Path, out: Path, step: int | None = None) -> None:
     path = Store(run).at(step)
     if damage := damage_of(path):  # must come before unpickling
         raise UserError(f"{path}: {damage}: choose another with --step")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = {
-        name: x.clone().contiguous() for name, x in read_weights(path).items()
-    }  # tied weights get separate copies
-    save_file(weights, partial / "model.safetensors")
+    weights = {name: x.clone().contiguous() for name, x in read_weights(path).items()}  # tied weights are copied
     keys = _key_weights(path, run)
-    if keys:
-        save_file(keys, partial / "key_encoder.safetensors")
-    shutil.copy2(path / STATE, partial)
-    partial.replace(out)
+    with new_folder(out) as folder:
+        save_file(weights, folder / "model.safetensors")
+        if keys:
+            save_file(keys, folder / "key_encoder.safetensors")
+        shutil.copy2(path / STATE, folder)
     print(f"{out}: {path.name}, {len(weights)} tensors" + (f", {len(keys)} of the key encoder" if keys else ""))
 
 

@@ -19,7 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from infoxlm_ds.checkpoint.store import Receipt, sync
+from infoxlm_ds.atomic import sync
+from infoxlm_ds.checkpoint.store import Receipt
 
 Contents = dict[str, Any]  # by file name: .safetensors of tensors by name, .json of plain values, .pt of anything
 

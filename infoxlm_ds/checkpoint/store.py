@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from infoxlm_ds.atomic import sync, write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.manifest import sha256_of
 
@@ -72,7 +73,7 @@ class Store:
         print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
         self._lock = lock
         for suffix in (".partial", ".removed"):
-            for left in self.folder.glob(f"*{suffix}"):
+            for left in self.folder.glob(f"step-*{suffix}"):
                 shutil.rmtree(left)
         return ""
 
@@ -103,7 +104,7 @@ class Store:
 
     def point_to(self, checkpoint: Path) -> None:
         """Make this the newest checkpoint. Atomic."""
-        write_durably(self._pointer, checkpoint.name)
+        write_file(self._pointer, checkpoint.name, durable=True)
 
     def begin(self, step: int) -> Path:
         """Make an empty folder for a step's files."""
@@ -115,7 +116,7 @@ class Store:
     def publish(self, partial: Path, receipts: Iterable[Receipt]) -> Path:
         """Write the manifest of a folder and give it its final name. Its files must be on the disk."""
         manifest = {r.name: {"bytes": r.bytes, "sha256": r.sha256} for r in receipts}
-        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+        write_file(partial / MANIFEST, json.dumps(manifest, indent=1), durable=True)
         final = partial.with_suffix("")
         if final.exists():  # not committed before, or its run went back to an older checkpoint
             self.remove(final)
@@ -195,24 +196,6 @@ def collect_receipts(folder: Path) -> list[Receipt]:
     for path in files:
         sync(path)
     return [Receipt(str(p.relative_to(folder)), p.stat().st_size, sha256_of(p)) for p in files]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old text or the new one. After the call the new one is on the disk."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from infoxlm_ds import dist
-from infoxlm_ds.config import UserError
+from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch
 from infoxlm_ds.data.upload import to_device
-from infoxlm_ds.evaluation import Pooling
 from infoxlm_ds.model.attention import FLAT_ATTENTION, runs_varlen
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import family_of, positions_of

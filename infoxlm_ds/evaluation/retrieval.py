@@ -16,7 +16,8 @@ import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from infoxlm_ds.config import Pooling, UserError
-from infoxlm_ds.evaluation.text import Pairs, matches, pairs_with_pivot, read_rows
+from infoxlm_ds.data.text import read_nway
+from infoxlm_ds.evaluation.text import Pairs, matches, pairs_with_pivot
 
 Vectors = npt.NDArray[np.float32]
 TextIds = npt.NDArray[np.int64]
@@ -76,7 +77,9 @@ def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk
 def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_pairs: int) -> dict[str, list[Pairs]]:
     """The pairs of each file, by its path. UserError as in `pairs_with_pivot`, or if no file has one of the
     `languages`."""
-    by_file = {str(path): pairs_with_pivot(read_rows(path), pivot, languages, min_pairs, str(path)) for path in paths}
+    by_file = {
+        str(path): pairs_with_pivot(list(read_nway(path)), pivot, languages, min_pairs, str(path)) for path in paths
+    }
     codes = {pairs.language for of_file in by_file.values() for pairs in of_file}
     for wanted in languages:
         if not any(matches(code, wanted) for code in codes):

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation.retrieval import RetrievalRow
 
@@ -27,10 +28,7 @@ def print_tables(rows: Sequence[RetrievalRow], console: Console) -> None:
 def write_json(rows: Sequence[RetrievalRow], path: Path) -> None:
     """Write a list with one object for each `RetrievalRow`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    text = json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_file(path, json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> list[RetrievalRow]:

@@ -3,15 +3,12 @@
 Language codes are kept as the file has them (`fr_FR`, `zh-Hans`).
 """
 
-import json
-import lzma
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from infoxlm_ds.config import UserError
 
@@ -24,16 +21,6 @@ class Pairs:
     pivot_text: list[str]
     text: list[str]
     cross_script: bool  # the two languages are written in different scripts, judged by most of their letters
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The {language: sentence} of each row, without blank sentences. UserError names the file and the line."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    try:
-        with opener(path, "rb") as lines:
-            return [_sentences(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-    except (OSError, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def pairs_with_pivot(
@@ -76,17 +63,6 @@ def letters_by_script(texts: Iterable[str]) -> Counter[str]:
 @cache
 def _script(letter: str) -> str:
     return unicodedata.name(letter, "UNNAMED").split()[0]
-
-
-def _sentences(line: bytes, where: str) -> dict[str, str]:
-    try:
-        texts = json.loads(line)["text"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{where}: expected {{"key": ..., "text": {{language: sentence}}}} ({error!r})') from error
-    for code, sentence in texts:
-        if not isinstance(sentence, str):
-            raise UserError(f"{where}: the sentence of {code!r} is not a string")
-    return {code: sentence for code, sentence in texts if sentence.strip()}
 
 
 def _wanted(code: str, languages: Sequence[str]) -> bool:

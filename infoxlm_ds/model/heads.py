@@ -5,18 +5,15 @@ Legend: S sequences, M masked rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
+from infoxlm_ds.config import Pooling
 from infoxlm_ds.data.flat_batch import Layout
 from infoxlm_ds.losses.masked_lm import masked_lm
 from infoxlm_ds.model.families import family_of
-
-Pooling = Literal["cls", "mean"]
 
 
 class SentenceHead(nn.Module):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infoxlm_ds import dist
+from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 
 WAIT = 5.0  # seconds that a rank has to write its cause
@@ -123,10 +124,7 @@ def _leave(run: Path, kind: str, text: str) -> None:
     folder = run / "failures"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank-{dist.rank():05d}{kind}"
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        write_file(folder / f"rank-{dist.rank():05d}{kind}", text)
     except OSError:  # the disk is full: then only the screen shows the cause
         pass
 

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import Probe
+from infoxlm_ds.data.text import read_nway
 from infoxlm_ds.evaluation.embed import embed
 from infoxlm_ds.evaluation.retrieval import retrieval_accuracy, trigram_accuracy
-from infoxlm_ds.evaluation.text import Pairs, pairs_with_pivot, read_rows
+from infoxlm_ds.evaluation.text import Pairs, pairs_with_pivot
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.monitor.meters import Scalars
 
@@ -24,7 +25,7 @@ class RetrievalProbe:
     def __init__(self, probe: Probe, tokenizer: Path, positions: int) -> None:
         """`positions`: the longest sequence that the model takes; sentences are cut to that. Reads the data: UserError
         where it is missing or malformed."""
-        all_pairs = pairs_with_pivot(read_rows(probe.data), probe.pivot, probe.languages, 2, str(probe.data))
+        all_pairs = pairs_with_pivot(list(read_nway(probe.data)), probe.pivot, probe.languages, 2, str(probe.data))
         self._pairs = [_first(p, probe.pairs) for p in all_pairs]
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self._longest = min(self._tokenizer.model_max_length, positions)

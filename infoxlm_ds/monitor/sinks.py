@@ -10,6 +10,7 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from infoxlm_ds.atomic import write_file
 from infoxlm_ds.monitor.meters import Scalars
 
 SHOWN = {"mmlm/loss": "mmlm", "tlm/loss": "tlm", "xlco/loss": "xlco", "xlco/accuracy": "acc", "speed/tokens": "tok/s"}
@@ -71,9 +72,7 @@ def _reopened(path: Path, first: int) -> TextIO:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-        unfinished = path.with_name(path.name + ".new")
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        unfinished.replace(path)
+        write_file(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 

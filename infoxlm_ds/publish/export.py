@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.data.flat_batch import flat_batch
@@ -45,15 +45,11 @@ def export(run: Path, out: Path) -> None:
     recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
     model = _trained(recipe, run, latest)
     disable_progress_bar()  # small files need no progress bars
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _write(model, recipe, run / "model", partial)
-    difference = _difference(model, partial)
-    if not difference <= TOLERANCE:
-        raise RuntimeError(
-            f"{partial}: hidden states differ by {difference:.1e} from the trained ones; kept for inspection"
-        )
-    partial.replace(out)
+    with new_folder(out) as folder:
+        _write(model, recipe, run / "model", folder)
+        difference = _difference(model, folder)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{out}: hidden states differ by {difference:.1e} from the trained ones")
     print(f"{out}: {latest.name}, hidden states equal to {difference:.1e} when loaded again")
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from data_prep.description import load_description
-from data_prep.sources import jsonl, lines, moses, text, tsv
+from data_prep.sources import moses, text, tsv
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.text import lines, read_nway
 
 SOURCE: dict[str, Any] = {"name": "nway.a", "kind": "nway", "format": "jsonl", "path": "a.jsonl"}
 MONO: dict[str, Any] = {"name": "mono.a", "kind": "mono", "format": "text", "path": "a.txt", "languages": ["en"]}
@@ -77,7 +78,7 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_bad_json_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": {"en": "x"}}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.jsonl line 2"):
-        list(jsonl.read(tmp_path / "a.jsonl"))
+        list(read_nway(tmp_path / "a.jsonl"))
 
 
 def test_a_row_with_too_few_columns_is_named(tmp_path: Path) -> None:

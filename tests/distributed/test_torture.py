@@ -85,11 +85,11 @@ def _moment(chance: random.Random, store: Store) -> tuple[str, Callable[[float],
             case "files":
                 return any(len(list(p.iterdir())) >= number for p in partials)
             case "manifest":
-                return any((p / "manifest.json.new").exists() or (p / "manifest.json").exists() for p in partials)
+                return any((p / "manifest.json.partial").exists() or (p / "manifest.json").exists() for p in partials)
             case "named":  # committed but for `latest`
                 return any(p.name not in named for p in store.folder.glob("step-????????"))
             case _:
-                return (store.folder / "latest.new").exists() or store.latest() != newest[-1]
+                return (store.folder / "latest.partial").exists() or store.latest() != newest[-1]
 
     return f"{which}, save {1 + second}", lambda age: _safely(now, age)
 

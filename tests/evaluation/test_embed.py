@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.evaluation import embed as module
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from tests.evaluation.tiny_xlmr import SENTENCES

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infoxlm_ds.evaluation import Pooling
+from infoxlm_ds.config import Pooling
 from infoxlm_ds.evaluation.retrieval import evaluate_retrieval, retrieval_accuracy, trigram_accuracy
 from infoxlm_ds.evaluation.text import Pairs
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation.text import matches, pairs_with_pivot, read_rows
+from infoxlm_ds.data.text import read_nway
+from infoxlm_ds.evaluation.text import matches, pairs_with_pivot
 
 ROWS = [
     {"en": "The lamp is on.", "de": "Das Licht ist an.", "ru": "Лампа включена."},
@@ -16,13 +17,17 @@ ROWS = [
 ]
 
 
+def _read(path: Path) -> list[dict[str, str]]:
+    return list(read_nway(path))
+
+
 def test_plain_and_compressed_files_read_the_same(tmp_path: Path) -> None:
     lines = '{"key": "a", "text": {"en": "Kitchen", "de": "Küche", "fr": " "}}\n' * 2
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
     with lzma.open(tmp_path / "rows.jsonl.xz", "wt", encoding="utf-8") as file:
         file.write(lines)
     expected = [{"en": "Kitchen", "de": "Küche"}] * 2
-    assert read_rows(tmp_path / "rows.jsonl") == read_rows(tmp_path / "rows.jsonl.xz") == expected
+    assert _read(tmp_path / "rows.jsonl") == _read(tmp_path / "rows.jsonl.xz") == expected
 
 
 @pytest.mark.parametrize(
@@ -34,20 +39,20 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": {"en": "Kitchen"}}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"rows\.jsonl line 2: ") as caught:
-        read_rows(path)
+        _read(path)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
-        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+        _read(tmp_path / "none.jsonl")
     whole = lzma.compress(b'{"text": {"en": "Kitchen"}}\n' * 1000)
     (tmp_path / "cut.xz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cut\.xz cannot be read"):
-        read_rows(tmp_path / "cut.xz")
+    with pytest.raises(UserError, match=r"cut\.xz line \d+: cannot be read"):
+        _read(tmp_path / "cut.xz")
     (tmp_path / "plain.xz").write_text('{"text": {"en": "Kitchen"}}\n')
-    with pytest.raises(UserError, match=r"plain\.xz cannot be read"):
-        read_rows(tmp_path / "plain.xz")
+    with pytest.raises(UserError, match=r"plain\.xz line 1: cannot be read"):
+        _read(tmp_path / "plain.xz")
 
 
 def test_pairs_are_the_rows_that_have_both_sides() -> None:

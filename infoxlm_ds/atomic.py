@@ -1,0 +1,46 @@
+"""Files and folders that appear as a whole or not at all: written beside their place as NAME.partial, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SUFFIX = ".partial"
+
+
+def write_file(path: Path, text: str, durable: bool = False) -> None:
+    """A reader sees the old text or the new one. If `durable`, the new one is on the disk after the call."""
+    partial = path.with_name(path.name + SUFFIX)
+    partial.write_text(text, encoding="utf-8")
+    if durable:
+        sync(partial)
+    partial.replace(path)
+    if durable:
+        sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into. It gets the name `path` at the end of the block, or is removed if the block
+    raises."""
+    partial = path.with_name(path.name + SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,42 @@
+"""Text files as users bring them: lines, and n-way rows, which hold the same sentence in several languages."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+from infoxlm_ds.config import UserError
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, plain or .xz. UserError names the file and the line that cannot be read."""
+    number = 0
+    try:
+        # Read bytes: a text file is decoded ahead, so an error would name a wrong line. It also ends lines at a lone
+        # carriage return, and then aligned files no longer match.
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            for line in file:
+                text = line.decode("utf-8")
+                number += 1
+                yield number, text.rstrip("\r\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise UserError(f"{path} line {number + 1}: cannot be read: {error}") from None
+
+
+def read_nway(path: Path) -> Iterator[dict[str, str]]:
+    """The {language: sentence} of each line `{"key": ..., "text": {language: sentence}}`, without blank sentences.
+    UserError names file and line."""
+    for number, line in lines(path):
+        where = f"{path} line {number}"
+        try:
+            texts = dict(json.loads(line)["text"].items())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{where}: expected {{"key": ..., "text": {{language: sentence}}}}') from None
+        for language, sentence in texts.items():
+            if not isinstance(sentence, str):
+                raise UserError(f"{where}: the sentence of {language!r} is not a string")
+        yield {language: sentence for language, sentence in texts.items() if sentence.strip()}
