@@ -14,7 +14,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from infoxlm_ds import dist, trainer
+from infoxlm_ds import dist, reporting, trainer
 from infoxlm_ds.build import Inputs, agreed_inputs, build, summary
 from infoxlm_ds.config import UserError, load_recipe
 from infoxlm_ds.engine.engine import NotJoined, start_ranks
@@ -45,9 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _mistake(error)
     except NotJoined as error:
-        if dist.local_rank() == 0:
-            print(f"infoxlm: {error}", file=sys.stderr)
-        return 1
+        return _mistake(error, code=1)
     return build_and_fit(inputs)
 
 
@@ -75,11 +73,10 @@ def fit_and_close(state: TrainState) -> int:
     """Train, with rank 0's outputs open. Returns the exit code."""
     run, steps = state.recipe.run, state.recipe.optimizer.steps
     with nullcontext() if dist.rank() else Sinks(run, state.step, steps, state.recipe.log.tensorboard) as sinks:
-        if sinks is not None:
-            sinks.say(summary(state))
+        reporting.say(sinks, summary(state))
         done = trainer.fit(state, sinks)
-        if sinks is not None and not done:
-            sinks.say(f"stopped on request at step {state.step}, saved: run the same command again to go on")
+        if not done:
+            reporting.say(sinks, f"stopped on request at step {state.step}, saved: run the same command again to go on")
     return 0 if done else STOPPED_ON_REQUEST
 
 
@@ -87,16 +84,16 @@ def _quieten() -> None:
     """DeepSpeed's start-up chatter and announcements of renames are not the user's."""
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    said_better = ("OVERFLOW!", "MPU is not provided")  # by us; a universal checkpoint needs none
-    log.addFilter(lambda record: not any(words in record.getMessage() for words in said_better))
+    ours = ("OVERFLOW!", "MPU is not provided")  # we report the first; the second is no fault
+    log.addFilter(lambda record: not any(words in record.getMessage() for words in ours))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def _mistake(error: UserError) -> int:
-    """The same on every rank; before they have met, perhaps only on this host."""
+def _mistake(error: Exception, code: int = 2) -> int:
+    """Told by rank 0; before the ranks have joined, by the first rank of each host."""
     if (dist.rank() if dist.active() else dist.local_rank()) == 0:
         print(f"infoxlm: {error}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""DeepSpeed: start, micro-steps, whether a step was applied, fp32 masters. Beside it only engine_config.py knows it.
+"""The engine: starts DeepSpeed, runs micro-steps, says whether a step was applied, gives and takes fp32 masters.
 
-DeepSpeed traps that this file answers are told in docs/design.md ("The engine").
+This package is the only place that knows DeepSpeed. docs/design.md ("The engine") lists the traps that it avoids.
 """
 
 from __future__ import annotations
