@@ -26,7 +26,7 @@ STOPPED_ON_REQUEST = 75  # EX_TEMPFAIL: run the same command again to go on
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """One rank of a run. Returns the exit code."""
+    """Run one rank. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
