@@ -1,4 +1,4 @@
-# make demo | ablation | test | torture | check | lock | wheelhouse | clean
+# make demo | ablation | test | torture | check | release-check | lock | wheelhouse | clean
 # Each target makes .venv from the pinned list first; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture check lock wheelhouse clean
+.PHONY: install demo ablation test torture check release-check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -39,7 +39,7 @@ ifneq ($(HAS_GPU),0)
 endif
 
 torture: $(INSTALLED)
-	$(CPU_ONLY) $(BIN)/python -m pytest -m torture --kills 25 -s
+	$(CPU_ONLY) $(BIN)/python -m pytest -m 'torture or kills' --kills 25 -s
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,6 +47,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(CPU_ONLY) $(BIN)/python -m pytest -m "not slow"
+
+# What a release promises beside the suite: an installation from wheels alone.
+release-check: $(INSTALLED)
+	$(CPU_ONLY) $(BIN)/python -m pytest -m release
 
 # What is installed becomes the pinned list, without torch's local build tag and what it brings along for a GPU.
 lock:

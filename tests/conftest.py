@@ -17,6 +17,9 @@ import torch
 # A fork inherits the locks of OpenMP's threads but not the threads: with more than one, a rank can wait for ever.
 torch.set_num_threads(1)
 
+# Tests with these marks run only where `-m` names the mark.
+ASKED_FOR = ("torture", "release")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="how often test_torture.py kills a run")
@@ -31,7 +34,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for mark in ASKED_FOR:
+        if mark not in config.getoption("markexpr"):
+            config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
+            items[:] = [item for item in items if mark not in item.keywords]
     if torch.cuda.is_available():
         return
     for item in items:
