@@ -1,4 +1,4 @@
-# make demo | ablation | test | torture | check | same | lock | wheelhouse | clean
+# make demo | ablation | test | torture | check | same | release-check | lock | wheelhouse | clean
 # Each target first makes .venv from the pinned list; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture check same lock wheelhouse clean
+.PHONY: install demo ablation test torture check same release-check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -39,7 +39,7 @@ ifneq ($(HAS_GPU),0)
 endif
 
 torture: $(INSTALLED)
-	$(CPU_ONLY) $(BIN)/python -m pytest -m torture --kills 25 -s
+	$(CPU_ONLY) $(BIN)/python -m pytest -m 'torture or kills' --kills 25 -s
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -53,6 +53,10 @@ REV ?= HEAD
 same: $(INSTALLED)
 	[ -n "$(RECIPE)" ] || infoxlm prep build data_prep/embedded/corpus.yaml runs/demo/corpus
 	$(CPU_ONLY) $(BIN)/python benchmarks/same.py $(REV) $(if $(RECIPE),--recipe $(RECIPE)) $(SET)
+
+# What a release promises beside the suite: an installation from wheels alone.
+release-check: $(INSTALLED)
+	$(CPU_ONLY) $(BIN)/python -m pytest -m release
 
 # Writes the installed versions to the pinned list, without torch's local build tag and without its GPU packages.
 lock:

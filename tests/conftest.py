@@ -8,12 +8,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing here is compiled, but DeepSpeed decorates an optimizer with torch.compile, whose import takes over a second.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 import torch
 
 # A fork inherits the locks of OpenMP's threads but not the threads: with more than one, a rank can wait for ever.
 torch.set_num_threads(1)
+
+# Tests with these marks run only where `-m` names the mark.
+ASKED_FOR = ("torture", "release")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +34,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for mark in ASKED_FOR:
+        if mark not in config.getoption("markexpr"):
+            config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
+            items[:] = [item for item in items if mark not in item.keywords]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -60,12 +60,19 @@ def _whole_queue(queue: KeyQueue) -> dict[str, Tensor]:
     return {name: value[order].clone() for name, value in rows.items()}
 
 
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The Euclidean distance of two states."""
+    return sum(float((one[name] - other[name]).square().sum()) for name in other) ** 0.5
+
+
 def assert_close(value: Tensor, expected: Tensor, name: str) -> None:
-    """1e-5 relative of the tensor's largest value."""
+    """To 1e-5 of the tensor's largest value. To 3e-5 for biases, which begin at zero: 1.6e-5 was measured, depending on
+    the CPU."""
     if not value.is_floating_point():
         assert torch.equal(value, expected), name
         return
     if name.endswith("attention.self.key.bias"):  # its gradient is mathematically zero: Adam steps on noise
         return
     largest = float(expected.abs().max()) or 1.0
-    torch.testing.assert_close(value, expected, atol=1e-5 * largest, rtol=1e-5, msg=name)
+    bound = 3e-5 if name.endswith(".bias") else 1e-5
+    torch.testing.assert_close(value, expected, atol=bound * largest, rtol=1e-5, msg=name)

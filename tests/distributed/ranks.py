@@ -5,6 +5,9 @@ After a backward pass in a process that sees a GPU, torch refuses another in its
 """
 
 import faulthandler
+import functools
+import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -18,7 +21,17 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import deepspeed
 import torch
+
+# What DeepSpeed and transformers import only when they build something.
+LATE = (
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.profiler._cupti_monitor",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta",
+)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -29,6 +42,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     a rank that dies raises RuntimeError, one that takes longer than `timeout` seconds TimeoutError (its stack goes to
     stderr). No rank outlives the call.
     """
+    _prepare()
     port = _free_port()
     context = multiprocessing.get_context("fork")
     ranks: dict[Connection, int] = {}
@@ -50,6 +64,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             process.join()
         for connection in ranks:
             connection.close()
+
+
+@functools.cache
+def _prepare() -> None:
+    """Do once what every rank would do anew: later imports, and DeepSpeed's search for compilers and libraries."""
+    for name in LATE:
+        importlib.import_module(name)
+    assert deepspeed.ops.__compatible_ops__
 
 
 def _collect(ranks: dict[Connection, int], processes: list[BaseProcess], timeout: float) -> list[Any]:
@@ -83,6 +105,7 @@ def _answer(connection: Connection, rank: int, process: BaseProcess) -> Any:
 def _rank_main(
     connection: Connection, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # a collection would write to each object that the parent made, and so copy its memory
     faulthandler.register(signal.SIGUSR1, file=2)
     torch.set_num_threads(1)
     os.environ.update(

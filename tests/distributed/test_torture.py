@@ -109,7 +109,7 @@ def _losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.torture
+@pytest.mark.kills
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("config", "asynchronous"), [("zero1_fp32", False), ("zero3_bf16", True)])
 def test_a_run_that_is_killed_again_and_again_ends_bit_equal(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,8 @@ from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import fit, rehearse, train_step
 from tests.corpus import small_recipe
-from tests.distributed.masters import assert_close, whole_state
+from tests.distributed.masters import assert_close, distance, whole_state
+from tests.distributed.products import cases, product
 from tests.distributed.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -68,17 +74,36 @@ def test_update_is_the_same_for_every_world_size(corpus: Path, tmp_path: Path, o
                 assert_close(value, alone[name], f"world {world}, rank {rank}, {name}")
 
 
+Reference = Callable[[str], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def unsharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Three steps of a contrast at ZeRO 0 on one rank."""
+
+    @functools.cache
+    def train(contrast: str) -> dict[str, Tensor]:
+        recipe = small_recipe(corpus, tmp_path_factory.mktemp("unsharded") / "run", *CONTRASTS[contrast], ENGINE[0])
+        return run_ranks(_three_steps, 1, recipe)[0]
+
+    return train
+
+
+STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 4)
+SPLIT = ("momentum_both", "gradient_both", "gradient_in_batch")
+PAIRED = [(SPLIT[(stage + i) % 3], stage, world) for stage in STAGES for i, world in enumerate(WORLDS)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("contrast", ["momentum_both", "gradient_both", "gradient_in_batch"])
-def test_update_is_the_same_for_every_stage_and_world_size(corpus: Path, tmp_path: Path, contrast: str) -> None:
+@pytest.mark.parametrize(("contrast", "stage", "world"), product(SPLIT, STAGES, WORLDS, suite=PAIRED))
+def test_update_is_the_same_for_every_stage_and_world_size(
+    corpus: Path, tmp_path: Path, unsharded: Reference, contrast: str, stage: int, world: int
+) -> None:
     """Four lanes: one, two or four micro-steps a rank."""
-    (alone,) = run_ranks(_three_steps, 1, small_recipe(corpus, tmp_path / "run", *CONTRASTS[contrast], ENGINE[0]))
-    for stage in (0, 1, 2, 3):
-        recipe = small_recipe(corpus, tmp_path / "run", *CONTRASTS[contrast], ENGINE[stage])
-        for world in (1, 2, 4):
-            for result in run_ranks(_three_steps, world, recipe):
-                for name, value in result.items():
-                    assert_close(value, alone[name], f"ZeRO {stage}, world {world}, {name}")
+    recipe = small_recipe(corpus, tmp_path / "run", *CONTRASTS[contrast], ENGINE[stage])
+    for result in run_ranks(_three_steps, world, recipe):
+        for name, value in result.items():
+            assert_close(value, unsharded(contrast)[name], name)
 
 
 def test_lanes_without_a_masked_token_count_for_nothing(corpus: Path, tmp_path: Path) -> None:
@@ -101,22 +126,50 @@ def test_lanes_without_a_masked_token_count_for_nothing(corpus: Path, tmp_path: 
 BOUNDS = {"bf16": 0.006, "fp16": 0.003}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_splits_in_16_bits_stay_within_their_rounding(
-    corpus: Path, tmp_path: Path, fp16_on_cpu: None, precision: str
-) -> None:
-    def states(config: str, world: int, steps: int = 3) -> list[dict[str, Tensor]]:
-        engine = f"engine={CONFIGS / config}.json"
-        return run_ranks(_steps, world, small_recipe(corpus, tmp_path / "run", engine), steps)
+ROUNDED = [
+    ("zero1_bf16", 2),
+    *itertools.product(["zero2_bf16", "zero3_bf16", "zero2_bf16_offload", "zero3_bf16_offload"], WORLDS),
+    ("zero1_fp16", 2),
+    *itertools.product(["zero2_fp16", "zero3_fp16"], WORLDS),
+]
+ROUNDED_IN_SUITE = [
+    ("zero1_bf16", 2),
+    ("zero2_bf16", 4),
+    ("zero3_bf16", 1),
+    ("zero2_bf16_offload", 1),
+    ("zero3_bf16_offload", 2),
+    ("zero1_fp16", 2),
+    ("zero2_fp16", 1),
+    ("zero3_fp16", 4),
+]
+States = Callable[[str, int], dict[str, Tensor]]
 
-    (start,), (stage_1,) = states(f"zero1_{precision}", 1, 0), states(f"zero1_{precision}", 1)
-    others = [f"zero2_{precision}", f"zero3_{precision}"]
-    others += ["zero2_bf16_offload", "zero3_bf16_offload"] if precision == "bf16" else []
-    for config, world in [(f"zero1_{precision}", 2), *((config, world) for config in others for world in (1, 2, 4))]:
-        for state in states(config, world):
-            apart, moved = _distance(state, stage_1), _distance(stage_1, start)
-            assert moved > 0 and apart < BOUNDS[precision] * moved, f"{config}, world {world}: {apart / moved:.1e}"
+
+@pytest.fixture(scope="module")
+def unsplit(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> States:
+    """The state of one rank at ZeRO 1 in a precision, after so many steps."""
+
+    @functools.cache
+    def train(precision: str, steps: int) -> dict[str, Tensor]:
+        engine = f"engine={CONFIGS}/zero1_{precision}.json"
+        recipe = small_recipe(corpus, tmp_path_factory.mktemp("unsplit") / "run", engine)
+        return run_ranks(_steps, 1, recipe, steps)[0]
+
+    return train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "world"), cases(ROUNDED, ROUNDED_IN_SUITE))
+def test_splits_in_16_bits_stay_within_their_rounding(
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, unsplit: States, config: str, world: int
+) -> None:
+    precision = config.split("_")[1]
+    start, end = unsplit(precision, 0), unsplit(precision, 3)
+    moved = distance(end, start)
+    assert moved > 0
+    for state in run_ranks(_steps, world, small_recipe(corpus, tmp_path / "run", f"engine={CONFIGS / config}.json"), 3):
+        apart = distance(state, end)
+        assert apart < BOUNDS[precision] * moved, f"{apart / moved:.1e}"
 
 
 def _steps(rank: int, world: int, recipe: Recipe, applied: int) -> dict[str, Tensor]:
@@ -129,24 +182,20 @@ def _steps(rank: int, world: int, recipe: Recipe, applied: int) -> dict[str, Ten
     return {name: value for name, value in whole_state(state, queue=False).items() if value.is_floating_point()}
 
 
-def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return sum(float((one[name] - other[name]).square().sum()) for name in other) ** 0.5
+RECOMPUTED = [
+    ("zero0_fp32", "gradient"),
+    ("zero1_bf16", "momentum"),
+    ("zero2_fp16", "momentum"),
+    ("zero3_bf16", "gradient"),
+    ("zero3_bf16_offload", "momentum"),
+    ("zero1_fp32", "momentum"),
+    ("zero1_fp16", "gradient"),
+    ("zero3_bf16", "momentum"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("config", "keys"),
-    [
-        ("zero0_fp32", "gradient"),
-        ("zero1_fp32", "momentum"),
-        ("zero1_bf16", "momentum"),
-        ("zero1_fp16", "gradient"),
-        ("zero2_fp16", "momentum"),
-        ("zero3_bf16", "momentum"),
-        ("zero3_bf16", "gradient"),
-        ("zero3_bf16_offload", "momentum"),
-    ],
-)
+@pytest.mark.parametrize(("config", "keys"), cases(RECOMPUTED, RECOMPUTED[:5]))
 def test_recomputing_activations_and_a_dry_run_change_no_bit(
     corpus: Path, tmp_path: Path, fp16_on_cpu: None, config: str, keys: str
 ) -> None:
@@ -216,9 +265,6 @@ def _train(rank: int, world: int, recipe: Recipe, stop_after: int | None) -> tup
 
 def _raise_signal_after(state: TrainState, step: int) -> None:
     """On one rank only: the others must learn of it."""
-    import os
-    import signal
-
     forward = state.engine.step
 
     def stepping(done: int) -> bool:
@@ -230,19 +276,23 @@ def _raise_signal_after(state: TrainState, step: int) -> None:
 
 
 EVERY_CONFIG = ["zero0_fp32", *(f"zero{stage}_{kind}" for stage in (1, 2, 3) for kind in ("fp32", "bf16", "fp16"))]
-RESUMED = [(config, "momentum_both") for config in [*EVERY_CONFIG, "zero3_bf16_offload"]]
-RESUMED += [("zero1_fp32", "gradient_both"), ("zero3_bf16", "gradient_both")]
-RESUMED += [("zero1_bf16", "momentum_sharded_queue"), ("zero3_fp32", "momentum_sharded_queue")]
+EVERY_CONFIG += ["zero3_bf16_offload"]
+STOPPED = ("momentum_both", "gradient_both", "momentum_sharded_queue")
+PAIRED_STOPS = [("zero0_fp32", STOPPED[0]), ("zero3_bf16_offload", STOPPED[0])]
+PAIRED_STOPS += [
+    (f"zero{stage}_{kind}", STOPPED[(stage + i) % 3])
+    for stage in (1, 2, 3)
+    for i, kind in enumerate(("fp32", "bf16", "fp16"))
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "contrast"), RESUMED)
+@pytest.mark.parametrize(("config", "contrast"), product(EVERY_CONFIG, STOPPED, suite=PAIRED_STOPS))
 def test_a_stopped_run_goes_on_bit_equal(
     corpus: Path, tmp_path: Path, fp16_on_cpu: None, config: str, contrast: str
 ) -> None:
     """With a dry run before it goes on, which leaves nothing behind."""
-    engine = Path(__file__).parents[2] / "ds_configs" / f"{config}.json"
-    overrides = [f"engine={engine}", *CONTRASTS[contrast]]
+    overrides = [f"engine={CONFIGS / config}.json", *CONTRASTS[contrast]]
     whole = run_ranks(_train, 2, small_recipe(corpus, tmp_path / "whole", *overrides), None)
     recipe = small_recipe(corpus, tmp_path / "stopped", *overrides)
     stopped = run_ranks(_train, 2, recipe, 3)

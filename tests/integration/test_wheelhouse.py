@@ -13,7 +13,7 @@ import torch
 
 from tests.corpus import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.release, pytest.mark.timeout(600)]
 
 
 def _run(*command: str | Path, **environment: str) -> str:
