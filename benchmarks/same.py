@@ -60,7 +60,7 @@ def main() -> int:
             differences = list(_differences(then, now))
             equal &= not differences
             print(f"{name}, {ranks} rank(s), {options.steps} steps: {len(now.weights)} tensors", end=", ")
-            print("bit-equal" if not differences else "DIFFERENT", *differences[:8], sep="\n  ", flush=True)
+            print("bit-equal" if not differences else "DIFFERENT", *differences, sep="\n  ", flush=True)
     return 0 if equal else 1
 
 
@@ -106,12 +106,15 @@ def _run(command: list[str | Path], environment: dict[str, str]) -> None:
 
 
 def _differences(then: Result, now: Result) -> Iterator[str]:
-    """What differs, one line each."""
-    for step in sorted(then.metrics.keys() | now.metrics.keys()):
-        before, after = then.metrics.get(step, {}), now.metrics.get(step, {})
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                yield f"step {step}: {name} {before.get(name)} -> {after.get(name)}"
+    """One line for each scalar and each tensor that differs."""
+    steps = then.metrics.keys() | now.metrics.keys()
+    of_step = {step: (then.metrics.get(step, {}), now.metrics.get(step, {})) for step in sorted(steps)}
+    for name in sorted({name for both in of_step.values() for scalars in both for name in scalars}):
+        pairs = {step: (before.get(name), after.get(name)) for step, (before, after) in of_step.items()}
+        differing = {step: pair for step, pair in pairs.items() if pair[0] != pair[1]}
+        if differing:
+            step, (before, after) = next(iter(differing.items()))
+            yield f"{name}: at {len(differing)} of {len(pairs)} steps, first at step {step}: {before} -> {after}"
     for name in sorted(then.weights.keys() | now.weights.keys()):
         x, y = then.weights.get(name), now.weights.get(name)
         if x is None or y is None:
