@@ -154,7 +154,7 @@ def _first_steps(rank: int, world: int, recipe: Recipe) -> tuple[list[str], dict
         rates.extend(group["lr"] for group in optimizer.param_groups)
         return update(optimizer, *arguments)
 
-    torch.optim.AdamW.step = updating  # type: ignore[method-assign]  # in this fork alone
+    torch.optim.AdamW.step = updating  # type: ignore[method-assign, assignment]  # in this fork alone
     state = _start(recipe)
     said = []
     while state.step < 2:
