@@ -10,6 +10,9 @@ NEEDED := 3.11
 CPU_ONLY := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
+# A file of tests stays in one process: what its tests share is made once.
+PARALLEL := -n 2 --dist loadfile
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
@@ -33,7 +36,7 @@ ablation: $(INSTALLED)
 	bash recipes/ablation.sh
 
 test: $(INSTALLED)
-	$(CPU_ONLY) $(BIN)/python -m pytest $(TEST_OPTIONS)
+	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) $(TEST_OPTIONS)
 ifneq ($(HAS_GPU),0)
 	$(BIN)/python -m pytest -m gpu || [ $$? -eq 5 ]  # 5: no such test
 endif
@@ -46,7 +49,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(CPU_ONLY) $(BIN)/python -m pytest -m "not slow"
+	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Does the working tree train as revision REV does, bit by bit? RECIPE and SET="key.path=value ..." choose another recipe.
 REV ?= HEAD

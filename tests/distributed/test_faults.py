@@ -147,14 +147,21 @@ def test_steps_that_are_never_applied_end_the_run_with_its_last_good_checkpoint(
 
 
 def _first_steps(rank: int, world: int, recipe: Recipe) -> tuple[list[str], dict[str, float], int, int]:
+    rates: list[float] = []  # of updates, none of steps that are skipped
+    update = torch.optim.AdamW.step
+
+    def updating(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        return update(optimizer, *arguments)
+
+    torch.optim.AdamW.step = updating  # type: ignore[method-assign, assignment]  # in this fork alone
     state = _start(recipe)
     said = []
     while state.step < 2:
         if not train_step(state):
             said.append(state.skipped[-1])
-    rates = {group["lr"] for group in state.engine._adamw.param_groups}
-    expected = recipe.optimizer.learning_rate * schedule(2, recipe.optimizer)
-    assert rates == {expected}  # of the second applied step, whatever was skipped before
+    expected = [recipe.optimizer.learning_rate * schedule(step, recipe.optimizer) for step in (1, 2)]
+    assert sorted(set(rates), key=rates.index) == expected  # whatever was skipped before
     assert state.queue is not None
     return said, state.meter.collect().sums, state.consumed, state.queue.pushed
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
+from infoxlm_ds import cli
+from infoxlm_ds.train import main
 from tests.corpus import EMBEDDED, ROOT, small_recipe
 
 INFOXLM = Path(sys.executable).with_name("infoxlm")
@@ -18,6 +23,24 @@ INFOXLM = Path(sys.executable).with_name("infoxlm")
 
 def infoxlm(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([INFOXLM, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def infoxlm_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, without the imports of another: for what does not start ranks."""
+    out, err, code = io.StringIO(), io.StringIO(), None
+    words = ["infoxlm", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err), chdir(ROOT):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def train_here(rank: int, world: int, *arguments: str | Path) -> int:
+    """What the launcher runs, for `run_ranks`."""
+    return main([*map(str, arguments)])
 
 
 def write_recipe(corpus: Path, run: Path, **changes: object) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import ROOT, write_corpus
-from tests.integration.commands import INFOXLM, infoxlm, write_recipe
+from tests.integration.commands import INFOXLM, infoxlm, infoxlm_here, write_recipe
 from tests.integration.hosts import Host, Hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -156,11 +156,11 @@ def test_the_doctor_works_alone(corpus: Path, tmp_path: Path, small_disk: Path) 
     done = infoxlm("doctor")
     assert done.returncode == 0 and "failure" not in done.stdout and "packages" in done.stdout, done.stdout
     recipe = write_recipe(corpus, small_disk)
-    done = infoxlm("doctor", recipe, "model.layers=12", "model.width=256", f"corpus={tmp_path}")
+    done = infoxlm_here("doctor", recipe, "model.layers=12", "model.width=256", f"corpus={tmp_path}")
     assert done.returncode == 1
     failures = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("failure")]
     assert failures == ["disk", "corpus"], done.stdout
-    done = infoxlm("doctor", tmp_path / "none.yaml")
+    done = infoxlm_here("doctor", tmp_path / "none.yaml")
     assert done.returncode == 1 and "none.yaml: no such recipe" in done.stdout
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from infoxlm_ds.checkpoint.store import Store, damage_of
-from infoxlm_ds.train import main
 from tests.corpus import ROOT
 from tests.distributed.ranks import run_ranks
-from tests.integration.commands import INFOXLM, read_losses, wait_for_steps, write_recipe
+from tests.integration.commands import INFOXLM, read_losses, train_here, wait_for_steps, write_recipe
 from tests.integration.hosts import Hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.two_hosts, pytest.mark.timeout(600)]
@@ -49,17 +48,13 @@ def _told(output: str) -> str:
     return lines[-1]
 
 
-def _on_one_host(rank: int, world: int, recipe: Path, run: Path) -> int:
-    return main([str(recipe), f"run={run}"])
-
-
 def test_two_hosts_give_the_losses_of_one_and_go_on_when_their_network_was_lost(
     corpus: Path, tmp_path: Path, hosts: Hosts
 ) -> None:
     """By the README's plain command, at ZeRO 1, with one host slow to start."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     recipe = write_recipe(corpus, run, optimizer=STEPS, timeout={"step": 5})
-    assert run_ranks(_on_one_host, 2, recipe, whole) == [0, 0]
+    assert run_ranks(train_here, 2, recipe, f"run={whole}") == [0, 0]
     first, second = hosts.hosts
     second.configure('ForceCommand sleep 5; eval "$SSH_ORIGINAL_COMMAND"\n')
     deepspeed = Path(sys.executable).with_name("deepspeed")
@@ -91,7 +86,7 @@ def test_a_run_goes_on_without_a_host_that_died_and_with_it_when_it_is_back(
     engine = str(ROOT / "ds_configs" / "zero3_fp32.json")
     recipe = write_recipe(corpus, run, optimizer=STEPS, engine=engine)
     arguments = (recipe, f"run={run}", "probe.languages=[de, ru]")
-    assert run_ranks(_on_one_host, 2, recipe, whole) == [0, 0]
+    assert run_ranks(train_here, 2, recipe, f"run={whole}") == [0, 0]
     first, second = hosts.hosts
 
     hosts.hostfile(first, second)
