@@ -1,8 +1,8 @@
-"""Does the working tree train as another revision does, bit by bit? `make same REV=d79e331`.
+"""Compares the training of the working tree with that of another revision, bit by bit: `make same REV=d79e331`.
 
-Each tree trains the same recipes through the launcher, with its own code, and writes the weights that it ends with as
-safetensors. Then every loss and every weight is compared. A refactoring shows no difference; a change that is meant to
-change numbers shows which.
+Each tree trains the same recipes through the launcher, with its own code, and writes its final weights as safetensors.
+Then every loss and every weight is compared. A refactoring shows no difference. A change that is meant to change
+numbers shows which ones change.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from infoxlm_ds.cluster.hosts import free_port_here
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"
-# The demo as it is, with trained keys, and with InfoXLM's momentum keys and queue.
+# The demo as it is, which has trained keys (keys with a gradient), and with InfoXLM's momentum keys and queue.
 DEMO_FORMS = {"demo": (), "demo-infoxlm": ("preset=infoxlm", "contrast.queue.size=4096")}
-# Scalars that a clock or the machine's memory decides.
+# Scalars that depend on the clock or on the machine's memory.
 NOT_COMPARED = re.compile(r"(speed|memory|checkpoint)/.*|seconds")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a run: each step's scalars, and the weights at its end."""
+    """The scalars of each step of a run, and the weights at its end."""
 
     metrics: dict[int, dict[str, float]]
     weights: dict[str, torch.Tensor]
@@ -76,7 +76,7 @@ def _worktree(revision: str) -> Path:
 
 
 def _train(tree: Path, recipe: Path, ranks: int, overrides: tuple[str, ...]) -> Result:
-    """Train from nothing with the code of a tree."""
+    """Train from scratch with the code of a tree."""
     run = ROOT / "build" / "same" / "run"
     weights = run.with_name("weights")
     for old in (run, weights):

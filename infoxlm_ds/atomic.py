@@ -1,4 +1,4 @@
-"""Files and folders that appear as a whole or not at all: written beside their place as NAME.partial, then renamed."""
+"""Writes files and folders as a whole or not at all: first as NAME.partial beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ SUFFIX = ".partial"
 
 
 def write_file(path: Path, text: str, durable: bool = False) -> None:
-    """A reader sees the old text or the new one. If `durable`, the new one is on the disk after the call."""
+    """Write a text file. A reader sees the old text or the new one. If `durable`, the new text is on the
+    disk after the call."""
     partial = path.with_name(path.name + SUFFIX)
     partial.write_text(text, encoding="utf-8")
     if durable:
@@ -24,8 +25,8 @@ def write_file(path: Path, text: str, durable: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into. It gets the name `path` at the end of the block, or is removed if the block
-    raises."""
+    """Give an empty folder to write into. At the end of the block it is renamed to `path`. If the block
+    raises, it is removed."""
     partial = path.with_name(path.name + SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

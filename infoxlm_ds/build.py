@@ -1,4 +1,4 @@
-"""From a recipe to a TrainState: check all that it names, then build or load."""
+"""Turns a recipe into a TrainState: checks everything that the recipe names, then builds the state or loads it."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ from infoxlm_ds.state import TrainState
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe names, read and found to fit together."""
+    """Everything that a recipe names. All of it was read and fits together."""
 
     identity: Identity
     corpus: Corpus
     loader: Loader
     checkpoints: Checkpoints
-    finished: bool  # the newest checkpoint is of the recipe's last step, as the first rank sees
+    finished: bool  # the newest checkpoint is of the recipe's last step; only rank 0 knows, others have False
     probe: RetrievalProbe | None
 
 
 def agreed_inputs(recipe: Recipe) -> Inputs:
-    """`check_inputs` on every rank. UserError on all of them where one has a mistake: a host may lack what others have.
-    Collective."""
+    """Run `check_inputs` on every rank. If one rank finds a mistake, all ranks raise UserError: a host may lack
+    what others have. Collective."""
     inputs, mistake = None, ""
     try:
         inputs = check_inputs(recipe, dist.rank(), dist.world_size())
         check_device(inputs.identity.engine)
     except UserError as error:
         mistake = f"rank {dist.rank()} on {failures.here().host}: {error}" if dist.rank() else str(error)
-    if mistakes := [said for said in dist.gather_objects(mistake) if said]:
+    if mistakes := [text for text in dist.gather_objects(mistake) if text]:
         raise UserError(mistakes[0])
     assert inputs is not None
     return inputs
 
 
 def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
-    """Read all that the recipe names, for one of `world` ranks. UserError for the first thing that is missing or does
-    not fit; nothing is written. The first rank alone looks at every file of the corpus and at the run's checkpoints:
-    thousands of ranks would keep a shared file system busy."""
+    """Read everything that the recipe names, for one of `world` ranks. UserError for the first thing that is missing or
+    does not fit. Writes nothing. Only rank 0 looks at every file of the corpus and at the run's checkpoints: thousands
+    of ranks would keep a shared file system busy."""
     engine_config = load_engine_config(recipe.engine)
     corpus = Corpus(recipe.corpus, look_at_files=rank == 0)
     tokenizer = recipe.corpus / "tokenizer"
@@ -72,17 +72,17 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
 
 
 def build(inputs: Inputs) -> TrainState:
-    """Everything `fit` needs, from scratch or from the run's newest checkpoint. Collective."""
-    found = inputs.checkpoints.find(inputs.identity)
+    """Everything that `fit` needs, from scratch or from the run's newest checkpoint. Collective."""
+    checkpoint = inputs.checkpoints.find(inputs.identity)
     state = _from_scratch(inputs)
     recipe = state.recipe
-    if found is not None:
-        saved = inputs.checkpoints.load(found, state.engine, state.momentum, state.queue)
+    if checkpoint is not None:
+        saved = inputs.checkpoints.load(checkpoint, state.engine, state.momentum, state.queue)
         state.step, state.consumed, state.best = saved.step, saved.consumed, saved.best
         _check_filling(state)
         inputs.loader.restore(saved.consumed, saved.cursors)
     elif dist.rank() == 0:
-        # What an export needs beside the weights.
+        # An export needs these files beside the weights.
         shutil.copytree(recipe.corpus / "tokenizer", recipe.run / "model", dirs_exist_ok=True)
         state.objective.model.lm.config.save_pretrained(recipe.run / "model")
     return state
@@ -96,7 +96,7 @@ def _from_scratch(inputs: Inputs) -> TrainState:
         model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(recipe, model, recipe.batch.lanes // dist.world_size())
     follows = recipe.tasks["xlco"] and contrast.keys == "momentum"
-    copied = copy.deepcopy(model.sentence_encoder()) if follows else None  # before the engine cuts the model up
+    copied = copy.deepcopy(model.sentence_encoder()) if follows else None  # before the engine shards the model
     engine = Engine(objective, inputs.identity.engine, recipe.optimizer, recipe.batch.lanes)
     momentum = queue = None
     if copied is not None:
@@ -119,7 +119,7 @@ def _from_scratch(inputs: Inputs) -> TrainState:
 
 
 def _check_filling(state: TrainState) -> None:
-    """UserError where a queue that was made larger would not fill in the steps that are left."""
+    """UserError if a queue that was made larger would not fill in the steps that are left."""
     queue, batch = state.queue, state.recipe.batch
     left = state.recipe.optimizer.steps - state.step
     if queue is None or queue.filled == 1 or left == 0:
@@ -127,15 +127,15 @@ def _check_filling(state: TrainState) -> None:
     coming = left * batch.lanes * batch.xlco_pairs
     if coming <= round((1 - queue.filled) * queue.size):
         raise UserError(
-            f"contrast.queue.size {queue.size}: the queue holds {queue.filled:.0%} and the {left} steps that are left "
-            f"bring {coming} pairs, so it would never be full: set a smaller one"
+            f"contrast.queue.size {queue.size}: the queue holds {queue.filled:.0%}, and the {left} steps that are left "
+            f"bring {coming} pairs, so it would never be full: set a smaller size"
         )
 
 
 def summary(state: TrainState) -> str:
-    """One line on what is about to train."""
+    """One line about the training that is to start."""
     recipe, queue = state.recipe, state.queue
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.objective.parameters())  # stage 3's are cut up
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.objective.parameters())  # stage 3 shards p
     tasks = "+".join(task for task, used in recipe.tasks.items() if used)
     where = (
         f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}, "

@@ -1,5 +1,5 @@
-"""Rank, world and the few collectives the project needs, with one-process fall-backs: without a process group, or with
-one rank in it, nothing is sent."""
+"""Rank, world size and the few collectives that the project needs. Without a process group, or with one rank in
+it, nothing is sent."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def world_size(group: Group = None) -> int:
 
 
 def local_rank() -> int:
-    """The rank on this host, as the launcher says."""
+    """The rank on this host, as the launcher set it."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def device() -> torch.device:
-    """Where this rank computes, and what its collectives run on."""
+    """The device on which this rank computes and runs its collectives."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def set_timeout(seconds: int) -> None:
-    """How long a collective waits for other ranks from now on, before it fails."""
+    """From now on, a collective waits this long for other ranks before it fails."""
     if active():
         for group in list(torch_dist.distributed_c10d._world.pg_map):  # DeepSpeed makes groups of its own
             torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 class AllRanksError(RuntimeError):
-    """What all ranks raise at the same place: it needs saying once."""
+    """An error that all ranks raise at the same place. It is reported once."""
 
 
 def is_broken(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone or silent: gloo's own errors have no type."""
+    """Whether a collective failed because another rank is gone or does not answer. gloo's own errors have no type."""
     return isinstance(error, torch_dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
@@ -61,13 +61,13 @@ def barrier() -> None:
 
 
 def row_counts(rows: Tensor, group: Group = None) -> list[int]:
-    """How many rows each rank has."""
+    """The number of rows of each rank."""
     return gather_rows(torch.tensor([len(rows)], device=rows.device), group=group).tolist()
 
 
 def gather_rows(x: Tensor, counts: Sequence[int] | None = None, group: Group = None) -> Tensor:
-    """The rows of all ranks, rank 0's first: [b, ...] to [N, ...]. No gradient. `counts`: how many each rank has, where
-    they differ."""
+    """The rows of all ranks, rank 0's first: [b, ...] to [N, ...]. No gradient. `counts`: the number of rows of each
+    rank, needed if they differ."""
     if world_size(group) == 1:
         return x
     counts = counts or [len(x)] * world_size(group)
@@ -79,33 +79,33 @@ def gather_rows(x: Tensor, counts: Sequence[int] | None = None, group: Group = N
 
 
 def own_rows(counts: Sequence[int], group: Group = None) -> slice:
-    """Where this rank's rows lie among those of all ranks."""
+    """The place of this rank's rows among the rows of all ranks."""
     first = sum(counts[: rank(group)])
     return slice(first, first + counts[rank(group)])
 
 
 def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
-    """Each rank's rows of its lanes, lowest lane first, as the rows of all lanes in lane order: lane l runs on rank l
-    mod W."""
+    """The rows of all lanes, in lane order. `lanes`: the rows of each lane of this rank, lowest lane first. Lane l runs
+    on rank l mod W."""
     return torch.cat([gather_rows(rows) for rows in lanes])
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
-    """The sum over ranks, in place; every rank gets it."""
+    """The sum over ranks, in place, on every rank."""
     if world_size(group) > 1:
         torch_dist.all_reduce(x, group=group)
     return x
 
 
 def max_over_ranks(x: Tensor, group: Group = None) -> Tensor:
-    """The largest over ranks, in place; every rank gets it."""
+    """The maximum over ranks, in place, on every rank."""
     if world_size(group) > 1:
         torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX, group=group)
     return x
 
 
 def agree(mine: bool) -> bool:
-    """Whether it holds on every rank."""
+    """Whether `mine` is true on every rank."""
     return int(max_over_ranks(torch.tensor(int(not mine), device=device()))) == 0
 
 

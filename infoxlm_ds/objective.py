@@ -1,9 +1,10 @@
-"""JointBatch to losses: MMLM, TLM and XlCo of one lane in one pass (InfoXLM, sections 3.1 to 3.3).
+"""Computes the losses of one lane in one pass: MMLM, TLM and XlCo (InfoXLM, sections 3.1 to 3.3).
+
+A lane is one micro-batch of a step. Each loss is the lane's *share* of the step's loss: a sum over the lane's own rows,
+divided by the step's count and multiplied by the task's weight. So shares and gradients add up over lanes and ranks to
+the weighted means of the tasks.
 
 Legend: b pairs of this lane, M masked rows, D width, R rows of the contrast.
-
-Each loss is the lane's *share* of the step's: a sum over its own rows divided by the step's count, times the task's
-weight. So shares and gradients add up over lanes and ranks to the weighted means of the tasks.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ TASKS = ("mmlm", "tlm", "xlco")
 
 @dataclass(frozen=True)
 class Step:
-    """What a lane must know of the whole step: what each task's sum is divided by, over all lanes and ranks; how many
-    pairs there are; and what the contrast prepared."""
+    """What a lane must know about the whole step.
+
+    `denominators`: the divisor of each task's sum, over all lanes and ranks. `pairs`: the number of pairs. `xlco`:
+    what the contrast prepared.
+    """
 
     denominators: dict[str, int]
     pairs: int
@@ -42,9 +46,12 @@ class Step:
 
 @dataclass
 class Report:
-    """Of one lane, left on the device for the log to add up: `sums` over masked rows and pairs by `task/name`; each
-    masked row's loss [M]; and of the contrast's rows (those of the second direction behind those of the first) loss and
-    hit, [2, R], with the language pairs of the items they are of."""
+    """The figures of one lane. They stay on the device until the log adds them up.
+
+    `sums`: sums over masked rows and over pairs, by `task/name`. `masked` [M]: the loss of each masked row. `contrast`
+    [2, R]: loss and hit of each row of the contrast; rows of the second direction follow those of the first.
+    `pair_names`: the language pairs of the items of these rows.
+    """
 
     sums: dict[str, Tensor | int]
     masked: Tensor
@@ -53,7 +60,7 @@ class Report:
 
 
 class Objective(nn.Module):
-    """What the engine trains: the model, its three losses and, where it is learned, the temperature."""
+    """The module that the engine trains: the model, its three losses and, if it is learned, the temperature."""
 
     def __init__(self, recipe: Recipe, model: InfoXLM, lanes_a_rank: int = 1) -> None:
         super().__init__()
@@ -65,7 +72,8 @@ class Objective(nn.Module):
         self.xlco = choose_xlco(contrast, lanes_a_rank, self.temperature, model.sentence_encoder)
 
     def prepare(self, lanes: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None) -> Step:
-        """What this rank's lanes (lowest first) need of the others. Collective: every rank calls it at every step."""
+        """What this rank's lanes (lowest first) need from the other ranks. Collective: every rank calls
+        it at every step."""
         counts = torch.tensor([sum(lane.counts[task] for lane in lanes) for task in TASKS], device=dist.device())
         totals = dict(zip(TASKS, dist.sum_over_ranks(counts).tolist(), strict=True))
         whole = sum(totals.values())
@@ -75,8 +83,8 @@ class Objective(nn.Module):
         return Step(denominators, pairs, prepared)
 
     def forward(self, lane: JointBatch, step: Step, slot: int) -> tuple[dict[str, Tensor], Report, Representations]:
-        """Losses by task, to be added up, of this rank's lane number `slot`; a report; and the lane's representations
-        without gradient."""
+        """For this rank's lane number `slot`: its losses by task, to be added up; a report; and
+        its representations without gradient."""
         states, vectors = self.model(lane.tokens, lane.trunk, lane.queries)
         own = split_sides(vectors, lane.sides)
         losses, report = self._masked_lm(states[lane.rows], lane, step)
@@ -90,7 +98,7 @@ class Objective(nn.Module):
         return losses, report, Representations(*(side.detach() for side in own))
 
     def _masked_lm(self, rows: Tensor, lane: JointBatch, step: Step) -> tuple[dict[str, Tensor], Report]:
-        """MMLM and TLM share the head's one pass over the masked rows [M, D]."""
+        """MMLM and TLM share one pass of the head over the masked rows [M, D]."""
         weights = torch.full((len(rows),), self._weights.tlm / step.denominators["tlm"], device=rows.device)
         weights[: lane.mmlm] = self._weights.mmlm / step.denominators["mmlm"]
         weighted, each = masked_lm_losses(self.model.lm, rows, lane.labels, weights)
@@ -102,7 +110,7 @@ class Objective(nn.Module):
         return losses, report
 
     def second_sides(self, step: Step, lanes: Sequence[JointBatch], own: Sequence[Representations]) -> Keys:
-        """Second sides of all lanes of the step, in lane order, for the queue. Collective.
+        """The second sides of all lanes of the step, in lane order, for the queue. Collective.
 
         `lanes` and `own`: this rank's lanes and what `forward` returned for them.
         """
@@ -110,9 +118,9 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def geometry(self, own: Sequence[Representations], second: Keys, queue: Keys | None) -> dict[str, float]:
-        """How the step's representations, and the queue's, lie in their space. Collective.
+        """Measure how the representations of the step and of the queue lie in their space. Collective.
 
-        `own`: this rank's representations; `second`: what `second_sides` gave.
+        `own`: this rank's representations; `second`: what `second_sides` returned.
         """
         first = dist.gather_lanes([sides.first for sides in own])
         values = describe_space(first, second.vectors, None if queue is None else queue.vectors)
@@ -124,7 +132,7 @@ class Objective(nn.Module):
 def _contrast_sums(rows: ContrastReport) -> dict[str, Tensor | int]:
     columns = rows._asdict() | {
         "hits": rows.above == 0,
-        "hardest": rows.hardest.nan_to_num(neginf=0.0),  # of rows without negatives
+        "hardest": rows.hardest.nan_to_num(neginf=0.0),  # -inf in rows without negatives
         "log_choices": (1 + rows.negatives).log(),
     }
     return {f"xlco/{name}": values.sum() for name, values in columns.items()} | {"xlco/items": len(rows.loss)}

@@ -1,4 +1,4 @@
-"""What the user is told of a run: figures, probes, saves, steps that were not applied."""
+"""Tells the user about a run: figures, probes, saves, and steps that were not applied."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from infoxlm_ds.state import TrainState
 
 
 def say(sinks: Sinks | None, text: str) -> None:
-    """A line on rank 0's screen."""
+    """Print a line on rank 0's screen."""
     if sinks is not None:
         sinks.say(text)
 
 
 def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
-    """Figures of the interval since the last log. Collective."""
+    """Write the figures of the interval since the last log. Collective."""
     sums, languages, pairs, seconds = state.meter.collect()
     _return_freed_memory()
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
@@ -63,7 +63,7 @@ def probe(state: TrainState, sinks: Sinks | None) -> None:
 
 
 def tell_of_skip(state: TrainState, sinks: Sinks | None) -> None:
-    """Say why the last step was not applied. NotFinite where that was one too many in a row."""
+    """Say why the last step was not applied. NotFinite after `optimizer.most_skipped` such steps in a row."""
     why, times = state.skipped[-1], len(state.skipped)
     if sinks is not None:
         sinks.write(state.step, {}, {"skipped": why})
@@ -72,14 +72,14 @@ def tell_of_skip(state: TrainState, sinks: Sinks | None) -> None:
         good = state.checkpoints.store.latest()
         on = f"go on from {good.name}, with resume.allow_change=[optimizer.learning_rate] and" if good else "start with"
         raise NotFinite(
-            f"{times} steps in a row after step {state.step} were not applied: {why}. Look into that data, or {on} a "
+            f"{times} steps in a row after step {state.step} were not applied: {why}. Look at that data, or {on} a "
             "lower optimizer.learning_rate"
         )
 
 
 def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None) -> None:
-    """What a save cost, or why it failed: then training goes on, and saves again when it is due. None: no save has come
-    to its end."""
+    """Report what a save cost, or why it failed. After a failed save, training goes on and saves again when the next
+    save is due. `outcome` is None if no save has ended."""
     if outcome is None:
         return
     state.unsaved = outcome.problem
@@ -98,13 +98,15 @@ def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None
 
 
 def peak_memory() -> float:
-    """The most memory this rank has held so far, in GiB: a GPU's, else the process' resident memory."""
+    """The most memory that this rank has held so far, in GiB: a GPU's memory or, without a GPU,
+    the process' resident memory."""
     if dist.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _return_freed_memory() -> None:
-    """Batches differ in length, and glibc keeps what they leave: a CPU rank grew from 0.7 to 4.4 GB in 700 steps."""
+    """Return freed memory to the system. Batches differ in length, and glibc keeps the memory that they free: a CPU
+    rank grew from 0.7 to 4.4 GB in 700 steps."""
     if dist.device().type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

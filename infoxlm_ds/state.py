@@ -1,4 +1,4 @@
-"""All that a run is made of, for the trainer to move and for reports to read."""
+"""The state of a run. The trainer changes it, and the reports read it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from infoxlm_ds.objective import Objective
 
 @dataclass
 class TrainState:
-    """`step` counts applied optimizer steps, `consumed` the steps' batches taken from the streams."""
+    """`step`: optimizer steps applied. `consumed`: steps whose batches were taken from the streams."""
 
     identity: Identity
     vocabulary: int
@@ -35,18 +35,18 @@ class TrainState:
     best: Best | None = None  # of the probes
     unsaved: str = ""  # why the last save failed, if it did
     meter: Meter = field(default_factory=Meter)
-    observed: Scalars = field(default_factory=dict)  # of single steps, until they are logged
-    skipped: list[str] = field(default_factory=list)  # why each step since the last applied one was not applied
-    again: list[JointBatch] | None = None  # a step's lanes that only the loss scale kept from being applied
+    observed: Scalars = field(default_factory=dict)  # values of single steps, until they are logged
+    skipped: list[str] = field(default_factory=list)  # for each step since the last applied one: why it was not
+    again: list[JointBatch] | None = None  # lanes of a step that failed only because of the loss scale
 
     @property
     def recipe(self) -> Recipe:
         return self.identity.recipe
 
     def due(self, every: int) -> bool:
-        """Whether what happens every so many steps happens now: at the last step, it always does."""
+        """Whether something that happens every `every` steps happens now. At the last step, it always does."""
         return self.step % every == 0 or self.step == self.recipe.optimizer.steps
 
     def saved(self) -> Saved:
-        """What a checkpoint says of this moment, beside its tensors."""
+        """What a checkpoint holds beside its tensors, at this moment."""
         return Saved(self.step, self.consumed, self.loader.cursors, self.best)

@@ -1,6 +1,6 @@
-"""What the DeepSpeed launcher runs: `deepspeed infoxlm_ds/train.py recipes/demo.yaml [key.path=value ...]`.
+"""The program that the DeepSpeed launcher runs: `deepspeed infoxlm_ds/train.py recipes/demo.yaml [key.path=value ...]`.
 
-Parse, join the other ranks, build, fit, close.
+It parses, joins the other ranks, builds, fits and closes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options = parser.parse_args(arguments)
     _quieten()
-    for number in (signal.SIGINT, signal.SIGTERM):  # until there is something to save
+    for number in (signal.SIGINT, signal.SIGTERM):  # until there is a state to save
         signal.signal(number, lambda number, frame: os._exit(STOPPED_ON_REQUEST))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_and_fit(inputs: Inputs) -> int:
-    """Whatever ends it, every rank ends and its cause is told. Returns the exit code."""
+    """Build the state and train. After an error, every rank ends and the cause is reported. Returns the exit code."""
     run, store = inputs.identity.recipe.run, inputs.checkpoints.store
     if dist.rank() == 0:
         failures.forget(run)
@@ -81,16 +81,17 @@ def fit_and_close(state: TrainState) -> int:
 
 
 def _quieten() -> None:
-    """DeepSpeed's start-up chatter and announcements of renames are not the user's."""
+    """Hide DeepSpeed's start-up messages and its announcements of renames. They do not concern the user."""
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    ours = ("OVERFLOW!", "MPU is not provided")  # we report the first; the second is no fault
+    ours = ("OVERFLOW!", "MPU is not provided")  # we report overflows; the second is no error
     log.addFilter(lambda record: not any(words in record.getMessage() for words in ours))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _mistake(error: Exception, code: int = 2) -> int:
-    """Told by rank 0; before the ranks have joined, by the first rank of each host."""
+    """Print the error on rank 0. If the ranks have not joined yet, print it on the first rank of
+    each host. Returns `code`."""
     if (dist.rank() if dist.active() else dist.local_rank()) == 0:
         print(f"infoxlm: {error}", file=sys.stderr)
     return code

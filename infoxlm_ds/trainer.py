@@ -1,4 +1,4 @@
-"""The loop. Read `fit`, then `train_step`."""
+"""The training loop. Read `fit`, then `train_step`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class SaveFailed(dist.AllRanksError):
 
 
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
-    """Train to the recipe's last step. True when done; False when a signal asked to stop. Either way the last step is
-    saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied, SaveFailed where the last step
-    could not be saved.
+    """Train to the recipe's last step. Returns True if it was reached, False if a signal asked to stop. In both cases
+    the last step is saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied. SaveFailed if
+    the last step could not be saved.
 
-    `sinks`: rank 0's, None elsewhere.
+    `sinks`: rank 0's outputs; None on other ranks.
     """
     recipe, stop = state.recipe, _StopOnSignal()
     if recipe.memory.dry_run if recipe.memory.dry_run is not None else dist.device().type == "cuda":
@@ -51,7 +51,7 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
         if state.step == first + 1:
             dist.set_timeout(recipe.timeout.step)
         saving = state.due(recipe.checkpoint.every)
-        if saving or state.due(recipe.log.every):  # no interval spans a checkpoint: a run that goes on loses none
+        if saving or state.due(recipe.log.every):  # log before each save: a resumed run loses no figures
             log()
         if recipe.probe is not None and state.due(recipe.probe.every):
             reporting.probe(state, sinks)
@@ -69,8 +69,8 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
 
 
 def train_step(state: TrainState) -> bool:
-    """One global batch: keys and counts of the whole step, one pass a lane, one update. True if the update was
-    applied."""
+    """One global batch: prepare the keys and counts of the whole step, run one pass for each lane, make one update.
+    Returns True if the update was applied."""
     lanes = _next_lanes(state)
     queue = state.queue.view() if state.queue is not None else None
     step = state.objective.prepare(lanes, state.momentum, queue)
@@ -89,7 +89,8 @@ def train_step(state: TrainState) -> bool:
         state.meter.add({"skipped": 1})
         faults = find_faults(state.loader.lanes, lanes, reports, representations)
         state.skipped.append(explain(faults, scale, state.engine.loss_scale))
-        if not faults and state.engine.adapts_loss_scale:  # how often depends on the cluster, the data must not
+        # How often the loss scale overflows depends on the cluster. The data must not: take the same lanes again.
+        if not faults and state.engine.adapts_loss_scale:
             state.again = lanes
     return applied
 
@@ -116,7 +117,7 @@ def _after_update(
     reports: Sequence[Report],
     representations: Sequence[Representations],
 ) -> None:
-    """What moves with the weights: the count, the key encoder, the queue, the figures."""
+    """Everything that follows an applied update: the step count, the figures, the key encoder, the queue."""
     state.step += 1
     state.skipped.clear()
     state.meter.add({"steps": 1})
@@ -141,8 +142,8 @@ def _after_update(
 
 
 def rehearse(state: TrainState) -> float:
-    """A step of which nothing stays, with the longest batch that the recipe can make on every lane. Returns the rank's
-    peak of memory, in GiB. UserError where a GPU's memory does not suffice."""
+    """Run a step with the longest batch that the recipe can make on every lane. Nothing of it stays. Returns the rank's
+    peak of memory, in GiB. UserError if the GPU's memory is too small."""
     lanes = [state.loader.longest_batch().to(dist.device())] * len(state.loader.lanes)
     try:
         step = state.objective.prepare(lanes, state.momentum, state.queue.view() if state.queue else None)
@@ -151,13 +152,15 @@ def rehearse(state: TrainState) -> float:
         raise UserError(
             "a step with the longest batch does not fit into the GPU's memory: set a smaller batch.mmlm_tokens, "
             "batch.tlm_tokens or batch.xlco_pairs (and more batch.lanes), memory.activation_checkpointing=true, or an "
-            f"engine configuration of a higher ZeRO stage; `infoxlm plan` estimates. {str(error).splitlines()[0]}"
+            "engine configuration of a higher ZeRO stage; `infoxlm plan` estimates the memory. "
+            f"{str(error).splitlines()[0]}"
         ) from None
     return peak_memory()
 
 
 def save(state: TrainState, sinks: Sinks | None) -> None:
-    """Start to save, behind whatever of the last one is still under way; unless asynchronous, finish too."""
+    """Finish the last save if it is still under way, then start this one. If saves are not
+    asynchronous, finish it too."""
     reporting.tell_of_save(state, sinks, state.checkpoints.finish())
     state.checkpoints.save(state.saved(), state.identity, state.engine, state.momentum, state.queue)
     if not state.recipe.checkpoint.asynchronous:
@@ -165,7 +168,7 @@ def save(state: TrainState, sinks: Sinks | None) -> None:
 
 
 class _StopOnSignal:
-    """SIGINT and SIGTERM end the run after the current step, on all ranks at the same one."""
+    """SIGINT and SIGTERM end the run after the current step. All ranks end at the same step."""
 
     def __init__(self) -> None:
         self._asked = False

@@ -1,14 +1,15 @@
-"""Three ways through cross-lingual contrast (XlCo; InfoXLM, sections 3.2 and 3.3), of which a run has one.
+"""Three ways to compute cross-lingual contrast (XlCo; InfoXLM, sections 3.2 and 3.3). A run uses one of them.
 
 - `AgainstMomentumKeys`: queries against keys of the momentum encoder (InfoXLM; MoCo).
-- `TrainedKeys`: both sides have a gradient; each rank has one lane, and the contrast runs inside its pass.
-- `CachedTrainedKeys`: the same with several lanes a rank. All lanes are encoded without a graph, the contrast is taken
-  once for the whole step, and each lane's pass carries its part of the gradient back (Gao et al., 2021). So the
-  contrast is as large as the step, however few pairs fit into memory.
+- `TrainedKeys`: both sides of a pair have a gradient. Each rank has one lane, and the contrast runs inside its pass.
+- `CachedTrainedKeys`: trained keys with several lanes on a rank. First, all lanes are encoded without a graph. Then the
+  contrast of the whole step is computed once. Last, each lane's pass carries its part of the gradient back (Gao et al.,
+  2021). So the contrast is as large as the step, however few pairs fit into memory.
+
+A lane is one micro-batch of a step. A lane's `share` is its part of the step's loss: shares and their gradients add up
+over lanes and ranks.
 
 Legend: b pairs of a lane, N pairs of the step, D width, R rows of a report.
-
-A lane's `share` is its part of the step's loss: shares and their gradients add up over lanes and ranks.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ from infoxlm_ds.losses.contrast import Form, Keys, Report, Temperature, contrast
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.model.momentum import MomentumEncoder
 
-Representations = Sides[Tensor]  # [b, D] each; [0, D] of a side that takes no part
+Representations = Sides[Tensor]  # [b, D] each; a side that takes no part is [0, D]
 
 
 class Rows(NamedTuple):
-    """What the contrast reports, and the language pairs of the items its rows are of, [b, 1 or 2]."""
+    """The report of the contrast, and the language pairs of the items of its rows, [b, 1 or 2]."""
 
     report: Report
     names: np.ndarray
 
 
 class XlCo(ABC):
-    """One way through the contrast: `prepare` once a step, `share` for each of its lanes."""
+    """One way to compute the contrast: `prepare` once a step, then `share` for each of its lanes."""
 
     def __init__(self, contrast: Contrast, temperature: Temperature | None) -> None:
-        """`temperature`: a learned one, in place of the recipe's number."""
+        """`temperature`: a learned temperature, which replaces the recipe's number."""
         self._symmetric, self._number, self._learned = contrast.symmetric, contrast.temperature, temperature
-        # Vectors come normalised from the sentence head where the recipe wants it.
+        # If the recipe asks for it, the sentence head has already normalised the vectors.
         self._form = Form(
             in_batch=contrast.in_batch,
             margin=contrast.margin,
@@ -57,14 +58,15 @@ class XlCo(ABC):
     def prepare(
         self, lanes: Sequence[JointBatch], pairs: int, momentum: MomentumEncoder | None, queue: Keys | None
     ) -> Any:
-        """What this rank's lanes (lowest first) need of the whole step of N `pairs`. Collective."""
+        """What this rank's lanes (lowest first) need to know about the whole step of N `pairs`. Collective."""
 
     @abstractmethod
     def share(self, own: Representations, lane: JointBatch, step: Any, slot: int) -> tuple[Tensor, Rows | None]:
-        """The share of the rank's lane number `slot`, whose representations have a graph, and its rows, if it has."""
+        """The share of this rank's lane number `slot`, and its rows if it has any. `own`: its
+        representations, with a graph."""
 
     def second_sides(self, step: Any, lanes: Sequence[JointBatch], own: Sequence[Representations]) -> Keys:
-        """Second sides of all lanes of the step, in lane order. Collective. `own`: this rank's representations."""
+        """The second sides of all lanes of the step, in lane order. Collective. `own`: this rank's representations."""
         ids = dist.gather_lanes([lane.text_ids for lane in lanes])
         return Keys(dist.gather_lanes([sides.second for sides in own]), ids)
 
@@ -80,13 +82,14 @@ class XlCo(ABC):
     ) -> tuple[Tensor, Report]:
         """This rank's share of the contrast between trained sides."""
         loss, report = contrast(*sides, temperature, self._form, ids=ids, queue=queue, symmetric=self._symmetric)
-        return loss / dist.world_size(), report  # every rank has the whole loss, and gradients times their number
+        # Every rank computes the whole loss, and its gradients are too large by a factor of the world size.
+        return loss / dist.world_size(), report
 
 
 @dataclass(frozen=True)
 class KeysOfStep:
-    """Momentum keys of all lanes and ranks in lane order, [N, D] each; first sides only where the contrast is
-    symmetric."""
+    """Momentum keys of all lanes and ranks in lane order, [N, D] each. Only a symmetric contrast has
+    keys of first sides."""
 
     keys: Sides[Keys]
     queue: Keys | None
@@ -94,7 +97,8 @@ class KeysOfStep:
 
 
 class AgainstMomentumKeys(XlCo):
-    """First sides against second sides' keys, and the other way round where it is symmetric."""
+    """Contrasts first sides with keys of second sides and, if it is symmetric, also second sides with
+    keys of first sides."""
 
     def prepare(
         self, lanes: Sequence[JointBatch], pairs: int, momentum: MomentumEncoder | None, queue: Keys | None
@@ -113,7 +117,7 @@ class AgainstMomentumKeys(XlCo):
         return KeysOfStep(Sides(first, second), queue, pairs)
 
     def share(self, own: Representations, lane: JointBatch, step: KeysOfStep, slot: int) -> tuple[Tensor, Rows | None]:
-        if step.queue is None and not self._form.in_batch:  # the queue still fills
+        if step.queue is None and not self._form.in_batch:  # the queue is not full yet
             nothing = [(x, torch.zeros_like(x)) for x in (*own, *self._learned_values())]
             return finished(own.first.new_zeros(()), nothing), None
         place = len(lane.text_ids) * (slot * dist.world_size() + dist.rank())
@@ -141,7 +145,7 @@ class AgainstMomentumKeys(XlCo):
 
 
 class TrainedKeys(XlCo):
-    """Both sides trained, within a lane's pass: each rank has one lane."""
+    """Both sides are trained, inside a lane's pass. Each rank has one lane."""
 
     def prepare(
         self, lanes: Sequence[JointBatch], pairs: int, momentum: MomentumEncoder | None, queue: Keys | None
@@ -156,8 +160,8 @@ class TrainedKeys(XlCo):
 
 @dataclass(frozen=True)
 class CachedStep:
-    """The contrast of the whole step: this rank's share and rows, each lane's d share / d representations, and d share
-    / d temperature."""
+    """The contrast of the whole step: this rank's share and rows, d share / d representations of each lane, and d
+    share / d temperature."""
 
     share: Tensor
     rows: Rows
@@ -166,7 +170,7 @@ class CachedStep:
 
 
 class CachedTrainedKeys(XlCo):
-    """Both sides trained, with several lanes a rank."""
+    """Both sides are trained, with several lanes on a rank."""
 
     def __init__(
         self, contrast: Contrast, temperature: Temperature | None, encoder: Callable[[], SentenceEncoder]
@@ -180,7 +184,7 @@ class CachedTrainedKeys(XlCo):
         encoder = self._encoder()
         with torch.no_grad():
             encoded = [split_sides(encoder(lane.queries_alone), lane.sides) for lane in lanes]
-        # fp32 from here on: a loss scale comes on the gradients later.
+        # fp32 from here on: these gradients do not have the loss scale yet.
         wide = torch.promote_types(encoded[0].first.dtype, torch.float32)
         sides = Sides(*(torch.cat(side).to(wide) for side in zip(*encoded, strict=True)))
         learned = [x.detach() for x in self._learned_values()]
@@ -195,7 +199,7 @@ class CachedTrainedKeys(XlCo):
         return CachedStep(share.detach(), rows, gradients, d_temperature[0] if learned else None)
 
     def share(self, own: Representations, lane: JointBatch, step: CachedStep, slot: int) -> tuple[Tensor, Rows | None]:
-        """Share, rows and the temperature's gradient are the whole rank's: the first lane has them."""
+        """The first lane returns the share, the rows and the temperature's gradient of the whole rank."""
         first = slot == 0
         inputs = list(zip(own, step.gradients[slot], strict=True))
         if step.d_temperature is not None:
@@ -206,7 +210,7 @@ class CachedTrainedKeys(XlCo):
 def choose_xlco(
     contrast: Contrast, lanes_a_rank: int, temperature: Temperature | None, encoder: Callable[[], SentenceEncoder]
 ) -> XlCo:
-    """The way of a recipe. `encoder` gives the trained sentence encoder."""
+    """The way that the recipe asks for. `encoder` returns the trained sentence encoder."""
     if contrast.keys == "momentum":
         return AgainstMomentumKeys(contrast, temperature)
     if lanes_a_rank == 1:

@@ -1,10 +1,12 @@
-"""The joint batch: one flat batch for all three losses, and all that a lane's pass reads, as tensors.
+"""The joint batch: one flat batch of token sequences for all three losses, and all other tensors that
+a lane's pass reads.
 
-A lane is one micro-batch of a step. It is the same whatever rank runs it.
+A lane is one micro-batch of a step. It is the same on whatever rank it runs.
 
-Legend: T tokens, S sequences, M masked rows, B pairs of this lane, I text ids an item.
+Legend: T tokens, S sequences, M masked rows, B pairs of this lane, I text ids of an item.
 
-Order of the sequences: MMLM blocks, TLM pairs, then XlCo queries, which leave the encoder at the universal layer.
+Order of the sequences: MMLM blocks, TLM pairs, XlCo queries. The queries leave the encoder at the universal layer, the
+inner layer whose output the contrast reads.
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from infoxlm_ds.data.sequences import Sequences, Texts, assemble, mix
 from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
 from infoxlm_ds.data.upload import to_device
 
-# Text ids an item, by mixup: two sides and what all translations of the row share.
+# Text ids of an item, by mixup. A pair has one for each side and one that all translations of its row share.
 N_TEXTS = {"off": 3, "paper": 6, "reference": 6}
 X = TypeVar("X")
 
 
 class Sides(NamedTuple, Generic[X]):
-    """Something of the first sides of pairs, and the same of their second sides."""
+    """A value for the first sides of pairs, and one for their second sides."""
 
     first: X
     second: X
 
 
 def split_sides(rows: Tensor, counts: Sides[int]) -> Sides[Tensor]:
-    """Rows of first sides and, behind them, of second sides, apart."""
+    """Split rows into those of first sides and those of second sides, which follow them."""
     return Sides(*rows.split(list(counts)))
 
 
@@ -46,11 +48,12 @@ def split_sides(rows: Tensor, counts: Sides[int]) -> Sides[Tensor]:
 class JointBatch:
     """One lane's micro-batch, ready for its pass.
 
-    `tokens`: MMLM's and TLM's sequences, the trunk, and behind them XlCo's queries; `trunk` and `queries` are the
-    layouts of either alone. `rows` and `labels` [M] int64: masked tokens, the first `mmlm` of them MMLM's. `sides`: how
-    many queries are first and second sides; `keys`, `key_sides`: the same of what the key encoder reads, None where
-    keys have a gradient. A count is B, or 0 where the side takes no part. `text_ids` [B, I] int64. `names`: by task
-    each item's language or pair of languages; XlCo's are [B, 1], or [B, 2] of mixed pairs.
+    `tokens`: the sequences of MMLM and TLM, called the trunk, then XlCo's queries. `trunk`, `queries`: the layout of
+    each of these two parts alone. `rows`, `labels` [M] int64: masked tokens; the first `mmlm` of them are MMLM's.
+    `sides`: how many queries are first sides and how many are second sides. `keys`, `key_sides`: the same for the
+    input of the key encoder; `keys` is None if keys have a gradient. A number of sides is B, or 0 if the side takes no
+    part. `text_ids` [B, I] int64. `names`: by task, each item's language or pair of languages; XlCo's are [B, 1], or
+    [B, 2] for mixed pairs.
     """
 
     tokens: FlatBatch
@@ -67,21 +70,21 @@ class JointBatch:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What each task's mean is taken over: masked pieces, masked pieces, pairs."""
+        """The number of items in each task's mean: masked pieces, masked pieces, pairs."""
         return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
 
     @property
     def queries_alone(self) -> FlatBatch:
-        """The queries as a batch of their own. Their layout has dense groups only where such a pass is to come."""
+        """The queries as a batch of their own. Their layout has dense groups only if they get a pass of their own."""
         return FlatBatch(self.tokens.ids[self.trunk.tokens :], self.queries)
 
     def to(self, device: torch.device) -> JointBatch:
-        """By one upload."""
+        """The same batch on a device, by one upload."""
         return to_device(self, device)
 
 
 class _Pairs(NamedTuple):
-    """What a lane has of the contrast: sequences by side, text ids [B, I] and names."""
+    """A lane's part of the contrast: sequences by side, text ids [B, I] and names."""
 
     sides: Sides[Sequences]
     text_ids: np.ndarray
@@ -89,12 +92,12 @@ class _Pairs(NamedTuple):
 
 
 class BatchBuilder:
-    """Takes rows from the three streams and makes a lane's next joint batch."""
+    """Takes rows from the three streams and makes the next joint batch of a lane."""
 
     def __init__(self, recipe: Recipe, corpus: Corpus, own_lanes: list[int], dense: bool = True) -> None:
-        """`dense`: attention of these batches will run in dense groups."""
+        """`dense`: attention on these batches will run in dense groups."""
         self._recipe, self._corpus, self._dense = recipe, corpus, dense
-        # Trained keys of several lanes are first encoded in a pass of their own.
+        # With trained keys and several lanes on a rank, queries are first encoded in a pass of their own.
         self._queries_alone = recipe.contrast.keys == "gradient" and len(own_lanes) > 1
         self._tokenizer = corpus.manifest.tokenizer
         self._regular = np.ones(self._tokenizer.vocab_size, bool)
@@ -119,7 +122,7 @@ class BatchBuilder:
         self._check_size()
 
     def build(self, lane: int, step: int) -> JointBatch:
-        """The micro-batch of `lane` at `step`; masks and mixup are keyed by both."""
+        """The micro-batch of `lane` at `step`. Masks and mixup are keyed by both."""
         blocks, masked, names = [], {}, {}
         sizes = {
             "mmlm": (self._recipe.batch.mmlm_tokens, self._tokenizer.overhead(1)),
@@ -150,20 +153,20 @@ class BatchBuilder:
         )
 
     def longest(self) -> JointBatch:
-        """A micro-batch that takes as much memory as any of the recipe's can: budgets used up, pairs of the longest
-        texts, as many masked pieces as chance ever gives. Its contents mean nothing."""
-        one, two = _longest(self._corpus, 1), _longest(self._corpus, 2)
+        """A micro-batch that takes as much memory as any that the recipe can make: full token budgets, pairs of the
+        longest texts, and as many masked pieces as chance ever gives. Its contents mean nothing."""
+        single, double = _longest(self._corpus, 1), _longest(self._corpus, 2)
         recipe = self._recipe
         batch, tasks, probability = recipe.batch, recipe.tasks, recipe.masking.probability
         trunk, masked = [], []
-        for task, budget, longest in (("mmlm", batch.mmlm_tokens, one), ("tlm", batch.tlm_tokens, two)):
+        for task, budget, longest in (("mmlm", batch.mmlm_tokens, single), ("tlm", batch.tlm_tokens, double)):
             filled = max(budget, longest) if tasks[task] else 0
             trunk += [longest] * (filled // longest) + [filled % longest] * (filled % longest > 0)
             often = probability * filled + 5 * (probability * filled) ** 0.5  # five standard deviations
             masked.append(min(filled, int(often)))
         pairs = batch.xlco_pairs if tasks["xlco"] else 0
         piece, n_ids = self._tokenizer.special_ids["unk"], N_TEXTS[recipe.contrast.mixup]
-        side = Sequences.filled(np.full(pairs, one if recipe.contrast.mixup == "off" else two), piece)
+        side = Sequences.filled(np.full(pairs, single if recipe.contrast.mixup == "off" else double), piece)
         return self._joint(
             Sequences.filled(np.array(trunk, np.int64), piece),
             Sides(side, side),
@@ -185,7 +188,7 @@ class BatchBuilder:
         text_ids: np.ndarray,
         names: dict[str, np.ndarray],
     ) -> JointBatch:
-        """Sequences and masked rows as tensors, with their layouts."""
+        """Make the tensors and layouts of sequences and masked rows."""
         contrast, none = self._recipe.contrast, Sequences.concatenate([])
         trained = contrast.keys == "gradient"
         queries = Sides(pairs.first, pairs.second if trained or contrast.symmetric else none)
@@ -209,15 +212,15 @@ class BatchBuilder:
         return flat_batch(together.ids, together.lengths, self._dense)
 
     def _check_size(self) -> None:
-        """UserError where one step would read the corpus more than once."""
+        """UserError if one step would read the corpus more than once."""
         batch, twice = self._recipe.batch, 1 if self._recipe.contrast.mixup == "off" else 2
         for task, reader in self.readers.items():
             name, has = ("xlco_pairs", reader.items) if task == "xlco" else (f"{task}_tokens", reader.tokens)
             needs = getattr(batch, name) * batch.lanes * (twice if task == "xlco" else 1)
             if needs > has:
                 raise UserError(
-                    f"a step of batch.{name} {getattr(batch, name)} on {batch.lanes} lanes reads {needs}, the corpus "
-                    f"{self._corpus.path} has {has}: set a smaller batch.{name} or bring more text"
+                    f"a step of batch.{name} {getattr(batch, name)} on {batch.lanes} lanes reads {needs}, but the "
+                    f"corpus {self._corpus.path} has {has}: set a smaller batch.{name} or add text"
                 )
 
     def _pairs(self, lane: int, step: int) -> _Pairs:
@@ -243,7 +246,7 @@ class BatchBuilder:
         return keyed_generator(self._recipe.seed, use, lane, step)
 
     def _names(self, rows: Rows) -> np.ndarray:
-        """Each item's language or, whatever its direction, pair of languages."""
+        """Each item's language or pair of languages. Both directions of a pair have the same name."""
         names = np.array(self._corpus.languages)[np.sort(rows.languages, axis=0)]
         return names[0] if len(names) == 1 else names[0] + np.array("-") + names[1]
 
@@ -253,7 +256,7 @@ def _grouping(contrast: Contrast) -> Grouping:
 
 
 def longest_sequence(recipe: Recipe, corpus: Corpus) -> int:
-    """Tokens of the longest sequence a recipe can make of a corpus, special tokens included."""
+    """Tokens of the longest sequence that a recipe can make of a corpus, special tokens included."""
     two = recipe.tasks["tlm"] or recipe.contrast.mixup != "off"
     return _longest(corpus, 2 if two else 1)
 

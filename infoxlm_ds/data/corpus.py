@@ -1,4 +1,5 @@
-"""A prepared corpus: its manifest, the indices of its sources, and packs by number."""
+"""A prepared corpus: its manifest, the indices of its sources, and its packs by number. A pack
+is 512 tokenised rows."""
 
 from __future__ import annotations
 
@@ -13,23 +14,23 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data.manifest import Source, load_manifest
 from infoxlm_ds.data.packs import Pack, read_pack
 
-PACKS_KEPT = 64  # decoded, for windows of several lanes and streams that draw the same packs
+PACKS_KEPT = 64  # decoded packs in memory: windows of several lanes and streams draw the same ones
 
 
 class Corpus:
     """A corpus folder: manifest, indices, and packs on demand."""
 
     def __init__(self, path: Path, look_at_files: bool = True) -> None:
-        """UserError where it is no corpus, an index is damaged or, if `look_at_files`, a file is missing or has another
-        size than the manifest says. Shards are not hashed here: each pack is checked when it is read."""
+        """UserError if the folder is not a corpus, an index is damaged or, with `look_at_files`, a file is missing or
+        its size is not the manifest's. Shards are not hashed here: each pack is checked when it is read."""
         self.path, self.manifest = path, load_manifest(path)
         for file in self.manifest.files() if look_at_files else ():
-            found = path / file.name
-            if not found.is_file():
-                raise UserError(f"{found} is missing: restore the file or prepare the corpus again")
-            if found.stat().st_size != file.bytes:
+            location = path / file.name
+            if not location.is_file():
+                raise UserError(f"{location} is missing: restore the file or prepare the corpus again")
+            if location.stat().st_size != file.bytes:
                 raise UserError(
-                    f"{found} has {found.stat().st_size} bytes, not {file.bytes}: "
+                    f"{location} has {location.stat().st_size} bytes, not {file.bytes}: "
                     "restore the file or prepare the corpus again"
                 )
         self.sources = self.manifest.sources

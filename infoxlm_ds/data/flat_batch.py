@@ -1,4 +1,4 @@
-"""A flat batch: sequences one behind the other in one row of tokens, and all that attention must know of them.
+"""A flat batch: sequences one behind the other in one row of tokens, and their layout, which attention reads.
 
 Legend: T tokens, S sequences, P tokens of all groups after padding.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PADDING_FACTOR = 1.15  # a group's longest sequence over its shortest, at most
+PADDING_FACTOR = 1.15  # the longest sequence of a group is at most so many times its shortest
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Group:
     start: int
     stop: int
     length: int
-    mask: Tensor | None  # [count, 1, 1, length] bool, True for real tokens; None where all lengths are equal
+    mask: Tensor | None  # [count, 1, 1, length] bool, True for real tokens; None if all lengths are equal
 
 
 @dataclass(frozen=True)
 class DenseGroups:
-    """Groups of sequences of nearly equal length. `gather` [P] takes tokens into the padded order of the groups,
-    `scatter` [T] brings them back."""
+    """Groups of sequences of nearly equal length. `gather` [P] puts tokens into the padded order of the groups, and
+    `scatter` [T] puts them back."""
 
     gather: Tensor
     scatter: Tensor
@@ -36,10 +36,12 @@ class DenseGroups:
 
 @dataclass(frozen=True)
 class Layout:
-    """How T tokens fall into S sequences: for each token its position in its sequence and its sequence's number ([T],
-    int64), the lengths [S] int64, where sequences begin and end (`cu_seqlens` [S + 1], int32), the longest length.
+    """How T tokens form S sequences.
 
-    `dense` is there where attention runs in dense groups; the varlen kernel reads `cu_seqlens` and `longest`.
+    `positions` [T] int64: each token's position in its sequence. `sequence` [T] int64: the number of each
+    token's sequence. `lengths` [S] int64. `cu_seqlens` [S + 1] int32: where sequences begin and end.
+    `longest`: the longest length. `dense`: None if attention does not run in dense groups; then the varlen
+    kernel reads `cu_seqlens` and `longest`.
     """
 
     positions: Tensor
@@ -56,14 +58,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """Token ids [T] int64 and how they fall into sequences."""
+    """Token ids [T] int64 and their layout."""
 
     ids: Tensor
     layout: Layout
 
 
 def flat_batch(ids: np.ndarray, lengths: np.ndarray, dense: bool = True) -> FlatBatch:
-    """Sequences with these lengths [S] (each at least 1), whose ids [T] lie one behind the other."""
+    """The flat batch of sequences. `ids` [T]: theirs, one sequence behind the other; `lengths` [S]: each at least 1."""
     return FlatBatch(_tensor(ids), make_layout(lengths, dense))
 
 
@@ -89,7 +91,7 @@ def _dense_groups(lengths: np.ndarray) -> DenseGroups:
         members, length = order[first:last], int(ordered[last - 1])
         column = np.arange(length)[None, :]
         real = column < lengths[members, None]
-        # A padded column repeats the sequence's last token: any real token will do, for the mask hides it.
+        # Padding repeats the sequence's last token. Any real token would do, because the mask hides it.
         gather.append((starts[members, None] + np.minimum(column, lengths[members, None] - 1)).ravel())
         valid.append(real.ravel())
         mask = None if real.all() else torch.from_numpy(real)[:, None, None, :]

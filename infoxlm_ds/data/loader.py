@@ -1,4 +1,5 @@
-"""The batches of this rank's lanes, step by step, made ahead in a thread. The position counts what was consumed."""
+"""Gives the batches of this rank's lanes, step by step. A thread makes them ahead. The
+position counts consumed steps."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ STEPS_AHEAD = 2
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A step's micro-batches of this rank, lowest lane first, and where the streams stand after them."""
+    """A step's micro-batches of this rank, lowest lane first, and the positions of the streams after them."""
 
     lanes: list[JointBatch]
     cursors: Cursors
 
 
 class Loader:
-    """Iterates over steps for ever. `rank` of `world` runs the lanes l = rank (mod world)."""
+    """Iterates over steps without end. Rank `rank` of `world` runs the lanes l = rank (mod world)."""
 
     def __init__(self, recipe: Recipe, corpus: Corpus, rank: int, world: int, varlen: bool = False) -> None:
         """`varlen`: the batches go to a GPU that runs varlen attention."""
@@ -40,7 +41,8 @@ class Loader:
         self._thread: threading.Thread | None = None
 
     def restore(self, step: int, cursors: Cursors) -> None:
-        """Go on after `step` consumed steps. Before the first `next` only. A stream without a position starts."""
+        """Go on after `step` consumed steps. Call it only before the first `next`. A stream without a position
+        starts at its beginning."""
         assert self._thread is None
         self._step = step
         for task, reader in self._builder.readers.items():
@@ -59,14 +61,14 @@ class Loader:
         return ready.lanes
 
     def close(self) -> None:
-        """End the thread. A process that ends before it is aborted where the interpreter stops the thread inside torch
-        ("terminate called without an active exception"), whatever its exit code was to be."""
+        """End the thread. If the process ended before it, the interpreter would stop the thread inside torch. That
+        aborts the process ("terminate called without an active exception"), and its exit code is lost."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
 
     def longest_batch(self) -> JointBatch:
-        """See data/batch.py. Takes nothing from the streams."""
+        """See `BatchBuilder.longest`. Takes nothing from the streams."""
         return self._builder.longest()
 
     def _position(self) -> Cursors:
@@ -80,7 +82,7 @@ class Loader:
                     lanes = [in_one_buffer(lane, pinned=True) for lane in lanes]
                 self._step += 1
                 self._put(StepBatches(lanes, self._position()))
-        except BaseException as error:  # whatever it is, the consumer raises it
+        except BaseException as error:  # the consumer raises it
             self._put(error)
 
     def _put(self, item: StepBatches | BaseException) -> None:

@@ -1,4 +1,4 @@
-"""What a prepared corpus says of itself: `manifest.json`, which holds hashes of everything else and of itself."""
+"""`manifest.json`, the description of a prepared corpus. It holds hashes of everything else and of itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Shard(File):
 
 
 class Source(Section):
-    """`languages` are the sides of a row, in the order in which packs hold them."""
+    """`kind`: monolingual text, pairs, or n-way rows, which hold the same sentence in several languages. `languages`:
+    the sides of a row, in the order of the packs."""
 
     name: str
     kind: Literal["mono", "para", "nway"]
@@ -39,8 +40,8 @@ class Source(Section):
 
 
 class Tokenizer(Section):
-    """`special_ids`: bos, pad, eos, unk and mask by name; bos begins every sequence and eos ends every text.
-    `separators`: how many eos stand between two texts, two of XLM-R's and one of BERT's."""
+    """`special_ids`: the ids of bos, pad, eos, unk and mask. bos begins every sequence, and eos ends every text.
+    `separators`: the number of eos between two texts: two for XLM-R, one for BERT."""
 
     name: str
     vocab_size: int
@@ -49,13 +50,13 @@ class Tokenizer(Section):
     files: tuple[File, ...]
 
     def overhead(self, texts: Literal[1, 2]) -> int:
-        """Special tokens of a sequence of one text or of two."""
+        """Number of special tokens of a sequence of one text or of two."""
         return 2 if texts == 1 else 2 + self.separators
 
 
 class Manifest(Section):
-    """`max_tokens`: the longest side in pieces, without special tokens. `counts`: what was split or left out, by
-    reason."""
+    """`max_tokens`: the longest side in pieces, without special tokens. `counts`: how much was split or
+    left out, by reason."""
 
     format: int = FORMAT
     name: str
@@ -67,13 +68,13 @@ class Manifest(Section):
     sha256: str = ""
 
     def render(self) -> str:
-        """The file's text, with the hash of all but itself."""
+        """The text of the file, with the hash of everything except the hash."""
         body = self.model_dump(mode="json") | {"sha256": ""}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         return json.dumps(body | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
 
     def files(self) -> list[File]:
-        """Every file of the corpus but the manifest."""
+        """Every file of the corpus except the manifest."""
         of_sources = [file for source in self.sources for file in (source.index, *source.shards)]
         return [*self.tokenizer.files, *of_sources]
 
@@ -85,8 +86,8 @@ def sha256_of(path: Path) -> str:
 
 
 def load_manifest(corpus: Path) -> Manifest:
-    """The manifest of a corpus folder. UserError where there is none, it is of another format, or a byte of it was
-    changed."""
+    """The manifest of a corpus folder. UserError if there is none, if it has another format, or if a byte
+    of it was changed."""
     path = corpus / NAME
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Which pieces a masked LM has to guess: 15 % of them, 80/10/10 (BERT; XLM-R). A pure function of ids and a keyed
-generator."""
+"""Chooses the pieces that a masked LM has to predict: 15 % of them, 80/10/10 (BERT; XLM-R). A pure function of ids
+and a keyed generator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from infoxlm_ds.config import Masking
 
 @dataclass(frozen=True)
 class Masked:
-    """`ids` [T] after masking, the chosen `rows` [M] in ascending order and the pieces that stood there, `labels`
-    [M]."""
+    """`ids` [T]: ids after masking. `rows` [M]: the chosen positions, in ascending order. `labels` [M]: the
+    pieces that stood there."""
 
     ids: np.ndarray
     rows: np.ndarray
@@ -23,8 +23,8 @@ class Masked:
 def mask_pieces(
     ids: np.ndarray, regular: np.ndarray, mask_id: int, how: Masking, generator: np.random.Generator
 ) -> Masked:
-    """Mask ids [T]. `regular` [V] bool: all ids but the special tokens, which are never chosen nor come in as a random
-    piece."""
+    """Mask ids [T]. `regular` [V] bool: True for all ids except the special tokens. A special token is never chosen,
+    and it is never the random piece that replaces another one."""
     (rows,) = np.nonzero((generator.random(len(ids)) < how.probability) & regular[ids])
     fate, drawn = generator.random(len(rows)), generator.integers(np.count_nonzero(regular), size=len(rows))
     out, labels = ids.copy(), ids[rows]

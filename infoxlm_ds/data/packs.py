@@ -1,4 +1,5 @@
-"""Packs: 512 tokenised rows as three members of a WebDataset tar, written reproducibly and read by byte range.
+"""Packs: 512 tokenised rows as three members of a WebDataset tar. Writing is reproducible, and a pack is read
+by its byte range.
 
 Legend: n rows, s sides of a row (languages of the source), T ids.
 """
@@ -26,9 +27,8 @@ INDEX_COLUMNS = ("shard", "offset", "size", "rows", "tokens", "crc32")
 
 @dataclass(frozen=True)
 class Pack:
-    """`ids` uint32 [T], row by row, a row's sides in the source's order; `lengths` [s, n] uint16 (0: this row lacks
-    that side);
-    `text_ids` [s, n] uint64."""
+    """`ids` uint32 [T]: row by row, the sides of a row in the source's order. `lengths` [s, n] uint16: 0 if the row
+    lacks that side. `text_ids` [s, n] uint64."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -42,7 +42,8 @@ class WrittenShard:
 
 
 def text_id(text: str) -> int:
-    """64-bit hash of a normalised text: equal texts are never negatives of each other. Never 0, which means no text."""
+    """64-bit hash of the normalised text. Equal texts are never negatives of each other. Never 0,
+    which means no text."""
     folded = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().lower()
     return content_id(folded.encode())
 
@@ -55,7 +56,7 @@ def content_id(data: bytes) -> int:
 def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list[WrittenShard], np.ndarray]:
     """Write packs into `folder`/<source>-NNNNN.tar. Returns the shards and the index, int64 [packs, 6]
     (INDEX_COLUMNS)."""
-    import webdataset as wds  # imports torch, which whoever only looks at a corpus need not wait for
+    import webdataset as wds  # imports torch, and a reader of manifests should not wait for that
 
     folder.mkdir(parents=True)
     shards: list[WrittenShard] = []
@@ -66,7 +67,7 @@ def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list
             if writer is not None:
                 writer.close()
             shards.append(WrittenShard(folder / f"{source}-{len(shards):05d}.tar", 0))
-            # mtime must be the integer 0: a float costs a second header a member, and the time makes builds differ.
+            # mtime is the integer 0: a float adds a header to each member, and the real time would make builds differ.
             writer = wds.TarWriter(str(shards[-1].path), encoder=False, mtime=0)
         start = writer.tarstream.offset
         key = f"{source.replace('.', '_')}-{number:08d}"  # webdataset ends a key at the first dot
@@ -81,8 +82,8 @@ def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list
 
 
 def read_pack(shard: Path, offset: int, size: int, crc32: int) -> Pack:
-    """One pack by its place in a shard: a slice of a tar is a tar. UserError where a byte of it is not what was
-    written."""
+    """One pack, by its place in a shard: a slice of a tar is a tar. UserError if its bytes are not
+    those that were written."""
     from webdataset.tariterators import tar_file_iterator
 
     try:

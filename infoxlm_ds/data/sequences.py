@@ -1,8 +1,8 @@
-"""From texts in a corpus to the token sequences that an encoder reads.
+"""Makes the token sequences that an encoder reads from the texts of a corpus.
 
 Legend: T tokens, S sequences, n pairs.
 
-In XLM-R's format a sequence is `<s> a </s>` or `<s> a </s></s> b </s>`; other tokenizers have their own.
+In XLM-R's format a sequence is `<s> a </s>` or `<s> a </s></s> b </s>`. Other tokenizers have their own format.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Sequences:
 
     @staticmethod
     def filled(lengths: np.ndarray, piece: int) -> Sequences:
-        """Sequences of nothing but this piece."""
+        """Sequences that repeat one piece."""
         return Sequences(np.full(int(lengths.sum()), piece), lengths.astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What S sequences are made of: one or two texts each, which begin in a pool of ids at `starts` and have `lengths`,
-    both [1 or 2, S]."""
+    """The texts of S sequences, one or two each. Their ids begin at `starts` in a pool and have `lengths`, both
+    [1 or 2, S]."""
 
     starts: np.ndarray
     lengths: np.ndarray
 
 
 def assemble(pool: np.ndarray, texts: Texts, tokenizer: Tokenizer) -> Sequences:
-    """Sequences of texts in `pool`, with the tokenizer's special tokens."""
+    """Sequences of the texts in `pool`, with the tokenizer's special tokens."""
     starts, lengths = texts.starts, texts.lengths
     two = len(starts) == 2
     total = lengths.sum(0) + tokenizer.overhead(2 if two else 1)
@@ -65,9 +65,9 @@ def assemble(pool: np.ndarray, texts: Texts, tokenizer: Tokenizer) -> Sequences:
 def mix(texts: Texts, crossing: bool, generator: np.random.Generator) -> tuple[Texts, Texts]:
     """First and second sides of mixup contrast (InfoXLM, section 3.3), from n pairs of texts ([2, n]).
 
-    Pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2> or, where `crossing` allows code-switched sides, <c1 d2, c2 d1>.
-    The order within each side is drawn. Neighbours in the stream are partners: random ones, new in every epoch, unless
-    the reader keeps the corpus' own neighbours together.
+    Pairs <c1, c2> and <d1, d2> become <c1 d1, c2 d2>. If `crossing` allows code-switched sides, they may also become
+    <c1 d2, c2 d1>. The order within each side is drawn. Neighbours in the stream are partners. They are random and new
+    in every epoch, unless the reader keeps neighbours of the corpus together.
     """
     n = texts.starts.shape[1] // 2
     c, d = np.arange(n) * 2, np.arange(n) * 2 + 1
@@ -79,12 +79,13 @@ def mix(texts: Texts, crossing: bool, generator: np.random.Generator) -> tuple[T
 def _joined(
     texts: Texts, side: int, rows: tuple[np.ndarray, np.ndarray], crossed: np.ndarray, generator: np.random.Generator
 ) -> Texts:
-    """Two texts a sequence: this side of c and, where it is not crossed, this side of d."""
+    """Two texts for each sequence: this side of c, and this side of d or, if the sequence is
+    crossed, d's other side."""
     c, d = rows
     chosen = [(np.full(len(c), side), c), (side ^ crossed, d)]
     flipped = generator.integers(2, size=len(c)).astype(bool)
     columns = []
     for table in (texts.starts, texts.lengths):
-        one, two = (table[sides, row] for sides, row in chosen)
-        columns.append(np.stack([np.where(flipped, two, one), np.where(flipped, one, two)]))
+        of_c, of_d = (table[sides, row] for sides, row in chosen)
+        columns.append(np.stack([np.where(flipped, of_d, of_c), np.where(flipped, of_c, of_d)]))
     return Texts(*columns)

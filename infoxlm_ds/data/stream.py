@@ -1,5 +1,7 @@
 """Reads a prepared corpus in the order of the plan: windows of shuffled items, lane by lane.
 
+A lane is one micro-batch of a step. A pack is 512 tokenised rows, and a window is a few packs that one lane draws.
+
 Legend: n items, s sides (1 monolingual, 2 a pair), T ids.
 """
 
@@ -15,17 +17,17 @@ from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import Source
 from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
 
-KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}  # what each stream reads
+# The kinds of sources that each stream reads.
+KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """n items whose ids lie in `pool` [T]: side j of item i at `starts[j, i]`, `lengths[j, i]` long.
+    """n items whose ids lie in `pool` [T]: side j of item i begins at `starts[j, i]` and has `lengths[j, i]` ids.
 
-    `text_ids` [s + 1, n] (pairs) or [1, n]: hashes of the sides' texts, and for pairs one that all translations of the
-    row share.
-    `languages` [s, n]: indices into `Corpus.languages`. `where` [3, n]: source, source epoch and row, which name an
-    item.
+    `text_ids`: hashes of the sides' texts, [1, n]; for pairs [s + 1, n], the last one shared by all translations of
+    the row. `languages` [s, n]: indices into `Corpus.languages`. `where` [3, n]: source, source epoch and row,
+    which identify an item.
     """
 
     pool: np.ndarray
@@ -39,7 +41,7 @@ class Rows:
         return self.starts.shape[1]
 
     def select(self, items: slice | np.ndarray) -> Rows:
-        """These items, in this order, on the same pool."""
+        """These items, in this order, with the same pool."""
         columns = (self.starts, self.lengths, self.text_ids, self.languages, self.where)
         return Rows(self.pool, *(column[:, items] for column in columns))
 
@@ -62,8 +64,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which items stay together in the shuffle: `pairs_per_row` drawn of each n-way row; or, `neighbours`, rows 2 i and
-    2 i + 1 of a pack in the same two languages where both have two in common (an odd last row goes with the first)."""
+    """Which items stay together in the shuffle.
+
+    `pairs_per_row`: the number of pairs drawn from each n-way row, which holds the same sentence in several languages.
+    `neighbours`: rows 2 i and 2 i + 1 of a pack stay together, in the same two languages if both have two in common. An
+    odd last row goes with the first row.
+    """
 
     pairs_per_row: int = 1
     neighbours: bool = False
@@ -75,12 +81,12 @@ class Grouping:
         return np.repeat(np.arange(n), self.size(sides)), self.size(sides)
 
     def size(self, sides: int) -> int:
-        """Items of a row with so many sides."""
+        """Items of a row with this number of sides."""
         return self.pairs_per_row if sides > 2 else 1
 
 
 class StreamReader:
-    """One stream of items for some of the lanes. The state is two integers a lane: window and offset."""
+    """One stream of items, for some of the lanes. The state of each lane is two integers: window and offset."""
 
     def __init__(
         self,
@@ -103,7 +109,7 @@ class StreamReader:
             raise UserError(
                 f"{corpus.path} has no source for {stream}, which reads {' or '.join(KINDS[stream])} sources"
             )
-        # Monolingual text has no pairs to choose from: there the pivot only has to be a language of the corpus.
+        # Monolingual text has no pairs to choose from, so its pivot may be any language of the corpus.
         choice = corpus.languages if stream == "mmlm" else {language for s in sources for language in s.languages}
         if pivot is not None and pivot not in choice:
             raise UserError(
@@ -117,8 +123,8 @@ class StreamReader:
         self._windows: dict[int, tuple[int, Rows]] = {}
 
     def take(self, lane: int, *, items: int | None = None, tokens: int | None = None, overhead: int = 0) -> Rows:
-        """The lane's next `items`, or as many as fit into `tokens` at their length plus `overhead` each (at least
-        one)."""
+        """The lane's next `items`, or as many as fit into `tokens` (at least one). Each counts
+        its length plus `overhead`."""
         assert (items is None) != (tokens is None)
         parts: list[Rows] = []
         left = items if items is not None else tokens
@@ -159,7 +165,7 @@ class StreamReader:
         return self._windows[lane][1]
 
     def _rows(self, draw: Draw) -> tuple[Rows, np.ndarray]:
-        """The items of a pack and the sizes of the groups that they make."""
+        """The items of a pack, and the sizes of the groups that they form."""
         number = self._numbers[draw.source]
         source, pack = self._corpus.sources[number], self._corpus.pack(number, draw.pack)
         lengths = pack.lengths.astype(np.int64)
@@ -183,8 +189,9 @@ class StreamReader:
         return items, np.full(n // group, group)
 
     def _pairs(self, source: Source, present: np.ndarray, group: int, generator: np.random.Generator) -> np.ndarray:
-        """Two different sides that each row has, [2, n], in random order; the pivot is one of them in the share asked
-        for. The items of a group share their draw: neighbours get the same two sides, pairs of one row the next two."""
+        """Two different sides of each row, [2, n], in random order. In the share asked for, one of them is the
+        pivot. The items of a group share one draw: neighbours get the same two sides, the pairs of one row get
+        the next two each."""
         neighbours = self._grouping.neighbours
         if neighbours:
             common = np.repeat(present[:, ::2] & present[:, 1::2], 2, axis=1)
@@ -206,6 +213,6 @@ class StreamReader:
 
 
 def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each run, one behind the other."""
+    """start, start + 1, ... of each run, one run behind the other."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

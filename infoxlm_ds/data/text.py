@@ -1,4 +1,4 @@
-"""Text files as users bring them: lines, and n-way rows, which hold the same sentence in several languages."""
+"""Text files of users: lines, and n-way rows, which hold the same sentence in several languages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, plain or .xz. UserError names the file and the line that cannot be read."""
     number = 0
     try:
-        # Read bytes: a text file is decoded ahead, so an error would name a wrong line. It also ends lines at a lone
-        # carriage return, and then aligned files no longer match.
+        # Read bytes. Text mode decodes ahead, so an error would name a wrong line. Text mode also ends lines at a lone
+        # carriage return, so aligned files would no longer match.
         with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             for line in file:
                 text = line.decode("utf-8")
@@ -29,7 +29,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def read_nway(path: Path) -> Iterator[dict[str, str]]:
     """The {language: sentence} of each line `{"key": ..., "text": {language: sentence}}`, without blank sentences.
-    UserError names file and line."""
+    UserError names the file and the line."""
     for number, line in lines(path):
         where = f"{path} line {number}"
         try:

@@ -1,6 +1,6 @@
-"""One upload a batch: all its tensors lie in one buffer, page-locked where a GPU will read it.
+"""Uploads a batch in one copy: all its tensors lie in one buffer, which is page-locked if a GPU will read it.
 
-A batch is any nest of dataclasses and tuples; its tensors are moved, everything else stays as it is.
+A batch is any nest of dataclasses and tuples. Its tensors are moved, and everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 B = TypeVar("B")
-ALIGNMENT = 16  # bytes; a tensor of any type may begin there
+ALIGNMENT = 16  # bytes; a tensor of any type may begin at a multiple of it
 
 
 def in_one_buffer(batch: B, pinned: bool) -> B:
-    """The same batch with its tensors, which are on the host, copied into one buffer."""
+    """The same batch with its tensors copied into one buffer. They must be on the host."""
     sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in _tensors(batch)]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
     parts = iter(buffer.split(sizes))
@@ -31,7 +31,7 @@ def in_one_buffer(batch: B, pinned: bool) -> B:
 
 
 def to_device(batch: B, device: torch.device) -> B:
-    """The same batch on a device, by one copy that does not hold up the host. On a CPU it stays where it is."""
+    """The same batch on a device, by one copy that does not block the host. A batch for a CPU is returned as it is."""
     if device.type == "cpu":
         return batch
     if len({x.untyped_storage().data_ptr() for x in _tensors(batch)}) > 1:
@@ -54,7 +54,7 @@ def _tensors(batch: object) -> list[Tensor]:
 
 
 def _mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `move` of each tensor in it, always in the same order."""
+    """`value` with `move` applied to each tensor in it, always in the same order."""
     if isinstance(value, Tensor):
         return move(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

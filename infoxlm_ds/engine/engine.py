@@ -1,6 +1,6 @@
-"""The engine: starts DeepSpeed, runs micro-steps, says whether a step was applied, gives and takes fp32 masters.
+"""The engine: starts DeepSpeed, runs micro-steps, reports whether a step was applied, reads and writes fp32 masters.
 
-This package is the only place that knows DeepSpeed. docs/design.md ("The engine") lists the traps that it avoids.
+Only this package knows DeepSpeed. docs/design.md ("The engine") lists the traps that it avoids.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from infoxlm_ds.engine.config import stage_of, summed_in  # tells DeepSpeed the device, before that is imported
+from infoxlm_ds.engine.config import stage_of, summed_in  # must come before DeepSpeed: it sets its device
 
 # isort: split
 import deepspeed
@@ -34,11 +34,11 @@ PATIENT = Timeout()
 
 
 class NotJoined(RuntimeError):
-    """Ranks that did not come together."""
+    """The ranks did not come together."""
 
 
 def start_ranks(timeout: Timeout = PATIENT) -> None:
-    """Join the ranks of the launcher, or be the only one. NotJoined where others do not come in time."""
+    """Join the ranks of the launcher, or be the only rank. NotJoined if the others do not come in time."""
     environment.settle()
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.local_rank())
@@ -54,14 +54,14 @@ def start_ranks(timeout: Timeout = PATIENT) -> None:
         raise NotJoined(
             f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet the other ranks within {timeout.join} "
             f"seconds (timeout.join), at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: a host is slow to "
-            "start, its start failed, or the network between hosts is closed; `infoxlm doctor --hostfile` looks. "
+            "start, its start failed, or the network between hosts is closed; `infoxlm doctor --hostfile` checks. "
             f"{str(error).splitlines()[0]}"
         ) from None
     dist.set_timeout(timeout.start)
 
 
 class NotFinite(dist.AllRanksError):
-    """Steps that are not finite, and no way on."""
+    """Steps are not finite, and training cannot go on."""
 
 
 class Engine:
@@ -74,8 +74,8 @@ class Engine:
             "gradient_accumulation_steps": lanes // dist.world_size(),
             "gradient_clipping": optimizer.clip,
             "steps_per_print": 10**9,
-            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too, without a build
-            "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice a micro-step
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also runs on the CPU, without a build
+            "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice in a micro-step
             "communication_data_type": summed_in(config),
         }
         groups = _groups(module, optimizer.weight_decay)
@@ -88,13 +88,13 @@ class Engine:
             fused=True,
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
-        self._engine._copy_recovery_script = lambda path: None  # `infoxlm checkpoint consolidate` is ours
+        self._engine._copy_recovery_script = lambda path: None  # `infoxlm checkpoint consolidate` replaces it
         self._make_moments(stage_of(config))
         self._config, self.stage = config, stage_of(config)
-        self._whole_norm = math.nan  # of stage 0, which DeepSpeed does not tell
+        self._whole_norm = math.nan  # gradient norm at stage 0, which DeepSpeed does not report
 
     def _make_moments(self, stage: int) -> None:
-        """Adam's moments, which torch makes in the first update, are here before a rehearsal measures memory."""
+        """Make Adam's moments now. torch makes them in the first update, after a rehearsal has measured memory."""
         zero = self._engine.optimizer
         groups = [group["params"] for group in self._adamw.param_groups]
         for master in zero.fp32_partitioned_groups_flat if stage == 3 else [p for group in groups for p in group]:
@@ -108,20 +108,21 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, share: Tensor) -> None:
-        """Backward of one lane's share of the loss. DeepSpeed averages over ranks and micro-steps; shares are to be
-        added up. A share that is not finite leaves no gradient finite, so that no rank applies the step."""
+        """Backward of one lane's share of the loss. DeepSpeed averages over ranks and micro-steps, but shares are to be
+        added up. A share that is not finite makes all gradients not finite, so no rank applies the step."""
         poison = share.detach() * 0 + 1  # 1, or nan
         self._engine.backward(share * (self._lanes * poison))
 
     def step(self, done: int) -> bool:
-        """After each micro-step. `done`: optimizer steps applied so far. True where this call applied one."""
+        """To be called after each micro-step. `done`: optimizer steps applied so far. Returns True if
+        this call applied one."""
         for group in self._adamw.param_groups:
             group["lr"] = self._recipe.learning_rate * schedule(done + 1, self._recipe)
         at_boundary = self._engine.is_gradient_accumulation_boundary()
-        if at_boundary and self.stage == 0 and not self._finite():  # which DeepSpeed would apply
+        if at_boundary and self.stage == 0 and not self._finite():  # DeepSpeed would apply it
             self._engine.zero_grad()
             self._engine.set_gradient_accumulation_boundary(False)
-            self._engine.step()  # counts, and no more
+            self._engine.step()  # only counts
             self._engine.set_gradient_accumulation_boundary(None)
             return False
         try:
@@ -132,7 +133,7 @@ class Engine:
             raise NotFinite("gradients overflow fp16 even at the smallest loss scale") from None
         applied = bool(at_boundary and self._engine.was_step_applied())
         if at_boundary and not applied and self.stage == 3:
-            # A step that is not applied leaves persistent parameters cut up, and the next one may trip over that.
+            # A step that is not applied leaves persistent parameters sharded, and then the next step may fail.
             persistent = self._engine.optimizer.persistent_parameters
             if persistent:
                 persistent[0].all_gather(persistent)
@@ -144,7 +145,8 @@ class Engine:
         return math.isfinite(self._whole_norm)
 
     def rehearse(self, shares: Iterable[Tensor]) -> None:
-        """A whole step, one share of the loss a lane, of which nothing stays: it is marked as not finite."""
+        """Run a whole step, with one share of the loss for each lane. It is marked as not finite, so
+        nothing of it stays."""
         scaler = copy.copy(getattr(self._engine.optimizer, "loss_scaler", None))
         for share in shares:
             self.backward(share * math.nan)
@@ -154,13 +156,13 @@ class Engine:
 
     @property
     def gradient_norm(self) -> float:
-        """Global norm of the last step before clipping."""
+        """Global gradient norm of the last step, before clipping."""
         norm = self._engine.get_global_grad_norm()
         return self._whole_norm if norm is None else float(norm)
 
     @property
     def loss_scale(self) -> float:
-        """What fp16 multiplies the loss with; 1 in other precisions."""
+        """The factor by which fp16 multiplies the loss; 1 in other precisions."""
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     @property
@@ -175,7 +177,7 @@ class Engine:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds another fragment of the fp32 masters."""
+        """Whether each rank holds a different fragment of the fp32 masters."""
         return self.stage > 0 and dist.world_size() > 1
 
     def masters(self, parameters: Sequence[nn.Parameter]) -> list[Fragment]:
@@ -184,19 +186,19 @@ class Engine:
             return [Fragment(i, 0, p.detach().flatten()) for i, p in enumerate(parameters)]
         if self.stage == 3:
             return [self._shard(i, p, safe_get_local_fp32_param(p)) for i, p in enumerate(parameters)]
-        found = []
+        fragments = []
         for i, parameter in enumerate(parameters):
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # private in 0.19; None: this rank holds nothing of it
             if mapping is not None:
                 address = mapping.lp_fragment_address
-                found.append(Fragment(i, address.start, mapping.get_hp_fragment().flatten()))
-        return found
+                fragments.append(Fragment(i, address.start, mapping.get_hp_fragment().flatten()))
+        return fragments
 
     def copy(self, module: M) -> M:
-        """The same for another module, in the engine's precision and layout, that is not trained."""
+        """Prepare another module, which is not trained, in the engine's precision and layout."""
         module = module.eval().requires_grad_(False)
         if self.stage == 3:
-            # Persistent parameters stay gathered: what `write` puts into a shard would never reach them.
+            # Persistent parameters stay gathered, and would not get the values that `write` puts into a shard.
             zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
             zero.pop("offload_optimizer", None)
             untrained = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
@@ -207,8 +209,8 @@ class Engine:
         return module.to(dist.device())
 
     def write(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
-        """Set parameters of a `copy` from fragments such as `masters` gives. Stage 3 needs no collective: the copy is
-        cut into the same shards."""
+        """Set parameters of a `copy` from fragments, such as `masters` gives. Stage 3 needs no collective, because the
+        copy is cut into the same shards."""
         if self.stage < 3:
             write_whole(parameters, fragments, self.sharded)
             return
@@ -223,8 +225,8 @@ class Engine:
         return Fragment(number, start, values[: max(0, min(len(values), size - start))])
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
-        """This rank's files of a checkpoint, by name, as DeepSpeed would pickle them. They hold the tensors themselves,
-        not copies. Collective."""
+        """This rank's files of a checkpoint, by name, as DeepSpeed would pickle them. They hold the tensors
+        themselves, not copies. Collective."""
         capture, own = Capture(), self._engine.checkpoint_engine
         self._engine.checkpoint_engine = capture
         try:
@@ -234,9 +236,10 @@ class Engine:
         return capture.files
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """From the files of as many ranks, or from what `engine_files.convert` made of those of others."""
+        """Load the files that the same number of ranks wrote. If `universal`, load those that `engine.files.convert`
+        made from another number's files."""
         settings = [dict(group) for group in self._adamw.param_groups]
-        # Only for this one load: with it, stage 3 would write the model's state on rank 0 alone (DeepSpeed #7546).
+        # Set only for this load: if it stayed, stage 3 would write the model's state only on rank 0 (DeepSpeed #7546).
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         self._engine._config.load_universal_checkpoint = False
@@ -245,12 +248,12 @@ class Engine:
 
     @property
     def loads_universal(self) -> bool:
-        """Whether this rank can load a universal checkpoint: below stage 3 DeepSpeed fails where there are so many
-        ranks that this one holds nothing but padding of the vectors or of the matrices."""
+        """Whether this rank can load a universal checkpoint. With very many ranks, a rank may hold nothing but padding
+        of the vectors or of the matrices. Below stage 3, DeepSpeed fails then."""
         return self.stage == 3 or all(any(p._hp_mapping is not None for p in group) for group in self._groups)
 
     def _set_apart(self, settings: list[dict[str, Any]]) -> None:
-        """Undo what loading a universal checkpoint does at stage 3: all groups get the first one's settings, and all
+        """Undo what loading a universal checkpoint does at stage 3: all groups get the first group's settings, and all
         states share one tensor that counts steps."""
         for group, own in zip(self._adamw.param_groups, settings, strict=True):
             group.update({key: value for key, value in own.items() if key != "params"})
@@ -260,16 +263,16 @@ class Engine:
 
 
 def schedule(step: int, recipe: Optimizer) -> float:
-    """Factor of the learning rate at step 1, 2, ...: linear warm-up to 1 at `warmup`, then linear decay to 0 after the
-    last."""
+    """Factor of the learning rate at step 1, 2, ...: linear warm-up to 1 at step `warmup`, then linear decay to 0
+    after the last step."""
     if step <= recipe.warmup:
         return step / recipe.warmup
     return max(0.0, (recipe.steps + 1 - step) / (recipe.steps + 1 - recipe.warmup))
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, vectors (biases, LayerNorms) are not. By shape, for names of tied weights depend on who
-    comes first."""
+    """Matrices are decayed, vectors (biases, LayerNorms) are not. The shape decides, because the names of tied weights
+    depend on which of them comes first."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     vectors = [p for p in module.parameters() if p.ndim <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

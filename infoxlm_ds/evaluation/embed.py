@@ -1,7 +1,7 @@
-"""Sentence vectors, in mid-training and from a model folder in Hugging Face format.
+"""Sentence vectors, during training and from a model folder in Hugging Face format.
 
-Legend: n sentences, b sentences of one batch, T tokens, D width, L layers asked for. Layers are numbered as in
-Hugging Face's `hidden_states`: 0 is the embeddings, i the output of the i-th layer.
+Legend: n sentences, b sentences of one batch, T tokens, D width, L layers asked for. Layers are numbered as in Hugging
+Face's `hidden_states`: 0 is the embeddings, i is the output of the i-th layer.
 """
 
 import logging
@@ -43,11 +43,11 @@ def embed(
     dtype: torch.dtype = torch.float32,
     description: str = "",
 ) -> Vectors:
-    """L2-normalised vectors of sentences, in their order, from what `encode` makes of a batch: [b, D] to [n, D], or
-    [b, L, D] to [n, L, D]. The ranks take batches in turn; all get the result. Collective.
+    """L2-normalised vectors of sentences, in their order. `encode` maps a batch to [b, D] or [b, L, D], and the result
+    is [n, D] or [n, L, D]. The ranks take batches in turn, and all ranks get the result. Collective.
 
-    `longest`: sentences of more tokens are cut, with a warning. `dtype`: what the encoder computes in. `description`:
-    of a bar, on a terminal.
+    `longest`: sentences with more tokens are cut, with a warning. `dtype`: the precision of the encoder. `description`:
+    text of a progress bar, shown on a terminal.
     """
     token_ids = _tokenize(sentences, tokenizer, longest)
     by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
@@ -55,7 +55,7 @@ def embed(
     dense, world, parts = not runs_varlen(device, dtype), dist.world_size(), []
     turns = [batches[first : first + world] for first in range(0, len(batches), world)]
     for turn in _progress(turns, description):
-        # Every rank calls the encoder in every turn, which ZeRO 3 asks for; one too many repeats the first batch.
+        # ZeRO 3 needs a call of every rank in every turn. A rank that has no batch repeats the turn's first one.
         batch = [token_ids[i] for i in turn[dist.rank() if dist.rank() < len(turn) else 0]]
         flat = flat_batch(np.concatenate(batch), np.array([len(ids) for ids in batch]), dense)
         vectors = normalize(encode(to_device(flat, device)).float(), dim=-1)
@@ -79,12 +79,12 @@ def _tokenize(sentences: list[str], tokenizer: Any, longest: int) -> list[list[i
 
 
 class SentenceEmbedder:
-    """A model and its tokenizer, ready to embed; in fp32, on the GPU if there is one.
+    """A model and its tokenizer, ready to embed, in fp32, on the GPU if there is one.
 
-    `layers` are the layers to pool: "all", one number, or None for the config's `universal_layer`, else the last.
-    `pooling` None means the config's `sentence_pooling`, else mean. Layers above the highest one asked for do not run.
-    Raises UserError for a folder without model or tokenizer, weights that do not cover the encoder, or a layer out of
-    range.
+    `layers`: the layers to pool: "all", one number, or None for the config's `universal_layer` (the inner layer that
+    the contrast reads) or, without that, the last layer. `pooling`: None means the config's `sentence_pooling` or,
+    without that, mean. Layers above the highest one asked for do not run. UserError if the folder has no model or no
+    tokenizer, if weights of the encoder are missing, or if a layer is out of range.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class SentenceEmbedder:
         self._width: int = config.hidden_size
 
     def embed(self, sentences: list[str], *, description: str = "embedding") -> Vectors:
-        """L2-normalised vectors [L, n, D] in the order of `sentences`; a bar with `description` runs on a terminal."""
+        """L2-normalised vectors [L, n, D] in the order of `sentences`. On a terminal, a
+        progress bar shows `description`."""
         if not sentences:
             return np.zeros((len(self.layers), 0, self._width), np.float32)
         vectors = embed(sentences, self.tokenizer, self.max_tokens, self._pooled, self.device, description=description)
@@ -112,7 +113,8 @@ class SentenceEmbedder:
 
     @torch.inference_mode()
     def _pooled(self, batch: FlatBatch) -> Tensor:
-        """[b, L, D]; a layer is pooled as it is computed, so that one layer's tokens [T, D] are alive at a time."""
+        """[b, L, D]. A layer is pooled as soon as it is computed, so one layer's tokens [T, D] are in
+        memory at a time."""
         hidden, pooled = self._body.embed(batch), []
         for layer in range(self.layers[-1] + 1):
             if layer:
@@ -125,8 +127,8 @@ class SentenceEmbedder:
 def _load(folder: Path) -> tuple[Any, Any]:
     """The encoder (fp32) and tokenizer of a Hugging Face folder."""
     if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not there"
-        raise UserError(f"model folder {folder} {what}: give one that `infoxlm export` wrote")
+        problem = "has no config.json" if folder.is_dir() else "is not there"
+        raise UserError(f"model folder {folder} {problem}: give one that `infoxlm export` wrote")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -141,7 +143,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         family_of(model.config, f"model folder {folder}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"model folder {folder} cannot be loaded: {' '.join(str(error).split())}") from error
-    # Without its file an XLM-R tokenizer loads all the same, with nothing but special tokens.
+    # An XLM-R tokenizer loads even without its file. It then has only special tokens.
     vocabulary_files = tokenizer.vocab_files_names.values()
     if not any((folder / name).is_file() for name in vocabulary_files):
         raise UserError(f"model folder {folder} has no tokenizer: expected one of {', '.join(vocabulary_files)}")

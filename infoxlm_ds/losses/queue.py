@@ -1,6 +1,6 @@
-"""The queue of negatives (MoCo; InfoXLM, section 3.2): the same on every rank, or each rank's share of it.
+"""The queue of negatives (MoCo; InfoXLM, section 3.2). Each rank holds the whole queue, or its share if it is sharded.
 
-Legend: K queue, n new keys, D width, I text ids an item.
+Legend: K queue, n new keys, D width, I text ids of an item.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from infoxlm_ds import dist
 from infoxlm_ds.losses.contrast import Keys
 
 CHUNK = 8192  # rows that a checksum reads at once
-MIX = 0x1E3779B97F4A7C15  # odd, so that multiplying by it loses no bit
+MIX = 0x1E3779B97F4A7C15  # odd, so multiplying by it loses no bit
 
 
 class KeyQueue:
-    """The newest K keys with the text ids of their items and the step each came from.
+    """The newest K keys, with the text ids of their items and the step that made them.
 
-    Key number p ever pushed lies in row p mod K; of a sharded queue, rank r of W holds the rows r, r + W, r + 2 W, ...
-    It starts empty and is not read before it is full: until then `view()` is None and `filled` says how far it is.
+    Keys are numbered from the first push on. Key number p lies in row p mod K. In a sharded queue, rank r of W holds
+    the rows r, r + W, r + 2 W, ... The queue starts empty and is not read before it is full: until then `view()` is
+    None, and `filled` is the share that is filled.
     """
 
     def __init__(self, size: int, width: int, n_ids: int, device: torch.device, sharded: bool = False) -> None:
@@ -31,7 +32,7 @@ class KeyQueue:
         self.vectors = torch.zeros(held, width, device=device)
         self.ids = torch.zeros(held, n_ids, dtype=torch.int64, device=device)
         self.steps = torch.full((held,), -1, dtype=torch.int64, device=device)
-        self.start = 0  # number of the first key that was ever kept: above 0 after a change of size
+        self.start = 0  # number of the oldest key that was ever kept; above 0 after a change of size
         self.pushed = 0
 
     def __len__(self) -> int:
@@ -42,31 +43,32 @@ class KeyQueue:
         return min(1.0, (self.pushed - self.start) / self.size)
 
     def view(self) -> Keys | None:
-        """All keys (of a sharded queue, this rank's), or None as long as some rows are empty."""
+        """All keys, or this rank's if the queue is sharded. None while some rows are empty."""
         return Keys(self.vectors, self.ids, self.sharded) if self.filled == 1.0 else None
 
     def push(self, keys: Keys, step: int) -> None:
-        """Overwrite the oldest rows with n new keys, first in first out. n may be above K. Every rank gives all n."""
+        """Overwrite the oldest rows with n new keys, first in, first out. n may be above K. Every rank
+        gives all n keys."""
         numbers = torch.arange(self.pushed, self.pushed + len(keys.ids), device=self.ids.device)
         self._put(numbers, keys.vectors, keys.ids, torch.full_like(numbers, step))
         self.pushed += len(numbers)
 
     def _put(self, numbers: Tensor, vectors: Tensor, ids: Tensor, steps: Tensor) -> None:
-        """Keys by their numbers, in rising order: the newest K of them, as far as this rank holds their rows."""
+        """Store keys, ordered by rising number: of the newest K, those whose rows this rank holds."""
         numbers, vectors, ids, steps = (x[-self.size :] for x in (numbers, vectors, ids, steps))
-        mine = numbers % self.size % self._every == self._first
-        rows = numbers[mine] % self.size // self._every
-        self.vectors[rows] = vectors[mine].to(self.vectors)
-        self.ids[rows], self.steps[rows] = ids[mine].to(self.ids), steps[mine].to(self.steps)
+        held = numbers % self.size % self._every == self._first
+        rows = numbers[held] % self.size // self._every
+        self.vectors[rows] = vectors[held].to(self.vectors)
+        self.ids[rows], self.steps[rows] = ids[held].to(self.ids), steps[held].to(self.steps)
 
     def mean_age(self, step: int) -> float:
-        """Mean number of steps since the keys came in; only of a full queue. Collective where it is sharded."""
+        """Mean number of steps since the keys came in. The queue must be full. Collective if the queue is sharded."""
         total = self.steps.sum()
         return step - int(dist.sum_over_ranks(total) if self.sharded else total) / self.size
 
     def checksum(self) -> int:
-        """A number of 64 bits that depends on every bit of every row and on where it stands, not on how the queue is
-        sharded. Collective where it is."""
+        """A number of 64 bits that depends on every bit of every row and on the row's place, but not on how the queue
+        is sharded. Collective if it is sharded."""
         total = torch.zeros((), dtype=torch.int64, device=self.ids.device)
         for start in range(0, len(self.ids), CHUNK):
             part = slice(start, start + CHUNK)
@@ -84,18 +86,19 @@ class KeyQueue:
             raise RuntimeError(f"the queues of the ranks differ: (keys pushed, checksum) by rank is {sums}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows that this rank holds and, for any other layout to find them, their keys' numbers."""
+        """The rows that this rank holds, and the numbers of their keys. A queue with another layout finds
+        its rows by them."""
         counts = {name: torch.tensor(getattr(self, name)) for name in ("size", "start", "pushed")}
         rows = torch.arange(len(self.ids), device=self.ids.device) * self._every + self._first
-        numbers = self.pushed - 1 - (self.pushed - 1 - rows) % self.size  # the newest that belongs there
+        numbers = self.pushed - 1 - (self.pushed - 1 - rows) % self.size  # the newest key of each row
         return counts | {"numbers": numbers, "vectors": self.vectors, "ids": self.ids, "steps": self.steps}
 
     def load_state_dicts(self, parts: Iterable[dict[str, Tensor]]) -> None:
-        """Take over a queue, in as many parts as it was saved in, of any size and sharding. A smaller one gives all it
-        has, and the queue fills again."""
+        """Take over a queue of any size and sharding, in the parts in which it was saved. A smaller queue gives all its
+        keys, and this one goes on filling."""
         for part in parts:
             size, start, self.pushed = (int(part[name]) for name in ("size", "start", "pushed"))
             self.start = max(start, self.pushed - size) if size < self.size else start
             numbers, order = part["numbers"].sort()
-            kept = order[numbers >= self.pushed - self.size]  # parts hold newer and older keys alike
+            kept = order[numbers >= self.pushed - self.size]  # each part holds both newer and older keys
             self._put(*(part[name][kept] for name in ("numbers", "vectors", "ids", "steps")))

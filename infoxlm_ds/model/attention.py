@@ -1,10 +1,11 @@
-"""Attention on a flat batch, registered with transformers so that its own layers run on one row of tokens.
+"""Attention on a flat batch. It is registered with transformers, so the layers of transformers run on
+one row of tokens.
 
 Legend: T tokens, S sequences, H heads, D width of a head, P tokens of all groups after padding.
 
-A token may attend to its own sequence only. On CUDA in 16 bits that is one varlen call. Elsewhere sequences of nearly
-equal length form groups and each group is one dense call, which measured faster than a block-diagonal mask or jagged
-tensors.
+A token may attend only to its own sequence. On CUDA in 16 bits, this is one varlen call. Elsewhere, sequences of
+nearly equal length form groups, and each group is one dense call. This measured faster than a block-diagonal
+mask or jagged tensors.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ FLAT_ATTENTION = "infoxlm_flat"
 
 
 def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention is one varlen call there, or dense groups, which a batch's layouts then need."""
+    """Whether attention is one varlen call on this device and in this dtype. Otherwise it runs in dense groups, and the
+    layouts of batches need them."""
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def flat_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface on one flat row: query, key, value [1, H, T, D] to [1, T, H, D].
+    """The attention interface of transformers, on one flat row: query, key, value [1, H, T, D] to [1, T, H, D].
 
-    Among the kwargs: the batch's `layout`; `sliding_window` w, a token attends to those less than w away.
+    In `kwargs`: `layout` of the batch; `sliding_window` w, with which a token attends only to tokens less than w away.
     """
     layout, scale, window = kwargs["layout"], kwargs.get("scaling"), kwargs.get("sliding_window")
     assert isinstance(layout, Layout) and attention_mask is None and not kwargs.get("dropout")
@@ -63,7 +65,7 @@ def _dense(
         at = torch.arange(group.length, device=query.device)
         near = (at[:, None] - at).abs() < window
         mask = near if mask is None else mask & near
-        # Padded queries may see no real key; any will do, nobody reads them.
+        # A padded query may see no real key. It gets its own key: its result is not read.
         mask = mask | torch.eye(group.length, dtype=torch.bool, device=query.device)
     q, k, v = (heads_first(x) for x in (query, key, value))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,6 @@
-"""Encoders on flat batches: transformers' own embeddings and layers, run on one row of tokens.
+"""Encoders on flat batches: the embeddings and layers of transformers, run on one row of tokens.
+
+The universal layer is the inner layer whose output the contrast reads.
 
 Legend: T tokens, S sequences, D width, K the universal layer, L layers.
 """
@@ -15,10 +17,10 @@ from infoxlm_ds.model.heads import SentenceHead
 
 
 class Body(nn.Module):
-    """Embeddings and the first layers of an encoder, as a view on its weights."""
+    """Embeddings and the first layers of an encoder. It shares the encoder's weights."""
 
     def __init__(self, model: PreTrainedModel, layers: int | None = None) -> None:
-        """`model`: the base model, without a head; `layers`: how many of its layers, None for all."""
+        """`model`: the base model, without a head; `layers`: the number of its layers, None for all."""
         super().__init__()
         family = family_of(model.config)
         whole = part(model, family.layers)
@@ -28,14 +30,14 @@ class Body(nn.Module):
         self._first_position = model.config.pad_token_id + 1 if family.counts_from_padding else 0
 
     def embed(self, batch: FlatBatch) -> Tensor:
-        """[T, D], `hidden_states[0]` of transformers."""
+        """Embeddings [T, D], the same as `hidden_states[0]` of transformers."""
         positions = {} if self.rotary else {"position_ids": batch.layout.positions[None] + self._first_position}
         out: Tensor = self.embeddings(input_ids=batch.ids[None], **positions)
         return out[0]
 
     def run(self, hidden: Tensor, layout: Layout, first: int, last: int) -> Tensor:
-        """hidden [T, D] through layers `first` to `last` - 1, each sequence on its own. Families that have a
-        final norm apply it behind layer L."""
+        """Run hidden [T, D] through layers `first` to `last` - 1, each sequence on its own. Families with a final norm
+        apply it after layer L."""
         flat, angles = hidden[None], {}
         for layer in self.layers[first:last]:
             if self.rotary:
@@ -77,8 +79,8 @@ class InfoXLM(nn.Module):
         return Body(self.lm.base_model)
 
     def forward(self, batch: FlatBatch, trunk: Layout, queries: Layout) -> tuple[Tensor, Tensor]:
-        """One pass for all losses, of the trunk's sequences and, behind them, the contrast's queries, which leave after
-        the universal layer.
+        """One pass for all losses. The batch holds the trunk, which is the sequences of MMLM and TLM, and then the
+        contrast's queries. The queries leave after the universal layer.
 
         Returns the last layer's states of the trunk's tokens, and the queries' representations.
         """
@@ -91,5 +93,5 @@ class InfoXLM(nn.Module):
         return states, representations
 
     def sentence_encoder(self) -> SentenceEncoder:
-        """The part that the contrast trains, as a view on these weights."""
+        """The part that the contrast trains. It shares these weights."""
         return SentenceEncoder(Body(self.lm.base_model, self.universal_layer), self.head)

@@ -1,7 +1,7 @@
-"""Which of transformers' encoders can run packed, and where each keeps its parts.
+"""The encoders of transformers that can run on a flat batch, and where each of them keeps its parts.
 
-A family needs transformers' attention interface and a stack of layers that takes one flat row of tokens; one line in
-FAMILIES adds it, and tests/model/test_families.py holds every line against transformers on padded batches.
+A family needs the attention interface of transformers, and a stack of layers that takes one flat row of tokens. One
+line in FAMILIES adds a family. tests/model/test_families.py compares every family with transformers on padded batches.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from infoxlm_ds.config import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute paths below the base model, and the masked LM head up to the vocabulary matrix: rows [M, D] to
-    [M, D]."""
+    """Attribute paths below the base model. `features`: the masked LM head without the vocabulary matrix, which maps
+    rows [M, D] to [M, D]."""
 
     features: Callable[[Any, Tensor], Tensor]
     layers: str = "encoder.layer"
-    norm: str | None = None  # behind the last layer, of families that normalise before each block
-    rotary: str | None = None  # positions enter in the layers, not in the embeddings
-    counts_from_padding: bool = False  # position ids begin behind the padding id
+    norm: str | None = None  # after the last layer, in families that normalise before each block
+    rotary: str | None = None  # set if positions enter in the layers and not in the embeddings
+    counts_from_padding: bool = False  # position ids begin after the padding id
 
 
 def _roberta_features(lm: Any, rows: Tensor) -> Tensor:
@@ -48,12 +48,13 @@ FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig, where: str = "the model") -> Family:
-    """UserError with the reason where a model cannot run packed; `where` is what the user calls it."""
+    """The family of a model. UserError with the reason if it cannot run on a flat batch. `where`: the
+    user's name for it."""
     kind = config.model_type
     if kind not in FAMILIES:
         raise UserError(f"{where} is a {kind}: {_reason(kind, config)}; known are {', '.join(FAMILIES)}")
     if getattr(config, "is_decoder", False):
-        raise UserError(f"{where} is a decoder, which sees no later tokens: set is_decoder to false in its config.json")
+        raise UserError(f"{where} is a decoder and hides later tokens: set is_decoder to false in its config.json")
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
         raise UserError(
             f"{where} has position_embedding_type {config.position_embedding_type}, which transformers no longer runs"
@@ -65,8 +66,8 @@ def _reason(kind: str, config: PreTrainedConfig) -> str:
     if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "transformers has no masked LM head for it"
     if not MODEL_FOR_MASKED_LM_MAPPING[type(config)]._supports_attention_backend:
-        return "it computes attention outside transformers' attention interface, so its sequences cannot be packed"
-    return "nobody has told where its parts are; a line in infoxlm_ds/model/families.py does"
+        return "it computes attention outside transformers' attention interface, so it cannot run on a flat batch"
+    return "the places of its parts are not known: add a line to infoxlm_ds/model/families.py"
 
 
 def positions_of(config: PreTrainedConfig) -> int:
@@ -76,5 +77,5 @@ def positions_of(config: PreTrainedConfig) -> int:
 
 
 def part(model: PreTrainedModel, path: str | None) -> Any:
-    """The module at an attribute path, None where the family has none."""
+    """The module at an attribute path. None if the family has no such part."""
     return None if path is None else attrgetter(path)(model)

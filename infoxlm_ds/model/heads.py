@@ -1,4 +1,4 @@
-"""What sits on the encoder: the sentence projection of the contrast and the masked LM head on masked rows only.
+"""The heads of the encoder: the sentence head of the contrast, and the masked LM head on masked rows only.
 
 Legend: S sequences, M masked rows, D width, V vocabulary.
 """
@@ -17,8 +17,8 @@ from infoxlm_ds.model.families import family_of
 
 
 class SentenceHead(nn.Module):
-    """Representations [S, D] from the universal layer: pool, project (InfoXLM, section 3.2), normalise, each by
-    choice."""
+    """Sentence representations [S, D] from the universal layer, the inner layer that the contrast reads: pool, project
+    (InfoXLM, section 3.2), normalise. The recipe chooses each of the three."""
 
     def __init__(self, width: int, pooling: Pooling, projection: bool, normalized: bool) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class SentenceHead(nn.Module):
 
 
 def pool(hidden: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
-    """[T, D] to [S, D]: each sequence's first token (`cls`) or the mean over its tokens, special ones included.
+    """[T, D] to [S, D]: each sequence's first token (`cls`) or the mean over its tokens, special tokens included.
 
-    The mean is taken in fp32, or wider if `hidden` is.
+    The mean is computed in fp32, or in the type of `hidden` if that is wider.
     """
     if pooling == "cls":
         return hidden[layout.cu_seqlens[:-1].long()]
@@ -48,9 +48,9 @@ def pool(hidden: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
 
 
 def masked_lm_losses(lm: PreTrainedModel, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The masked LM head on the masked rows [M, D] only: their weighted cross-entropies [M] and, without gradient, the
-    cross-entropies [M] in nats; see `masked_lm`. The vocabulary matrix may have more rows than the vocabulary, see
-    `pad_vocabulary`."""
+    """The masked LM head on the masked rows [M, D] only. Returns their weighted cross-entropies [M] and, without
+    gradient, their cross-entropies [M] in nats; see `masked_lm`. The vocabulary matrix may have more rows than
+    the vocabulary; see `pad_vocabulary`."""
     decoder = lm.get_output_embeddings()
     features = family_of(lm.config).features(lm, rows)
     return masked_lm(features, decoder.weight, decoder.bias, labels, weights, lm.config.vocab_size)

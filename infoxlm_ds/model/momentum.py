@@ -1,9 +1,9 @@
-"""The key encoder: an exponential average of the query encoder's fp32 master weights, held in fp32 (InfoXLM, section
-3.2; MoCo).
+"""The key encoder: an exponential average of the query encoder's fp32 master weights, held in fp32
+(InfoXLM, section 3.2; MoCo).
 
-Held in 16 bits the average stands still: with m = 0.9999 a move of one step is below half a unit in the last place. So
-each rank averages, in fp32, the fragment of the masters that the optimizer gave it, and hands the result to the weights
-to compute with: by one sum over ranks, or into its own shard of them where they are sharded alike.
+In 16 bits the average would stand still: with m = 0.9999, the move of one step is below half a unit in the last place.
+So each rank averages, in fp32, the fragment of the masters that the optimizer gave to it. Then the result goes to the
+weights that compute the keys: by one sum over ranks or, if they are sharded in the same way, into the rank's own shard.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from infoxlm_ds.model.encoder import SentenceEncoder
 
 @dataclass(frozen=True)
 class Fragment:
-    """A rank's part of a parameter's fp32 master: `values` [n] stand at `start` of the flattened parameter number
-    `parameter`."""
+    """A rank's part of the fp32 master of a parameter: `values` [n] begin at `start` of the
+    flattened parameter number `parameter`."""
 
     parameter: int
     start: int
@@ -36,14 +36,14 @@ Write = Callable[[Sequence[nn.Parameter], Sequence[Fragment]], None]
 
 
 class MomentumEncoder:
-    """Embeddings, first K layers and projection, as a copy that follows `source`. It is no part of the engine's
-    module."""
+    """A copy of the embeddings, the first K layers and the projection. It follows `source`, and it is not part
+    of the engine's module."""
 
     def __init__(
         self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, write: Write, schedule: Schedule
     ) -> None:
-        """`encoder` is a copy of `source`. `masters` gives this rank's fragments of the fp32 masters of parameters,
-        `write` sets parameters from the fragments of all ranks."""
+        """`encoder`: a copy of `source`. `masters`: gives this rank's fragments of the fp32 masters of parameters.
+        `write`: sets parameters from the fragments of all ranks."""
         self._source = list(source.parameters())
         self._masters, self._write, self._schedule = masters, write, schedule
         self.encoder = encoder
@@ -67,8 +67,8 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def follow(self, number: int) -> dict[str, float]:
-        """`update`, and what it did: the share of weights that changed as the encoder computes with them, and how far
-        they are from the query encoder's, relative to those. Collective."""
+        """`update`, and a report of its effect: the share of weights that changed in the encoder's own precision, and
+        the distance to the query encoder's weights, relative to their norm. Collective."""
         dtype = next(self.encoder.parameters()).dtype
         before = [f.values.to(dtype, copy=True) for f in self.shadow]
         self.update(number)
@@ -91,7 +91,7 @@ class MomentumEncoder:
 
 
 def momentum_at(schedule: Schedule, number: int) -> float:
-    """The momentum of update `number`, 1 being the first (the reference's `get_xlco_momentum`)."""
+    """The momentum of update `number`; the first is 1 (`get_xlco_momentum` of the reference)."""
     match schedule:
         case Constant(value=value):
             return value
@@ -105,10 +105,10 @@ def momentum_at(schedule: Schedule, number: int) -> float:
 
 @torch.no_grad()
 def write_whole(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment], sharded: bool) -> None:
-    """Set parameters, which every rank holds whole, from fragments: this rank's, or where `sharded` those of all, by
-    one collective."""
+    """Set parameters that every rank holds whole. `fragments`: this rank's; if `sharded`, one collective adds those
+    of the other ranks."""
     sizes = [p.numel() for p in parameters]
-    # In the parameters' own precision, which is exact: of each element one rank has a value, the others zero.
+    # Exact in the parameters' own precision: for each element, one rank has a value and the others have zero.
     buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
     flat = buffer.split(sizes)
     for f in fragments:

@@ -1,4 +1,4 @@
-"""From a recipe to a model: a fresh encoder of the given shape, or the weights of a Hugging Face folder or name."""
+"""Makes the model of a recipe: a fresh encoder of the given shape, or the weights of a Hugging Face folder or name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_model(model: Model, vocabulary: int, seed: int, special_ids: Mapping[s
         lm = _load(model.init) if model.init else _empty(shape_of(model, vocabulary, special_ids))
         assert lm.config.vocab_size >= vocabulary, "check_fit compares the tokenizers"
         built = assemble(lm, model)
-        pad_vocabulary(lm)  # last, for it draws random numbers
+        pad_vocabulary(lm)  # last, because it draws random numbers
     projection = Path(model.init) / PROJECTION if model.init else None
     if projection is not None and projection.is_file() and built.head.projection is not None:
         built.head.projection.load_state_dict(load_file(projection))
@@ -45,7 +45,8 @@ def assemble(lm: PreTrainedModel, model: Model) -> InfoXLM:
 
 
 def outline(model: Model, vocabulary: int, config: PreTrainedConfig | None = None) -> InfoXLM:
-    """The model without storage, on torch's meta device: what it is made of, at no cost. `config`: of `model.init`."""
+    """The model without storage, on torch's meta device: its parts, at no cost. `config`:
+    the configuration of `model.init`."""
     config = shape_of(model, vocabulary) if config is None else copy.deepcopy(config)
     config.vocab_size = vocabulary
     with torch.device("meta"):
@@ -53,23 +54,25 @@ def outline(model: Model, vocabulary: int, config: PreTrainedConfig | None = Non
 
 
 def saved_shape(folder: Path, model: Model) -> InfoXLM:
-    """An untrained model, as `build_model` made it when a run saved its configuration to `folder`."""
+    """An untrained model with the parts that `build_model` made for a run. `folder`: where the
+    run saved its configuration."""
     return assemble(pad_vocabulary(_empty(AutoConfig.from_pretrained(folder))), model)
 
 
 def pad_vocabulary(lm: PreTrainedModel) -> PreTrainedModel:
-    """Rows of zeros up to a multiple of VOCABULARY_MULTIPLE; `config.vocab_size` goes on counting the pieces."""
+    """Append rows of zeros up to a multiple of VOCABULARY_MULTIPLE. `config.vocab_size` still
+    counts only the pieces."""
     return _resize(lm, -(-lm.config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
 
 
 def strip_vocabulary(lm: PreTrainedModel) -> PreTrainedModel:
-    """What `pad_vocabulary` added, taken off."""
+    """Remove the rows that `pad_vocabulary` added."""
     return _resize(lm, lm.config.vocab_size)
 
 
 def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> int:
-    """The model's number of positions. UserError where the corpus cannot go into it: another tokenizer than `init` has,
-    or too few positions.
+    """The model's number of positions. UserError if the corpus does not fit the model: its tokenizer is not that of
+    `init`, or its sequences need more positions.
 
     `longest`: tokens of the longest sequence that the corpus can give, special tokens included.
     """
@@ -96,7 +99,7 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> int:
 
 
 def init_config(init: str) -> PreTrainedConfig:
-    """The configuration of `model.init`. UserError where there is none, or its encoder cannot run packed."""
+    """The configuration of `model.init`. UserError if there is none, or if its encoder cannot run on a flat batch."""
     folder = Path(init)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -143,8 +146,8 @@ def _empty(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _load(init: str) -> PreTrainedModel:
-    """Weights of a folder or of the hub: safetensors or the older .bin, whole or in parts. A masked LM head that is not
-    there starts at random, and says so."""
+    """The weights of a folder or of the hub: safetensors or the older .bin, in one file or in parts. A missing masked
+    LM head starts at random, and a message says so."""
     if dist.rank() > 0:
         disable_progress_bar()
     lm, report = AutoModelForMaskedLM.from_pretrained(
@@ -159,7 +162,7 @@ def _load(init: str) -> PreTrainedModel:
 
 
 def _without_dropout(lm: PreTrainedModel) -> PreTrainedModel:
-    """InfoXLM trains without dropout; the configuration keeps its own for what comes after."""
+    """InfoXLM trains without dropout. The configuration keeps its own values for later use."""
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

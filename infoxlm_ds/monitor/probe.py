@@ -1,4 +1,4 @@
-"""A held-out retrieval probe in mid-training: accuracy@1 of the encoder as it is, beside the trigram baseline."""
+"""Retrieval on held-out text during training: accuracy@1 of the current encoder, beside the trigram baseline."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RetrievalProbe:
     """Retrieval on held-out pairs. The result is the same on all ranks."""
 
     def __init__(self, probe: Probe, tokenizer: Path, positions: int) -> None:
-        """`positions`: the longest sequence that the model takes; sentences are cut to that. Reads the data: UserError
-        where it is missing or malformed."""
+        """`positions`: tokens of the longest sequence that the model takes; longer sentences are cut. Reads the data:
+        UserError if it is missing or malformed."""
         all_pairs = pairs_with_pivot(list(read_nway(probe.data)), probe.pivot, probe.languages, 2, str(probe.data))
         self._pairs = [_first(p, probe.pairs) for p in all_pairs]
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
