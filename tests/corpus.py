@@ -1,4 +1,4 @@
-"""A small corpus of real text, prepared once a test session, and recipes small enough to train in seconds."""
+"""A small corpus of real text, prepared once in a test session, and recipes that train in seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LANGUAGES = ["en", "de", "hu", "ru", "ko"]
 
 
 def write_corpus(folder: Path, rows: int = 400, vocabulary: int = 800) -> Path:
-    """Prepare `rows` of the embedded corpus as `folder`/corpus and return that."""
+    """Prepare `rows` of the embedded corpus in `folder`/corpus, and return this path."""
     from data_prep.build import build
 
     with lzma.open(EMBEDDED / "home_assistant.train.jsonl.xz", "rt", encoding="utf-8") as lines:
@@ -34,7 +34,8 @@ def write_corpus(folder: Path, rows: int = 400, vocabulary: int = 800) -> Path:
 
 
 def small_recipe(corpus: Path, run: Path, *overrides: str) -> Recipe:
-    """A recipe of four lanes and two layers on a small corpus; `overrides` as on the command line."""
+    """A recipe of four lanes (micro-batches of a step) and two layers on a small corpus. `overrides`: as
+    on the command line."""
     tree = {
         "run": str(run),
         "corpus": str(corpus),
@@ -58,7 +59,7 @@ def small_recipe(corpus: Path, run: Path, *overrides: str) -> Recipe:
         },
         "batch": {"lanes": 4, "mmlm_tokens": 60, "tlm_tokens": 80, "xlco_pairs": 6},
         "sampling": {"window_packs": 1},
-        # A large eps keeps Adam from turning the rounding of gradients near zero into steps of full size.
+        # With a small eps, Adam would turn the rounding of gradients near zero into steps of full size.
         "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "steps": 6, "warmup": 1},
         "log": {"every": 1},
         "checkpoint": {"every": 2},

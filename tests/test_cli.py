@@ -1,4 +1,4 @@
-"""The command line: fast help, exit codes, and `eval retrieval` from files to table and JSON."""
+"""The command line: fast help, exit codes, and `eval retrieval` from files to a table and JSON."""
 
 import json
 import subprocess

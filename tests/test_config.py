@@ -1,4 +1,4 @@
-"""A recipe is checked whole: every wrong key is named, every shipped recipe loads."""
+"""A recipe is checked as a whole: every wrong key is named, and every shipped recipe loads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_fp16_is_refused_where_deepspeed_refuses_it() -> None:
 
 @pytest.mark.parametrize(("name", "millions"), [("base", 278.3), ("large", 560.1), ("xl", 3480)])
 def test_shipped_recipes_have_the_sizes_of_xlm_r(name: str, millions: float) -> None:
-    """As published, without a sentence head."""
+    """The published sizes, without a sentence head."""
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", ["model.init=null"])
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(shape_of(recipe.model, 250002))

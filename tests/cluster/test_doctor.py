@@ -1,4 +1,4 @@
-"""Judgements on what two namespaces of one machine cannot show."""
+"""The doctor's judgements about cases that two namespaces of one machine cannot show."""
 
 from __future__ import annotations
 

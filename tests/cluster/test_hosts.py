@@ -1,4 +1,4 @@
-"""Hostfiles, and what a rank reads of where it stands."""
+"""Hostfiles, and how a rank learns its place."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_the_first_host_of_slurms_short_form(nodes: str, first: str) -> None:
 
 
 def test_a_task_of_srun_knows_its_rank() -> None:
-    """With one GPU bound to each task, all of them are number 0; with all GPUs in sight, each has its own."""
+    """If one GPU is bound to each task, each task's GPU is number 0. If all GPUs are visible, each task
+    has its own number."""
     environment = {
         "SLURM_PROCID": "11",
         "SLURM_LOCALID": "3",
@@ -96,5 +97,5 @@ def test_the_environment_that_travels_is_quoted_for_a_remote_shell_and_carries_n
         }
     )
     assert lines[:3] == ["FI_PROVIDER=efa", 'HF_HOME=a \\"\\$b\\" \\`c\\` \\\\d %%h', "NCCL_DEBUG=INFO"]
-    assert lines[-1] == "NCCL_DEBUG=WARN"  # the user's own counts
+    assert lines[-1] == "NCCL_DEBUG=WARN"  # the user's own setting is used
     assert not any("secret" in line or "vi" in line.split("=")[1:] for line in lines)

@@ -1,4 +1,4 @@
-"""The joint batch: XLM-R's layout, labels that are what stood there, mixup of two pairs, keyed by lane and step."""
+"""The joint batch has XLM-R's layout, correct labels and mixup of two pairs. Lane and step are its key."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
     recipe = small_recipe(corpus, tmp_path / "run")
     batch = _build(recipe)
     special = set(Corpus(corpus).manifest.tokenizer.special_ids.values())
-    # Nothing masked: the same rows, by the same keys, as they stood.
+    # Without masking, the same keys give the same rows unchanged.
     plain = _build(small_recipe(corpus, tmp_path / "plain", "masking.probability=0"))
     restored = batch.tokens.ids.clone()
     restored[batch.rows] = batch.labels
@@ -122,8 +122,8 @@ def test_mixup_joins_two_pairs_crossed_and_flipped_by_chance(corpus: Path, tmp_p
 
 
 def test_the_references_mixup_keeps_sides_in_one_language(corpus: Path, tmp_path: Path) -> None:
-    """Neighbours of the corpus, in an order by chance; a side is never code-switched if the two have two languages in
-    common."""
+    """Neighbours of the corpus are joined in a random order. A side is not code-switched if both have
+    two languages in common."""
     how = ("batch.xlco_pairs=40", "contrast.queue.size=400", "contrast.mixup=reference")
     batch = _build(small_recipe(corpus, tmp_path / "run", *how))
     made, ids = _queries(batch), batch.text_ids.reshape(40, 2, 3)

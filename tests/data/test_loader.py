@@ -1,4 +1,4 @@
-"""The loader: each rank its lanes, the same batches for every world size, and on from any step."""
+"""The loader gives each rank its lanes, gives the same batches for every world size, and resumes from any step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unbroken(recipe: Recipe) -> list[list[bytes]]:
 
 
 def content(micro: JointBatch) -> bytes:
-    """All that a step can depend on."""
+    """Everything that a step can depend on."""
     keys = micro.keys.ids if micro.keys is not None else micro.rows[:0]
     tensors = (micro.tokens.ids, micro.tokens.layout.lengths, keys, micro.rows, micro.labels, micro.text_ids)
     names = {task: of_task.tolist() for task, of_task in micro.names.items()}
@@ -40,7 +40,8 @@ def content(micro: JointBatch) -> bytes:
 
 
 def read(recipe: Recipe, world: int, steps: range, cursors: Cursors) -> list[list[bytes]]:
-    """The global batches of `steps`, lane by lane. `cursors`, which went through JSON, are read, then updated."""
+    """The global batches of `steps`, lane by lane. `cursors` go through JSON, are restored, and are
+    updated at the end."""
     tree = json.loads(json.dumps(cursors))
     before = {task: {int(lane): tuple(at) for lane, at in lanes.items()} for task, lanes in tree.items()}
     found = [[b""] * LANES for _ in steps]

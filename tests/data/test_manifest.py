@@ -1,4 +1,4 @@
-"""The manifest vouches for itself."""
+"""The manifest detects every change of itself."""
 
 import json
 from pathlib import Path

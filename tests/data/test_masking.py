@@ -1,4 +1,4 @@
-"""Masking: 80/10/10 of the chosen share, never a special token, and a pure function of its key."""
+"""Masking splits the chosen pieces 80/10/10, chooses no special token, and is a pure function of its key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_shares_are_15_percent_and_80_10_10() -> None:
     masked = _mask(ids, 1)
     n = len(masked.rows)
     after = masked.ids[masked.rows]
-    kept = 0.1 + 0.1 / 95  # a random piece may be the same one
+    kept = 0.1 + 0.1 / 95  # a random piece may equal the old one
     for observed, expected, trials in [
         (n, 0.15, len(ids)),
         (int((after == MASK_ID).sum()), 0.8, n),

@@ -1,4 +1,4 @@
-"""The order of draws: a bijection, fair to every pack, in the shares asked for, and the same everywhere."""
+"""The order of draws is a bijection, treats all packs alike, has the shares asked for, and is the same everywhere."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_items_of_sources_are_read_in_shares_of_p_to_the_alpha(alpha: float) -> 
     items, packs = np.array([s.items for s in SIZES]), np.array([s.packs for s in SIZES])
     read = drawn * items / packs  # a pass over a source reads all its items in `packs` draws
     wanted = items**alpha / (items**alpha).sum()
-    slot = items / packs / (drawn * items / packs).sum()  # what one slot more or less changes
+    slot = items / packs / (drawn * items / packs).sum()  # the change by one slot
     assert (abs(read / read.sum() - wanted) <= 3 * slot.max()).all()
 
 

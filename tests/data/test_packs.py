@@ -1,4 +1,4 @@
-"""Packs: what is written is read, by us and by plain webdataset, and no changed bit goes unseen."""
+"""Packs that are written can be read, by our reader and by webdataset, and every changed bit is detected."""
 
 import hashlib
 import unicodedata

@@ -1,4 +1,4 @@
-"""The order of data for more ranks than anybody starts in a test."""
+"""The order of data, for more ranks than a test can start."""
 
 from __future__ import annotations
 

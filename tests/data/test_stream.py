@@ -1,6 +1,7 @@
-"""The reader keeps the plan's promises item by item, on a corpus whose every id says where it belongs.
+"""The reader follows the plan, item by item. In the test's corpus, every id shows the place of its item.
 
-Side s of row r of source number n holds the id `ID + (n * 10_000 + r) * 8 + s`, repeated; that is its text id too.
+Side s of row r of source number n holds the id `ID + (n * 10_000 + r) * 8 + s`, repeated. Its text id
+is the same number.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MONO, PAIRS = [0, 1], [2, 3]
 
 
 def lengths_of(number: int, sides: int, rows: int) -> np.ndarray:
-    """[sides, rows]; of more than two sides about a third is missing, two are always there."""
+    """[sides, rows]. If a source has more than two sides, about a third of them is missing, but each row has two."""
     rng = np.random.default_rng(number)
     lengths = rng.integers(1, 13, (sides, rows))
     missing = rng.random((sides, rows)) < (0.35 if sides > 2 else 0)
@@ -84,7 +85,7 @@ def reader(corpus: Corpus, stream: str, lanes: int = 1, own: list[int] | None = 
 
 
 def content(rows: Rows) -> list[tuple[Any, ...]]:
-    """Each item's ids, text ids, languages and place: all that a batch can depend on."""
+    """Each item's ids, text ids, languages and place: everything that a batch can depend on."""
     starts, lengths = rows.starts, rows.lengths
     return [
         (
@@ -246,7 +247,7 @@ def test_the_pivot_is_one_side_in_the_share_asked_for(marked: Corpus, share: flo
     kept = [i for i in range(len(rows)) if rows.where[0, i] == 2 and has[:, int(rows.where[2, i])].all()]
     assert has[english].any() and len(kept) > 1000
     found = np.mean((rows.languages[:, kept] == marked.languages.index("en")).any(0))
-    assert found == pytest.approx(share + (1 - share) / 2, abs=0.03)  # of four languages half the pairs have one
+    assert found == pytest.approx(share + (1 - share) / 2, abs=0.03)  # half of all pairs of four languages have it
 
 
 def test_windows_are_shuffled_over_their_packs(marked: Corpus) -> None:
@@ -293,7 +294,7 @@ def test_several_pairs_of_a_row_come_one_after_the_other(marked: Corpus) -> None
         group = rows.select(slice(at, at + size))
         assert len(set(group.text_ids[2].tolist())) == 1 and len(set(group.where[2].tolist())) == 1
         present = int((lengths_of(2, 4, 1300)[:, group.where[2, 0]] > 0).sum()) if size == 3 else 0
-        if present > 2:  # three pairs of three sides, or of four, of which the third is the first again
+        if present > 2:  # three pairs of three sides; of four sides, the third pair is the first again
             pairs = {tuple(sorted(pair)) for pair in group.languages.T.tolist()}
             assert len(pairs) == (3 if present == 3 else 2)
             checked += 1

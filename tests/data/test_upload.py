@@ -1,4 +1,4 @@
-"""A lane goes to its device in one copy, and what arrives is what was made."""
+"""A lane goes to its device in one copy and arrives unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Copies(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[bool] = []  # whether each holds up the host
+        self.seen: list[bool] = []  # whether each copy blocks the host
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

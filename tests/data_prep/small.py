@@ -1,4 +1,4 @@
-"""Tiny corpora from a few rows, and what is stored in them."""
+"""Prepares tiny corpora from a few rows, and reads what they store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def prepare(folder: Path, tokenizer: Path, sources: list[dict[str, Any]], **rest: Any) -> Corpus:
-    """The corpus of `sources`, with the tokenizer of another one."""
+    """The corpus of `sources`, with the tokenizer of another corpus."""
     folder.mkdir(exist_ok=True)
     build(describe(folder, {"path": str(tokenizer / "tokenizer")}, sources, **rest), folder / "corpus")
     return Corpus(folder / "corpus")

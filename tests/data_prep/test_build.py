@@ -1,4 +1,4 @@
-"""A corpus holds the text it was built from: each id, each row, and a count of what was left out."""
+"""A corpus holds each id and each row of its text, and counts what was left out."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ documents = st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=6), min_s
 def test_documents_become_blocks_of_whole_sentences_and_nothing_is_lost(
     corpus: Path, tmp_path_factory: pytest.TempPathFactory, shape: list[list[int]], longest: int
 ) -> None:
-    """`shape`: words of each sentence of each document."""
+    """`shape`: the number of words of each sentence of each document."""
     folder = tmp_path_factory.mktemp("documents")
     words = iter(range(10**6, 10**7))
     text = [[" ".join(str(next(words)) for _ in range(n)) for n in sentences] for sentences in shape]

@@ -1,4 +1,4 @@
-"""`infoxlm prep build` as it is typed: exit codes, one line for a mistake, and nothing half-written."""
+"""`infoxlm prep build` on the command line: exit codes, one line for a mistake, and no half-written corpus."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCE = {"name": "nway.r", "kind": "nway", "format": "jsonl", "path": "r.jsonl"
 
 
 def prep(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The commands alone, as a process of their own."""
+    """Run the prep commands alone, in a process of their own."""
     command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -1,4 +1,4 @@
-"""Each mistake in a corpus description or in its files is one line that names it."""
+"""Each mistake in a corpus description or in its files gives one line that names it."""
 
 import lzma
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tokenizer has XLM-R's ids, and what is stored is what the saved folder gives to whoever loads it."""
+"""The tokenizer has XLM-R's ids. The stored ids are those that the saved tokenizer folder gives."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_odd_text_gives_the_same_ids_and_never_a_special_token(corpus: Path, tmp
     for text in ODD:
         wanted = auto(text, add_special_tokens=False)["input_ids"]
         assert found[text_id(text)] == [3 if token in (0, 1, 2, 799) else token for token in wanted]
-    assert prepared.manifest.counts["special_tokens_in_text"] == 4  # <unk> is what it says
+    assert prepared.manifest.counts["special_tokens_in_text"] == 4  # <unk> in the text stays <unk>
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=60))

@@ -1,4 +1,4 @@
-"""`verify` sees one flipped bit anywhere, and what is missing or too much; the commands end with the right codes."""
+"""`verify` detects any flipped bit, and missing or extra files. The commands end with the right exit codes."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from infoxlm_ds.data.manifest import load_manifest
 
 @pytest.fixture(scope="module")
 def copy(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the corpus for tests that damage it and mend it again."""
+    """A copy of the corpus, for tests that damage it and repair it."""
     return Path(shutil.copytree(corpus, tmp_path_factory.mktemp("copy") / "corpus"))
 
 

@@ -1,4 +1,4 @@
-"""What the engine says of DeepSpeed."""
+"""The engine's claims about DeepSpeed hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.ranks import run_ranks
 
 def _loads_universal(rank: int, world: int, stage: int) -> bool:
     start_ranks()
-    module = nn.Linear(8, 1)  # one bias: at most one rank holds more than padding of it
+    module = nn.Linear(8, 1)  # at most one rank holds more than padding of the single bias
     optimizer = Optimizer(learning_rate=0.1, steps=2, warmup=1)
     engine = Engine(module, {"zero_optimization": {"stage": stage}}, optimizer, world)
     return engine.loads_universal
@@ -43,8 +43,8 @@ def _small_engine(world: int, config: str) -> Engine:
 
 
 def _contracts(rank: int, world: int) -> dict[str, tuple[int, set[str], int]]:
-    """By configuration: elements of Adam's moments before the first step; of four steps, the types in which gradients
-    were reduced, and how often a device was synchronised."""
+    """For each configuration: the number of elements of Adam's moments before the first step; the types in which
+    gradients were reduced in four steps; how often a device was synchronised in them."""
     start_ranks()
     seen: dict[str, tuple[int, set[str], int]] = {}
     for config in CONFIGS:
@@ -62,7 +62,7 @@ def _contracts(rank: int, world: int) -> dict[str, tuple[int, set[str], int]]:
 
 
 def _watch_reductions(patch: pytest.MonkeyPatch) -> set[str]:
-    """The types in which ranks add up tensors from now on; single numbers, such as norms, are left out."""
+    """The types in which ranks add up tensors from now on. Single numbers, such as norms, are left out."""
     types: set[str] = set()
     for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_fn"):
         original = getattr(deepspeed.comm, name)
@@ -77,8 +77,8 @@ def _watch_reductions(patch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_moments_are_there_before_the_first_step_gradients_are_summed_in_fp32_and_nothing_is_timed() -> None:
-    """Without the moments, a rehearsal of the longest batch would miss 8 bytes a parameter. The throughput timer would
-    synchronise a GPU twice a micro-step."""
+    """Without the moments, a rehearsal of the longest batch would miss 8 bytes for each parameter. The throughput timer
+    would synchronise a GPU twice in a micro-step."""
     parameters = 8 * 8 + 8 + 8 + 1
     results = run_ranks(_contracts, 2)
     for config in CONFIGS:

@@ -1,4 +1,4 @@
-"""Sentence vectors against Hugging Face's own hidden states."""
+"""Sentence vectors equal those from Hugging Face's own hidden states."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tests.evaluation.tiny_xlmr import SENTENCES
 
 
 def _oracle(folder: Path, sentences: list[str], pooling: Pooling) -> npt.NDArray[np.float32]:
-    """[L, n, D] from `output_hidden_states`, one sentence at a time, so without padding."""
+    """[L, n, D] from `output_hidden_states`. One sentence at a time, so there is no padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     vectors = []

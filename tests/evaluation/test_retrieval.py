@@ -1,4 +1,4 @@
-"""Accuracy@1 against a brute-force float64 oracle, and the rules for ties and equal texts."""
+"""Accuracy@1 equals a brute-force float64 oracle. Ties and equal texts follow the rules."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ def _unit(vectors: npt.NDArray[np.float64]) -> Vectors:
 
 
 def _brute_force(query: Vectors, key: Vectors, texts: list[str]) -> float:
-    """Row by row in float64: the best key's text is the right one and no other text scores as high."""
+    """Row by row in float64: a hit if the best key has the right text and no other text scores as high."""
     hits = 0
     for row, vector in enumerate(query.astype(np.float64)):
         scores = [float(vector @ other) for other in key.astype(np.float64)]
@@ -34,7 +34,7 @@ def _brute_force(query: Vectors, key: Vectors, texts: list[str]) -> float:
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 1024]))
 def test_accuracy_equals_brute_force_for_every_chunk(n: int, seed: int, chunk: int) -> None:
     random = np.random.default_rng(seed)
-    texts = [f"text {i}" for i in random.integers(0, n, n)]  # some rows share a text, and so a vector
+    texts = [f"text {i}" for i in random.integers(0, n, n)]  # some rows share a text and so a vector
     vector_of = {text: random.normal(size=8) for text in texts}
     key = _unit(np.stack([vector_of[text] for text in texts]))
     query = _unit(key + random.normal(size=(n, 8)) * 0.5)
@@ -83,11 +83,11 @@ def test_trigram_baseline_equals_tfidf_by_hand() -> None:
     ]
     expected = (_tfidf_brute_force(english, german), _tfidf_brute_force(german, english))
     assert trigram_accuracy(english, german, chunk=2) == expected
-    assert min(expected) > 0 and max(expected) < 1  # else the comparison would say little
+    assert min(expected) > 0 and max(expected) < 1  # otherwise the comparison would show little
 
 
 class _Lookup:
-    """Vectors by sentence, so that each accuracy is known beforehand."""
+    """Looks up vectors by sentence, so each accuracy is known beforehand."""
 
     def __init__(self, layers: dict[int, dict[str, list[float]]]) -> None:
         self.layers = list(layers)

@@ -1,4 +1,4 @@
-"""Reading parallel text: what a row may be, and what stops with the file and the line."""
+"""Reading parallel text: which rows are allowed, and which errors name the file and the line."""
 
 import lzma
 from pathlib import Path

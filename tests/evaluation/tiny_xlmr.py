@@ -21,7 +21,8 @@ SENTENCES = [
 
 
 def write_tiny_xlmr(folder: Path) -> None:
-    """Three layers of width 32, at most 34 tokens, universal layer 2, random weights."""
+    """Three layers of width 32, at most 34 tokens, universal layer 2 (the layer that the
+    contrast reads), random weights."""
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -40,7 +41,7 @@ def write_tiny_xlmr(folder: Path) -> None:
 
 
 def _tokenizer() -> XLMRobertaTokenizer:
-    """XLM-R's vocabulary: SentencePiece's pieces after its own four special tokens."""
+    """XLM-R's vocabulary: its own four special tokens, then SentencePiece's pieces."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_writer=trained, vocab_size=76, minloglevel=2

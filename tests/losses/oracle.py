@@ -1,4 +1,4 @@
-"""The contrast as its definition says it: float64, one process, whole matrices, autograd."""
+"""The contrast computed from its definition: float64, one process, whole matrices, autograd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mean_loss(
     hard: Keys | None = None,
     symmetric: bool = False,
 ) -> Tensor:
-    """The mean over all pairs, of one direction or both. 0 without pairs."""
+    """The mean over all pairs, in one direction or in both. 0 if there are no pairs."""
     if form.cosine:
         query, key = normalize(query, dim=1), normalize(key, dim=1)
         queue = queue and Keys(normalize(queue.vectors, dim=1), queue.ids)

@@ -1,5 +1,5 @@
-"""Contrast equals its plain definition in float64 in one process: loss, gradients and counts, on any number of
-ranks."""
+"""Contrast on any number of ranks equals its plain definition, in float64 in one process:
+loss, gradients and counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXACT: dict[str, Any] = {"atol": 1e-11, "rtol": 1e-12}  # float64, of scores up 
 
 @dataclass(frozen=True)
 class Case:
-    """A step: how many pairs and hard negatives each rank has, the queue, and every option."""
+    """A step: the numbers of pairs and hard negatives of each rank, the queue, and every option."""
 
     seed: int
     pairs: list[int]
@@ -82,7 +82,7 @@ class Step:
 
 
 def _step(case: Case) -> Step:
-    """The whole step's tensors, the same on every rank."""
+    """The tensors of the whole step, the same on every rank."""
     g = torch.Generator().manual_seed(case.seed)
     n = sum(case.pairs)
 
@@ -122,7 +122,7 @@ def _expected(case: Case) -> tuple[Tensor, list[Tensor]]:
 
 
 def _ours(case: Case, rank: int, world: int) -> tuple[Tensor, list[Tensor]]:
-    """On this rank: the loss, and gradients whose mean over ranks is the step's."""
+    """For this rank: the loss, and gradients whose mean over ranks is the step's gradient."""
     negatives.TILES["cpu"] = case.tiles
     step = _step(case)
     own = _range(case.pairs, rank)
@@ -180,7 +180,8 @@ def test_one_process_equals_the_definition(case: Case) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_the_definition(world: int) -> None:
-    """Ragged ranks, also empty ones; options as they come. Many cases a fork, for starting ranks takes seconds."""
+    """Ranks have different numbers of pairs, some none, and options are random. A fork runs many cases, because
+    starting ranks takes seconds."""
 
     @settings(max_examples=4, deadline=None, phases=[Phase.generate])  # shrinking would start ranks a thousand times
     @given(st.lists(cases(world), min_size=40, max_size=40))
@@ -288,7 +289,7 @@ def _without_collectives(rank: int, world: int) -> float:
 
 
 def test_backward_needs_no_collective() -> None:
-    """It runs after the process group is gone."""
+    """Backward runs after the process group is gone."""
     one, other = run_ranks(_without_collectives, 2)
     assert one == other
 
@@ -317,7 +318,8 @@ def test_a_process_group_is_a_world_of_its_own() -> None:
 
 @pytest.mark.parametrize("loss", [1e-1, 1e-4])
 def test_the_gradient_survives_a_tiny_loss(loss: float) -> None:
-    """In float32 against float64: 1e-5 of its norm at a loss of 1e-4, where logits in 16 bits have no gradient left."""
+    """float32 against float64: an error of 1e-5 of the norm at a loss of 1e-4. Logits in 16 bits have
+    no gradient left there."""
     g = torch.Generator().manual_seed(0)
     key = normalize(torch.randn(64, 128, generator=g, dtype=torch.float64), dim=1)
     query = normalize(key + 0.02 * torch.randn(64, 128, generator=g, dtype=torch.float64), dim=1)
@@ -344,7 +346,7 @@ def test_16_bit_vectors_with_logits_beyond_16_bits_give_a_finite_loss(dtype: tor
     loss, _ = contrast(query, key, 0.01)
     exact = oracle.mean_loss(query.double(), key.double(), 0.01, Form(), ids=torch.zeros(9, 0, dtype=torch.int64))
     largest = float(max(x.detach().abs().max() for x in (query, key)))
-    for side in torch.autograd.grad(loss, (query, key)):  # each row is at most s times a difference of two vectors
+    for side in torch.autograd.grad(loss, (query, key)):  # each row is at most s times the difference of two vectors
         assert bool(side.isfinite().all()) and float(side.abs().max()) <= 1.01 * 100 * 2 * largest
     assert loss.dtype == torch.float32 and float(loss.detach()) > 65504
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-6)
@@ -365,7 +367,7 @@ def test_a_loss_scale_carries_the_gradient_of_16_bit_vectors() -> None:
 
 
 def test_far_apart_logits_do_not_overflow_or_vanish() -> None:
-    """Negatives a thousand nats below and above the positive, in one tile and in the next."""
+    """Negatives lie a thousand nats above and below the positive, in the same tile and in the next."""
     query = torch.tensor([[1.0, 0.0]], requires_grad=True)
     for level in (-1000.0, -95.0, 0.0, 60.0, 95.0, 1000.0):
         values = [level, level + 1, *[level - 5] * 8]
@@ -376,7 +378,7 @@ def test_far_apart_logits_do_not_overflow_or_vanish() -> None:
 
 
 def test_keys_gradients_keep_their_precision_at_large_logits() -> None:
-    """Inner products of several hundred, in float32 against float64."""
+    """Inner products of several hundred, float32 against float64."""
     g = torch.Generator().manual_seed(0)
     query, key = (4 * torch.randn(96, 256, generator=g) for _ in range(2))
     exact = [x.double().requires_grad_() for x in (query, key)]
@@ -391,8 +393,8 @@ def test_keys_gradients_keep_their_precision_at_large_logits() -> None:
 
 
 def test_equal_vectors_are_dropped_from_rows_and_columns_alike() -> None:
-    """Their scores differ by rounding only, and rows and columns round differently: a cut at the positive's own score
-    takes them all out, as masking them by their texts does."""
+    """Scores of equal vectors differ only by rounding, and rows and columns round differently. A cut at the positive's
+    own score removes them all, as a mask by their texts does."""
     g = torch.Generator().manual_seed(0)
     query, key = (torch.randn(20, 64, generator=g).repeat(3, 1) for _ in range(2))
     ids, form = torch.arange(20).repeat(3)[:, None], Form(cosine=True, drop_within=0.0)
@@ -410,7 +412,7 @@ def test_equal_vectors_are_dropped_from_rows_and_columns_alike() -> None:
 def test_a_learned_temperature_stays_within_its_bounds_and_comes_back() -> None:
     temperature = Temperature(0.1, 0.05, 0.2)
     optimizer = torch.optim.SGD(temperature.parameters(), lr=0.5)
-    for push, bound in ((1.0, 0.05), (-1.0, 0.2), (1.0, 0.05)):  # descent lowers it, raises it, lowers it
+    for push, bound in ((1.0, 0.05), (-1.0, 0.2), (1.0, 0.05)):  # descent lowers, raises and lowers the temperature
         for _ in range(20):
             optimizer.zero_grad()
             (push * temperature() * 10).backward()

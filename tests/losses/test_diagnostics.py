@@ -1,4 +1,4 @@
-"""Diagnostics take the values that their papers give for known arrangements."""
+"""For known arrangements, diagnostics have the values that their papers give."""
 
 from __future__ import annotations
 

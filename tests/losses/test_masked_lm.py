@@ -19,7 +19,7 @@ def test_loss_and_gradients_equal_cross_entropy_of_full_logits(rows: int, monkey
     expected = (expected_rows * weights).sum()
     gradients = torch.autograd.grad(3 * expected, (hidden, weight, bias))
     weighted, each = module.masked_lm(hidden, weight, bias, labels, weights)
-    total = weighted[: rows // 2].sum() + weighted[rows // 2 :].sum()  # in any parts
+    total = weighted[: rows // 2].sum() + weighted[rows // 2 :].sum()  # summed in any parts
     torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(each, expected_rows.detach(), atol=1e-12, rtol=1e-12)
     assert not each.requires_grad
@@ -39,7 +39,7 @@ def test_sixteen_bit_inputs_are_summed_in_fp32() -> None:
 
 
 def test_a_loss_scale_carries_gradients_that_16_bits_cannot_hold() -> None:
-    """Each row's weight is one over many thousand rows."""
+    """The weight of each row is one divided by many thousand rows."""
     torch.manual_seed(0)
     tensors = [torch.randn(shape).half().requires_grad_() for shape in ((60, 16), (80, 16), (80,))]
     labels, weights = torch.randint(80, (60,)), torch.full((60,), 1e-7)

@@ -1,5 +1,5 @@
-"""The queue is first in first out for any batch size, is not read before it is full, and is the same however it is
-sharded."""
+"""The queue is first in, first out for any batch size. It is not read before it is full. It is the
+same with any sharding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCHES = [4, 0, 30, 1, 7, 7]
 
 
 def _numbered(first: int, count: int) -> Keys:
-    """Keys whose every value is their number."""
+    """Keys in which every value is the key's number."""
     numbers = torch.arange(first, first + count)
     return Keys(numbers[:, None].float().expand(count, 2), numbers[:, None])
 
@@ -62,7 +62,7 @@ def test_another_size_takes_over_the_newest_keys_and_fills_again(
 
 
 def test_a_queue_saved_while_it_fills_again_goes_on_filling() -> None:
-    """Its first rows were never written since it was made larger."""
+    """Its first rows were never written after it was made larger."""
     larger, again = KeyQueue(12, 2, 1, CPU), KeyQueue(12, 2, 1, CPU)
     larger.load_state_dicts([_filled(5, [20]).state_dict()])
     larger.push(_numbered(20, 4), 1)

@@ -1,4 +1,4 @@
-"""On a GPU in 16 bits the varlen kernel gives what the groups give in fp32."""
+"""On a GPU, the varlen kernel in 16 bits gives what the groups give in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""It is XLM-R: the joint pass on a flat batch equals XLMRobertaForMaskedLM on padded batches."""
+"""The encoder is XLM-R: the joint pass on a flat batch equals XLMRobertaForMaskedLM on padded batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = Model(layers=3, width=48, heads=4, feed_forward=96, positions=64, univer
 
 
 def _noisy_model(seed: int) -> InfoXLM:
-    """Random weights with every tensor moved, so that none is zero or one by initialisation."""
+    """A model with random weights. Every tensor is moved, so that none is zero or one by initialisation."""
     model = build_model(SHAPE, VOCABULARY, seed)
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Every family of encoders gives, packed, what transformers gives on padded batches; what cannot is refused."""
+"""Every family of encoders gives the same on a flat batch as transformers on padded batches. Models that cannot run on
+a flat batch are refused."""
 
 from __future__ import annotations
 
@@ -86,8 +87,8 @@ def test_losses_and_gradients_equal_transformers_on_padded_batches(family: str) 
 @pytest.mark.parametrize("universal_layer", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_representations_come_from_the_hidden_state_of_that_number(family: str, universal_layer: int) -> None:
-    """In the joint pass, from the part of the encoder that the contrast trains, and by transformers' numbering, in
-    which the last state has gone through the final norm."""
+    """In the joint pass, and in the part of the encoder that the contrast trains. The numbers are those of
+    transformers, whose last state has gone through the final norm."""
     lm, (ids, mask, _) = _padded(family), _batch()
     model, lengths = _flat_twin(lm, universal_layer), mask.sum(1).numpy()
     with torch.no_grad():
@@ -127,6 +128,6 @@ def test_what_cannot_run_on_a_flat_batch_is_refused_with_its_reason(tmp_path: Pa
 
 
 def test_a_base_model_has_the_same_parts() -> None:
-    """What evaluation reads: a model without a masked LM head."""
+    """Evaluation reads a model without a masked LM head."""
     config = shape_of(_shape("modernbert"), VOCABULARY)
     assert family_of(AutoModel.from_config(config).config) is FAMILIES["modernbert"]

@@ -1,4 +1,4 @@
-"""Weights come in from every form that Hugging Face folders have had, and train as any family of encoders."""
+"""Weights load from every form that Hugging Face folders have had. Every family of encoders trains from them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _model(kind: str = "xlm-roberta", **special_ids: int) -> PreTrainedModel:
 
 
 def _as_bin(model: PreTrainedModel, folder: Path) -> None:
-    """As XLM-R and InfoXLM were published: one pickle, half precision, with a pooler and a buffer that later versions
-    of transformers no longer save."""
+    """The form in which XLM-R and InfoXLM were published: one pickle in half precision, with a pooler and a buffer that
+    later versions of transformers no longer save."""
     model.config.save_pretrained(folder)
     weights = {name: value.half() for name, value in model.state_dict().items()}
     weights["roberta.embeddings.position_ids"] = torch.arange(130)[None]
@@ -72,7 +72,7 @@ SAVED = {
 def test_every_form_of_a_checkpoint_gives_its_weights(
     corpus: Path, tmp_path: Path, hub_cache: HubCache, form: str, kind: str
 ) -> None:
-    """From a folder, and by name from the hub's cache."""
+    """From a folder, and by name from the cache of the hub."""
     model, named = _model(kind), hub_cache("some/encoder")
     SAVED[form](model, named)
     shutil.copytree(corpus / "tokenizer", named, dirs_exist_ok=True)
@@ -139,7 +139,7 @@ def _train(rank: int, world: int, recipe: Recipe) -> float:
 def test_other_families_train_and_come_back_as_transformers_models(
     corpus: Path, tmp_path: Path, kind: str, config: str
 ) -> None:
-    """BERT and ModernBERT with a tokenizer of BERT's kind, whose special tokens have other ids and places."""
+    """BERT and ModernBERT with a BERT tokenizer, whose special tokens have other ids and places."""
     init, special = tmp_path / "init", {"bos": 0, "pad": 1, "eos": 2}
     if kind != "xlm-roberta-xl":
         special = {"bos": 2, "pad": 0, "eos": 3}
@@ -175,7 +175,7 @@ def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 
 
 def _expect_hidden_states(folder: Path, vectors: np.ndarray) -> None:
-    """The embedder's vectors are the normalised means of transformers' hidden states, sentence for sentence."""
+    """The embedder's vectors are the normalised means of transformers' hidden states, for each sentence."""
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     for n, sentence in enumerate(SAMPLE):
         with torch.no_grad():

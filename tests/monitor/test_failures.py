@@ -1,4 +1,4 @@
-"""What a rank that ends early says."""
+"""The messages of a rank that ends early."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_cause_is_told_by_its_rank_and_by_those_it_took_along(
     assert "rank 2 (process 3 on c) is gone without a message" in line
     monkeypatch.setattr(dist, "rank", lambda group=None: 2)
     assert failures.end(Gone(), tmp_path, WHERE, "Newest: 7") == code
-    assert capsys.readouterr().err == ""  # rank 0 has said it
+    assert capsys.readouterr().err == ""  # rank 0 has reported it
     failures.forget(tmp_path)
     assert failures.end(Gone(), tmp_path, WHERE, "") == 1
     assert "rank 1 failed" not in capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_what_all_ranks_know_is_said_once(
 def test_a_disk_too_full_for_the_cause_hides_it_on_the_screen_from_nobody(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "failures").write_text("")  # no folder can be made
+    (tmp_path / "failures").write_text("")  # so the folder cannot be made
     assert failures.end(Gone(), tmp_path, WHERE, "") == 1
     assert "rank 1 (process 2 on b) is gone" in capsys.readouterr().err
 
@@ -83,7 +83,7 @@ def test_a_host_that_is_lost_whole_is_named_once(tmp_path: Path, capsys: pytest.
 def test_hosts_that_lost_each_other_say_so_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of them may be cut off from the screen."""
+    """Each host reports it, because one of them may be cut off from the screen."""
     where = [failures.Place(host, rank) for rank, host in enumerate("aabb")]
     for _ in range(2):  # at first they cannot know yet who else is alive
         said = []

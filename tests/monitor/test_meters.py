@@ -1,4 +1,4 @@
-"""What the log says is the mean over all rows of all ranks."""
+"""The log shows the mean over all rows of all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.distributed.ranks import run_ranks
 def _on_rank(rank: int, world: int) -> Interval:
     torch_dist.init_process_group("gloo")
     meter = Meter()
-    # Three items of two directions: losses 1, 2, 3 and 4, 5, 6, of which the last three rows are hits.
+    # Three items in two directions: losses 1, 2, 3 and 4, 5, 6. The last three rows are hits.
     columns = torch.stack([torch.arange(1.0, 7.0) + rank, torch.tensor([0.0, 0, 0, 1, 1, 1])])
     meter.add_pairs(np.array([["de-en"], ["en-ru"], ["de-en"]], object), columns)
     meter.add_pairs(np.array([["de-en", "en-ru"]], object), torch.tensor([[10.0], [1.0]]))  # a mixed pair

@@ -1,4 +1,4 @@
-"""The plan of a recipe against what ranks really allocate, send and keep, and against published numbers."""
+"""The plan of a recipe equals what ranks really allocate, send and keep, and agrees with published numbers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ M_MMAP_THRESHOLD = -3
 
 
 def _recipe(corpus: Path, folder: Path, config: str, *overrides: str, bucket: int = 10_000_000) -> Recipe:
-    """A recipe whose bucket is no larger than a model of the test."""
+    """A recipe whose bucket is at most as large as the test's model."""
     engine = json.loads((CONFIGS / f"{config}.json").read_text(encoding="utf-8"))
     if engine:
         engine["zero_optimization"]["reduce_bucket_size"] = bucket
@@ -68,10 +68,10 @@ def _build(recipe: Recipe) -> TrainState:
 
 
 def _tensors(rank: int, world: int, recipe: Recipe) -> tuple[int, int]:
-    """Bytes of tensors alive between steps, and the most at any moment of a step."""
+    """Bytes of tensors that are alive between steps, and the peak within a step."""
     with TensorMemory() as tensors:
         state = _start(recipe)
-        while not train_step(state):  # brings the optimizer's states and fills the queue
+        while not train_step(state):  # makes the optimizer's states and fills the queue
             pass
         gc.collect()
         tensors.peak = 0
@@ -87,7 +87,8 @@ def _tensors(rank: int, world: int, recipe: Recipe) -> tuple[int, int]:
 def test_tensors_of_a_rank_are_as_planned(
     corpus: Path, tmp_path: Path, fp16_on_cpu: None, config: str, world: int
 ) -> None:
-    """Between steps to 2 %, at the peak to 15 % (gloo's own copies, which come and go, are not in the plan)."""
+    """Between steps to 2 %, at the peak to 15 %. The plan leaves out gloo's own copies, which exist only
+    for a short time."""
     recipe = _recipe(corpus, tmp_path, config, *WIDE)
     s = _setting(recipe, world)
     planned = memory(s)
@@ -121,7 +122,8 @@ def test_a_checkpoint_has_the_bytes_that_are_planned(corpus: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_of_a_large_batch_are_as_planned(corpus: Path, tmp_path: Path, checkpointing: bool) -> None:
-    """Narrow and deep with many tokens: most of the peak is what autograd saves, unless layers are computed again."""
+    """The model is narrow and deep, with many tokens. So most of the peak is what autograd saves, unless
+    layers are computed again."""
     shape = ["model.layers=6", "model.universal_layer=4", "model.width=64", "model.heads=2", "model.feed_forward=256"]
     batch = ["batch.lanes=1", "batch.mmlm_tokens=8000", "batch.tlm_tokens=8000", "contrast.queue.size=4"]
     batch.append(f"memory.activation_checkpointing={checkpointing}")
@@ -134,20 +136,20 @@ def test_activations_of_a_large_batch_are_as_planned(corpus: Path, tmp_path: Pat
 
 
 def _give_back() -> None:
-    """What glibc keeps of freed memory, as the trainer does at each log line."""
+    """Return the freed memory that glibc keeps, as the trainer does at each log line."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(rank: int, world: int, small: Recipe, recipe: Recipe) -> int:
-    """How far the resident set grows at its peak over two steps, in a process that has trained a small model before."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed tensors go back at once
+    """The growth of the resident set at its peak over two steps, in a process that has trained a small model before."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed tensors are returned at once
     train_step(_start(small))
     _give_back()
     before = psutil.Process().memory_info().rss
     state = _build(recipe)
     _give_back()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     for _ in range(2):
         train_step(state)
     (line,) = (x for x in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if "VmHWM" in x)
@@ -162,12 +164,12 @@ def test_peak_resident_set_of_a_rank_is_as_planned(corpus: Path, tmp_path: Path,
     small = recipe.model_copy(update={"model": recipe.model.model_copy(update={"width": 32, "feed_forward": 64})})
     planned, found = memory(_setting(recipe, 2)).peak, max(run_ranks(_resident, 2, small, recipe))
     print(f"\n{config} on 2: {planned / 1e6:.1f} planned, {found / 1e6:.1f} MB more resident at the peak")
-    # What the allocator keeps differs between a process of this test alone and one of the whole suite; tensors do not.
+    # The memory that the allocator keeps depends on the tests that ran before. The memory of tensors does not.
     assert planned == pytest.approx(found, rel=0.25)
 
 
 def _sent(rank: int, world: int, recipe: Recipe) -> dict[str, float]:
-    """Bytes that a rank sends in a step by rings, of calls to torch's collectives."""
+    """Bytes that a rank sends in a step by torch's collectives, if they run as rings."""
     sent: Counter[str] = Counter()
     share = (world - 1) / world
 
@@ -188,7 +190,7 @@ def _sent(rank: int, world: int, recipe: Recipe) -> dict[str, float]:
         return max(tensors(values), key=lambda t: t.nbytes)
 
     count("all_reduce", 2 * share, largest)
-    count("all_gather", share * world, largest)  # of a list of outputs and one part
+    count("all_gather", share * world, largest)  # arguments: a list of outputs and one part
     count("all_gather_into_tensor", share, largest)
     count("reduce_scatter_tensor", share, largest)
     state = _start(recipe)
@@ -222,8 +224,8 @@ def _large_recipe(tmp_path: Path, *overrides: str) -> Recipe:
 
 
 def test_parameters_of_xlmr_base_are_as_published(tmp_path: Path) -> None:
-    """278 M with 250,002 pieces (XLM-R; Hugging Face counts 278,295,186). Ours has more rows, a projection, and in the
-    positions the same 514."""
+    """278 M with 250,002 pieces (XLM-R; Hugging Face counts 278,295,186). Our model has more vocabulary rows and a
+    projection. Its positions are the same 514."""
     config = XLMRobertaConfig(
         vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, add_pooling_layer=False
     )
@@ -257,7 +259,7 @@ def test_states_are_the_sixteen_bytes_a_parameter_of_the_zero_paper(
 
 
 def test_operations_are_six_a_parameter_and_token_and_attention(tmp_path: Path) -> None:
-    """XLM-R base, blocks of 512, 15 % masked: 0.566 GFLOP a token in the body and 0.173 in the head."""
+    """XLM-R base, blocks of 512, 15 % masked: 0.566 GFLOP for each token in the body and 0.173 in the head."""
     overrides = ["weights.tlm=0", "weights.xlco=0"]
     s = _setting(_large_recipe(tmp_path, *overrides), 8, 250_002)
     found = flops(s)
@@ -279,7 +281,7 @@ def test_sixteen_bits_have_no_stage_0_and_offloaded_states_lie_on_the_host(tmp_p
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     moved = replace(s, engine=s.engine | {"zero_optimization": zero})
     assert memory(moved).optimizer == 0
-    average = 4 * partition(moved).momentum  # of the momentum encoder, where the masters lie
+    average = 4 * partition(moved).momentum  # the fp32 average of the momentum encoder, which lies with the masters
     assert memory(moved).host == 16 * partition(moved).held + average
 
 

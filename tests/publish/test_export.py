@@ -1,4 +1,4 @@
-"""An exported run loads with transformers alone and gives the hidden states that were trained."""
+"""transformers alone loads an exported run, and the hidden states are those that were trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.ranks import run_ranks
 
 
 def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
-    """Train; return the hidden states of SAMPLE by transformers' own padded forward of the fp32 master weights."""
+    """Train. Returns the hidden states of SAMPLE: transformers' own padded forward with the fp32 master weights."""
     start_ranks()
     state = build(agreed_inputs(recipe))
     fit(state, None)
