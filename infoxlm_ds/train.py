@@ -62,9 +62,7 @@ def build_and_fit(inputs: Inputs) -> int:
             return _mistake(error)
         return fit_and_close(state)
     except Exception as error:
-        newest = store.latest()
-        last = f"The newest checkpoint is {newest.name}" if newest else "There is no checkpoint yet"
-        return failures.end(error, run, where, f"{last}: run the same command again to go on")
+        return failures.end(error, run, where, store.advice())
     finally:
         inputs.loader.close()
 

@@ -92,6 +92,12 @@ class Store:
             raise UserError(f"{self._pointer} holds {name!r}: write the name of a checkpoint beside it, step-NNNNNNNN")
         return self.folder / name
 
+    def advice(self) -> str:
+        """One line for a run that failed: its newest checkpoint, and how to go on."""
+        newest = self.latest()
+        start = f"The newest checkpoint is {newest.name}" if newest else "There is no checkpoint yet"
+        return f"{start}: run the same command again to go on"
+
     def at(self, step: int | None = None) -> Path:
         """The committed checkpoint of a step; without a step, the newest. UserError if there is none."""
         newest = self.latest()
