@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
-app.add_typer(prep, name="prep", help="Turn text into a corpus of packed token ids.")
+app.add_typer(prep, name="prep", help="Turn text into a corpus of packs of token ids.")
 app.add_typer(evaluation, name="eval")
 checkpoint = typer.Typer(help="List, verify, consolidate and remove a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
