@@ -174,7 +174,7 @@ class BatchBuilder:
             labels=np.full(sum(masked), piece),
             mmlm=masked[0],
             text_ids=np.arange(pairs * n_ids).reshape(pairs, n_ids),
-            names={},
+            names={"xlco": np.zeros((pairs, 1), str)},
         )
 
     def _joint(
