@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.scale import simulate
 
 SIZES = {"mmlm": {"tokens": 512, "overhead": 2}, "tlm": {"tokens": 512, "overhead": 4}, "xlco": {"items": 8}}
 
 
+@pytest.mark.slow
 def test_1024_ranks_take_every_item_of_their_windows_once_in_100_steps() -> None:
     course = simulate(range(1024), 1024, 100, 10**8, SIZES, window_packs=1)
     assert course.items > 1024 * 100 * 16
