@@ -135,7 +135,7 @@ class Contrast(Section):
 
 
 class Batch(Section):
-    """One optimizer step. A lane is one micro-batch of the step, always the same whatever rank runs it. The number of
+    """One optimizer step. A lane is one micro-batch of the step; its contents do not depend on the rank. The number of
     ranks must divide the lanes."""
 
     lanes: Positive
@@ -149,11 +149,11 @@ class Batch(Section):
         return [world for world in range(1, self.lanes + 1) if self.lanes % world == 0]
 
     def lanes_of(self, rank: int, world: int) -> list[int]:
-        """The lanes that a rank of `world` runs. UserError where so many ranks do not divide the lanes."""
+        """The lanes that a rank of `world` runs. UserError if `world` does not divide the lanes."""
         if world not in self.worlds:
             raise UserError(
-                f"batch.lanes is {self.lanes}, which {world} ranks do not divide: start one of "
-                f"{', '.join(map(str, self.worlds))} ranks"
+                f"batch.lanes is {self.lanes}, which {world} ranks do not divide: choose one of "
+                f"{', '.join(map(str, self.worlds))}"
             )
         return list(range(rank, self.lanes, world))
 

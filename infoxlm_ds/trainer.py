@@ -144,8 +144,8 @@ def _after_update(
 def rehearse(state: TrainState) -> float:
     """Run a step with the longest batch that the recipe can make on every lane. Nothing of it stays. Returns the rank's
     peak of memory, in GiB. UserError if the GPU's memory is too small."""
-    lanes = [state.loader.longest_batch().to(dist.device())] * len(state.loader.lanes)
     try:
+        lanes = [state.loader.longest_batch().to(dist.device())] * len(state.loader.lanes)
         step = state.objective.prepare(lanes, state.momentum, state.queue.view() if state.queue else None)
         state.engine.rehearse(_added(state.engine.forward(lane, step, slot)[0]) for slot, lane in enumerate(lanes))
     except torch.cuda.OutOfMemoryError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infoxlm_ds import dist
+from infoxlm_ds.atomic import SUFFIX
 from infoxlm_ds.checkpoint.protocol import on_first_rank
 from infoxlm_ds.checkpoint.store import Store, collect_receipts, damage_of, universal_of
 from infoxlm_ds.config import UserError
@@ -43,7 +44,7 @@ def _make_universal(path: Path, written: tuple[int, int], wanted: tuple[int, int
         print(f"{change} it was converted before: {universal}", flush=True)
         return ""
     print(f"{change} it is converted ...", flush=True)
-    started, unfinished = time.monotonic(), universal.with_name(universal.name + ".partial")
+    started, unfinished = time.monotonic(), universal.with_name(universal.name + SUFFIX)
     for old in (unfinished, universal):
         shutil.rmtree(old, ignore_errors=True)
     try:

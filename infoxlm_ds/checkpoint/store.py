@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from infoxlm_ds.atomic import sync, write_file
+from infoxlm_ds.atomic import SUFFIX, sync, write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.manifest import sha256_of
 
@@ -72,7 +72,7 @@ class Store:
         lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
         self._lock = lock
-        for suffix in (".partial", ".removed"):
+        for suffix in (SUFFIX, ".removed"):
             for left in self.folder.glob(f"step-*{suffix}"):
                 shutil.rmtree(left)
         return ""
@@ -114,7 +114,7 @@ class Store:
 
     def begin(self, step: int) -> Path:
         """Make an empty folder for a step's files."""
-        partial = self.folder / f"step-{step:08d}.partial"
+        partial = self.folder / f"step-{step:08d}{SUFFIX}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from infoxlm_ds.atomic import SUFFIX
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_receipts, read_state, step_of, universal_of
 from infoxlm_ds.config import Recipe, UserError, check
 
@@ -34,7 +35,7 @@ def list_checkpoints(run: Path, console: Console) -> None:
 
 
 _LEFT = {
-    ".partial": "being written, or left by a run that was killed: removed at the next start",
+    SUFFIX: "being written, or left by a run that was killed: removed at the next start",
     ".removed": "being removed: finished at the next start",
     ".damaged": "a damaged checkpoint: `infoxlm checkpoint prune` removes it",
     ".universal": "a conversion of a step that is gone: `infoxlm checkpoint prune` removes it",

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 import infoxlm_ds.train as script
+from infoxlm_ds.atomic import write_file
 from infoxlm_ds.build import check_inputs
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.checkpoint.tools import read_through
@@ -86,7 +87,7 @@ def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Seq
     port = free_port(hosts[0])
     run.mkdir(parents=True, exist_ok=True)
     travelling = run / ".deepspeed_env"
-    travelling.write_text("".join(f"{line}\n" for line in environment_lines(os.environ)), encoding="utf-8")
+    write_file(travelling, "".join(f"{line}\n" for line in environment_lines(os.environ)))
     keys = {"DS_ENV_FILE": str(travelling.absolute()), "PYTHONUNBUFFERED": "1"}
     keys["PDSH_SSH_ARGS_APPEND"] = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
     # Without --force_multi, DeepSpeed uses this machine if the hostfile has one host.

@@ -1,7 +1,7 @@
 """The joint batch: one flat batch of token sequences for all three losses, and all other tensors that
 a lane's pass reads.
 
-A lane is one micro-batch of a step. It is the same on whatever rank it runs.
+A lane is one micro-batch of a step. Its contents do not depend on the rank that runs it.
 
 Legend: T tokens, S sequences, M masked rows, B pairs of this lane, I text ids of an item.
 

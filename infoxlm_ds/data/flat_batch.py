@@ -1,4 +1,4 @@
-"""A flat batch: sequences one behind the other in one row of tokens, and their layout, which attention reads.
+"""A flat batch: sequences concatenated in one row of tokens, and their layout, which attention reads.
 
 Legend: T tokens, S sequences, P tokens of all groups after padding.
 """
@@ -65,7 +65,7 @@ class FlatBatch:
 
 
 def flat_batch(ids: np.ndarray, lengths: np.ndarray, dense: bool = True) -> FlatBatch:
-    """The flat batch of sequences. `ids` [T]: theirs, one sequence behind the other; `lengths` [S]: each at least 1."""
+    """The flat batch of sequences. `ids` [T]: their token ids, concatenated; `lengths` [S]: each at least 1."""
     return FlatBatch(_tensor(ids), make_layout(lengths, dense))
 
 

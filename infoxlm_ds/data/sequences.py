@@ -18,7 +18,7 @@ from infoxlm_ds.data.stream import runs
 
 @dataclass(frozen=True)
 class Sequences:
-    """S sequences one behind the other: ids [T] and lengths [S], both int64."""
+    """S sequences, concatenated: ids [T] and lengths [S], both int64."""
 
     ids: np.ndarray
     lengths: np.ndarray

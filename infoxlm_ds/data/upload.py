@@ -34,7 +34,11 @@ def to_device(batch: B, device: torch.device) -> B:
     """The same batch on a device, by one copy that does not block the host. A batch for a CPU is returned as it is."""
     if device.type == "cpu":
         return batch
-    if len({x.untyped_storage().data_ptr() for x in _tensors(batch)}) > 1:
+    tensors = _tensors(batch)
+    if not tensors:
+        return batch
+    one_buffer = len({x.untyped_storage().data_ptr() for x in tensors}) == 1
+    if not one_buffer or not all(x.is_contiguous() for x in tensors):
         batch = in_one_buffer(batch, pinned=device.type == "cuda")
     storage = _tensors(batch)[0].untyped_storage()
     buffer = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, non_blocking=True)

@@ -42,25 +42,30 @@ def embed(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     description: str = "",
+    shared: bool = False,
 ) -> Vectors:
     """L2-normalised vectors of sentences, in their order. `encode` maps a batch to [b, D] or [b, L, D], and the result
-    is [n, D] or [n, L, D]. The ranks take batches in turn, and all ranks get the result. Collective.
+    is [n, D] or [n, L, D].
 
     `longest`: sentences with more tokens are cut, with a warning. `dtype`: the precision of the encoder. `description`:
-    text of a progress bar, shown on a terminal.
+    text of a progress bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all
+    ranks get the result (collective); otherwise this process embeds alone.
     """
     token_ids = _tokenize(sentences, tokenizer, longest)
     by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
     batches = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
-    dense, world, parts = not runs_varlen(device, dtype), dist.world_size(), []
+    rank, world = (dist.rank(), dist.world_size()) if shared else (0, 1)
+    dense, parts = not runs_varlen(device, dtype), []
     turns = [batches[first : first + world] for first in range(0, len(batches), world)]
     for turn in _progress(turns, description):
         # ZeRO 3 needs a call of every rank in every turn. A rank that has no batch repeats the turn's first one.
-        batch = [token_ids[i] for i in turn[dist.rank() if dist.rank() < len(turn) else 0]]
+        batch = [token_ids[i] for i in turn[rank if rank < len(turn) else 0]]
         flat = flat_batch(np.concatenate(batch), np.array([len(ids) for ids in batch]), dense)
         vectors = normalize(encode(to_device(flat, device)).float(), dim=-1)
-        counts = [len(of_rank) for of_rank in turn] + [0] * (world - len(turn))
-        parts.append(dist.gather_rows(vectors[: counts[dist.rank()]], counts).cpu())
+        if shared:
+            counts = [len(of_rank) for of_rank in turn] + [0] * (world - len(turn))
+            vectors = dist.gather_rows(vectors[: counts[rank]], counts)
+        parts.append(vectors.cpu())
     in_order = np.argsort(by_length)
     result: Vectors = torch.cat(parts).numpy()[in_order] if parts else np.zeros((0, 0), np.float32)
     return result

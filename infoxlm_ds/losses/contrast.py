@@ -70,7 +70,7 @@ class Report(NamedTuple):
 
     `loss`: in nats; `repelled`: 1 - p(positive), the fraction of the gradient that is left; `positive`: its logit
     without margin; `hardest`: largest logit of a negative, also of a dropped one. Numbers of keys: `negatives`;
-    `masked`, because they share a text; `positives` beside the own one; `dropped`, by their score; `above`: negatives
+    `masked`, because they share a text; further `positives`; `dropped`, by their score; `above`: negatives
     with a logit above the positive's, with dropped ones, so that 1 + above is the positive's rank.
     """
 

@@ -32,7 +32,7 @@ def effective_rank(x: Tensor) -> Tensor:
 
 
 def describe_space(first: Tensor, second: Tensor, queue: Tensor | None) -> dict[str, Tensor]:
-    """The figures above of n pairs and, where there is one, of a queue of keys; of the first SAMPLE vectors each."""
+    """The figures above, of n pairs and of a queue of keys (or None). Reads the first SAMPLE vectors of each."""
     first, second = first[:SAMPLE], second[:SAMPLE]
     values = {"alignment": alignment(first, second), "effective_rank": effective_rank(first)}
     if len(first) > 1:

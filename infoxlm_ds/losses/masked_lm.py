@@ -26,8 +26,8 @@ def masked_lm(
     count, so that the sum over lanes and ranks is the task's weighted mean. M may be 0. `vocabulary`: the number of
     pieces; the rows of `weight` after them are padding.
 
-    Backward gives the gradient of the sum over all rows. So the caller adds up all rows, in any parts, and may multiply
-    the sum by a factor, but not single rows.
+    Backward gives the gradient of the sum over all rows. The caller must sum all rows, in any parts. It may
+    scale the sum. It must not weight rows differently.
     """
     weighted, rows = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, row_weights, vocabulary or len(weight)

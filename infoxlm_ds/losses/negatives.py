@@ -298,8 +298,11 @@ def _attract_rows(
 
 
 class Fate(NamedTuple):
-    """What the gradients of keys need of all anchors [N] beside their vectors. `shift` + `log_mass`: log-sum-exp over
-    the negatives; `log_repels`: log(1 - p); `per_positive`: 1 / number of positives."""
+    """Values of all anchors [N] that the keys' gradients need in addition to the anchors' vectors.
+
+    `shift` + `log_mass`: log-sum-exp over the negatives; `log_repels`: log(1 - p); `per_positive`: 1 / number of
+    positives.
+    """
 
     shift: Tensor
     log_mass: Tensor

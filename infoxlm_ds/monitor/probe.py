@@ -37,7 +37,13 @@ class RetrievalProbe:
         Collective."""
         dtype = next(encoder.parameters()).dtype
         vectors_of = partial(
-            embed, tokenizer=self._tokenizer, longest=self._longest, encode=encoder, device=dist.device(), dtype=dtype
+            embed,
+            tokenizer=self._tokenizer,
+            longest=self._longest,
+            encode=encoder,
+            device=dist.device(),
+            dtype=dtype,
+            shared=True,
         )
         results = {}
         for pairs in self._pairs:

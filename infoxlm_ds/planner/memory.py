@@ -156,7 +156,8 @@ def _gradients(s: Setting, part: Partition) -> _Gradients:
     if s.stage == 0:
         return _Gradients(0, 4 * whole, 0, 0, 4 * min(whole, ALLREDUCE))
     if s.bf16_optimizer:
-        return _Gradients(4 * whole, 0, 2 * whole, 0, 2 * whole + 4 * whole * (whole <= ALLREDUCE))
+        copies = 2 * whole * (sent_in == 2) + 4 * whole * (whole <= ALLREDUCE)
+        return _Gradients(4 * whole, 0, 2 * whole, 0, copies)
     bucket = int(s.zero.reduce_bucket_size)
     sent = min(whole, bucket)
     if s.stage == 3:
@@ -244,5 +245,5 @@ def stages(s: Setting) -> Iterator[Setting]:
 
 
 def smallest_world(s: Setting, memory_bytes: float) -> int | None:
-    """The smallest number of ranks, of those that divide the lanes, on which the setting's stage fits; None if none."""
+    """The smallest number of ranks, of those that divide the lanes, on which this stage fits, or None."""
     return next((world for world in s.recipe.batch.worlds if memory(s.at(world=world)).peak <= memory_bytes), None)

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import load_recipe
 from infoxlm_ds.engine.config import load_engine_config
 from infoxlm_ds.planner.cost import flops, tokens_per_step, useful, wire
@@ -76,7 +77,7 @@ def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
 
 def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(s, wishes), indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(as_json(s, wishes), indent=1) + "\n")
 
 
 def print_plan(s: Setting, wishes: Wishes, console: Console) -> None:

@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_at_another_stage(
 
 # How far apart the run that changed and the one that did not are at the end, as a share of how far training moved the
 # weights from their start. Measured: 5e-8, 2.7e-4 and 3e-5.
-BOUNDS = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-4}
+BOUNDS = {"fp32": 1e-6, "bf16": 5e-4, "fp16": 1e-4}
 
 
 @pytest.mark.slow
@@ -142,8 +142,12 @@ def test_it_goes_on_in_16_bits_and_with_shards_of_the_queue(
     """In 16 bits the two splits differ by their rounding; the loss scale is taken over."""
     folder, expected = origin(config, ranks[0], *overrides)
     recipe = small_recipe(corpus, _back_at_the_cut(folder, tmp_path / "run"), _engine(config), *overrides)
-    _, given, state = _together(run_ranks(_steps, ranks[1], recipe, STEPS))
+    losses, given, state = _together(run_ranks(_steps, ranks[1], recipe, STEPS))
     assert given == expected[1][CUT:]
+    if "fp32" in config:  # the queue among it
+        assert losses == pytest.approx(expected[0][CUT:], rel=1e-5)
+        for name, value in state.items():
+            assert_close(value, expected[2][name], name)
     start = run_ranks(_untrained, 1, small_recipe(corpus, tmp_path / "new", _engine(config), *overrides))[0]
     for names in ("model.", "key."):
         ours, theirs = ({name: x for name, x in of.items() if name.startswith(names)} for of in (state, expected[2]))

@@ -11,13 +11,13 @@ from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.losses import negatives
-from infoxlm_ds.trainer import train_step
+from infoxlm_ds.trainer import rehearse, train_step
 from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
 
 
 def _sorted_texts(rank: int, world: int, recipe: Recipe) -> list[int]:
-    """How many rows of text ids were sorted in a step of four lanes against a full queue."""
+    """How many rows of text ids were sorted in a step of four lanes against a full queue, after a rehearsal."""
     start_ranks()
     state = build(agreed_inputs(recipe))
     while state.queue is None or state.queue.filled < 1:
@@ -29,6 +29,7 @@ def _sorted_texts(rank: int, world: int, recipe: Recipe) -> list[int]:
         rows.append(len(ids))
         make(index, ids)
 
+    assert rehearse(state) > 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(negatives.TextIndex, "__init__", counted)
         train_step(state)

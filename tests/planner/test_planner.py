@@ -296,7 +296,7 @@ def test_lanes_that_the_ranks_do_not_divide_are_an_error_with_a_remedy(corpus: P
     small_recipe(corpus, tmp_path / "run")
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--gpus", "3"])
     assert isinstance(result.exception, UserError)
-    assert str(result.exception) == "batch.lanes is 4, which 3 ranks do not divide: start one of 1, 2, 4 ranks"
+    assert str(result.exception) == "batch.lanes is 4, which 3 ranks do not divide: choose one of 1, 2, 4"
 
 
 def test_plan_prints_what_it_writes(corpus: Path, tmp_path: Path) -> None:

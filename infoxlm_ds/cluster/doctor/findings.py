@@ -11,6 +11,8 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
+from infoxlm_ds.atomic import write_file
+
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
@@ -50,4 +52,4 @@ def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
