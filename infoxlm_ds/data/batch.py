@@ -196,7 +196,7 @@ class BatchBuilder:
         return JointBatch(
             tokens=self._flat([trunk, *queries]),
             trunk=make_layout(trunk.lengths, self._dense),
-            queries=make_layout(Sequences.concatenate(queries).lengths, self._dense and self._queries_alone),
+            queries=make_layout(np.concatenate([s.lengths for s in queries]), self._dense and self._queries_alone),
             sides=Sides(len(queries.first), len(queries.second)),
             keys=None if trained or not self._recipe.tasks["xlco"] else self._flat(keys),
             key_sides=Sides(0, 0) if trained else Sides(len(keys.first), len(keys.second)),

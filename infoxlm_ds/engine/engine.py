@@ -89,15 +89,15 @@ class Engine:
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
         self._engine._copy_recovery_script = lambda path: None  # `infoxlm checkpoint consolidate` replaces it
-        self._make_moments(stage_of(config))
         self._config, self.stage = config, stage_of(config)
+        self._make_moments()
         self._whole_norm = math.nan  # gradient norm at stage 0, which DeepSpeed does not report
 
-    def _make_moments(self, stage: int) -> None:
+    def _make_moments(self) -> None:
         """Make Adam's moments now. torch makes them in the first update, after a rehearsal has measured memory."""
         zero = self._engine.optimizer
         groups = [group["params"] for group in self._adamw.param_groups]
-        for master in zero.fp32_partitioned_groups_flat if stage == 3 else [p for group in groups for p in group]:
+        for master in zero.fp32_partitioned_groups_flat if self.stage == 3 else [p for group in groups for p in group]:
             self._adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),

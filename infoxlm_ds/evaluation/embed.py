@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 def embed(
     sentences: list[str],
     tokenizer: Any,
-    longest: int,
+    positions: int,
     encode: Callable[[FlatBatch], Tensor],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -47,11 +47,12 @@ def embed(
     """L2-normalised vectors of sentences, in their order. `encode` maps a batch to [b, D] or [b, L, D], and the result
     is [n, D] or [n, L, D].
 
-    `longest`: sentences with more tokens are cut, with a warning. `dtype`: the precision of the encoder. `description`:
-    text of a progress bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all
-    ranks get the result (collective); otherwise this process embeds alone.
+    `positions`: the longest sequence that the encoder takes. Sentences with more tokens than that, or than the
+    tokenizer allows, are cut, with a warning. `dtype`: the precision of the encoder. `description`: text of a progress
+    bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get the
+    result (collective); otherwise this process embeds alone.
     """
-    token_ids = _tokenize(sentences, tokenizer, longest)
+    token_ids = _tokenize(sentences, tokenizer, min(tokenizer.model_max_length, positions))
     by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
     batches = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
     rank, world = (dist.rank(), dist.world_size()) if shared else (0, 1)
@@ -104,7 +105,7 @@ class SentenceEmbedder:
         config = model.config
         self.layers = _chosen_layers(layers, config, folder)
         self.pooling: Pooling = getattr(config, "sentence_pooling", "mean") if pooling is None else pooling
-        self.max_tokens = min(self.tokenizer.model_max_length, positions_of(config))
+        self._positions = positions_of(config)
         self._body = Body(model.to(self.device).eval(), self.layers[-1])
         self._width: int = config.hidden_size
 
@@ -113,7 +114,7 @@ class SentenceEmbedder:
         progress bar shows `description`."""
         if not sentences:
             return np.zeros((len(self.layers), 0, self._width), np.float32)
-        vectors = embed(sentences, self.tokenizer, self.max_tokens, self._pooled, self.device, description=description)
+        vectors = embed(sentences, self.tokenizer, self._positions, self._pooled, self.device, description=description)
         return np.ascontiguousarray(vectors.swapaxes(0, 1))
 
     @torch.inference_mode()

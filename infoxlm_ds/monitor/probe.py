@@ -28,7 +28,7 @@ class RetrievalProbe:
         all_pairs = pairs_with_pivot(list(read_nway(probe.data)), probe.pivot, probe.languages, 2, str(probe.data))
         self._pairs = [_first(p, probe.pairs) for p in all_pairs]
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        self._longest = min(self._tokenizer.model_max_length, positions)
+        self._positions = positions
         self._baseline = {p.language: float(np.mean(trigram_accuracy(p.pivot_text, p.text))) for p in self._pairs}
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class RetrievalProbe:
         vectors_of = partial(
             embed,
             tokenizer=self._tokenizer,
-            longest=self._longest,
+            positions=self._positions,
             encode=encoder,
             device=dist.device(),
             dtype=dtype,
