@@ -6,6 +6,9 @@ INSTALLED := .venv/installed.stamp
 # The oldest Python for the pinned versions; PYTHON=/path/to/python chooses another interpreter.
 NEEDED := 3.11
 
+# torch for a GPU brings its own Triton. Without a GPU, tests run the kernels in its interpreter.
+TRITON := triton==3.9.0
+
 # Tests fork ranks, and a process that uses a GPU cannot fork: tests marked gpu run in their own process.
 CPU_ONLY := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
@@ -26,6 +29,7 @@ $(INSTALLED): requirements.lock setup.cfg pyproject.toml
 	    "run make PYTHON=/path/to/python$(NEEDED)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-deps '$(TRITON)'
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

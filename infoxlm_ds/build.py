@@ -101,7 +101,7 @@ def _from_scratch(inputs: Inputs) -> TrainState:
     momentum = queue = None
     if copied is not None:
         source = model.sentence_encoder()
-        momentum = MomentumEncoder(source, engine.copy(copied), engine.masters, engine.write, contrast.momentum)
+        momentum = MomentumEncoder(source, engine.copy(copied), engine.masters, engine.writer, contrast.momentum)
     if recipe.tasks["xlco"] and contrast.uses_queue:
         width, settings = model.lm.config.hidden_size, contrast.queue
         queue = KeyQueue(settings.size, width, N_TEXTS[contrast.mixup], dist.device(), settings.sharded)

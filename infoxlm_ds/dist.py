@@ -68,14 +68,19 @@ def row_counts(rows: Tensor, group: Group = None) -> list[int]:
 def gather_rows(x: Tensor, counts: Sequence[int] | None = None, group: Group = None) -> Tensor:
     """The rows of all ranks, rank 0's first: [b, ...] to [N, ...]. No gradient. `counts`: the number of rows of each
     rank, needed if they differ."""
+    return x if world_size(group) == 1 else torch.cat(gather_parts(x, counts, group))
+
+
+def gather_parts(x: Tensor, counts: Sequence[int] | None = None, group: Group = None) -> list[Tensor]:
+    """The rows of each rank, like `gather_rows`."""
     if world_size(group) == 1:
-        return x
+        return [x]
     counts = counts or [len(x)] * world_size(group)
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]
     torch_dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def own_rows(counts: Sequence[int], group: Group = None) -> slice:

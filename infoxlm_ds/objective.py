@@ -85,9 +85,9 @@ class Objective(nn.Module):
     def forward(self, lane: JointBatch, step: Step, slot: int) -> tuple[dict[str, Tensor], Report, Representations]:
         """For this rank's lane number `slot`: its losses by task, to be added up; a report; and
         its representations without gradient."""
-        states, vectors = self.model(lane.tokens, lane.trunk, lane.queries)
+        states, vectors = self.model(lane.tokens, lane.trunk, lane.queries, lane.rows)
         own = split_sides(vectors, lane.sides)
-        losses, report = self._masked_lm(states[lane.rows], lane, step)
+        losses, report = self._masked_lm(states, lane, step)
         if self._tasks["xlco"]:
             share, rows = self.xlco.share(own, lane, step.xlco, slot)
             losses["xlco"] = self._weights.xlco * step.pairs / step.denominators["xlco"] * share

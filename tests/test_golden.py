@@ -28,7 +28,7 @@ from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.heads import masked_lm_losses
-from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, write_whole
+from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, WriteWhole
 from infoxlm_ds.model.pretrained import build_model, strip_vocabulary
 from infoxlm_ds.objective import Objective
 
@@ -95,7 +95,7 @@ class Replay:
             self.model.sentence_encoder(),
             copy.deepcopy(self.model.sentence_encoder()).requires_grad_(False),
             _masters,
-            partial(write_whole, sharded=False),
+            partial(WriteWhole, sharded=False),
             RECIPE.contrast.momentum,
         )
         self.key.load_state_dict(
@@ -293,14 +293,14 @@ def test_the_model_equals_transformers_on_the_reference_weights() -> None:
     real = padded != PAD
     tokens = _flat(padded)
     (rows,) = torch.nonzero(target[real] != NOT_MASKED, as_tuple=True)
-    hidden, _ = replay.model(tokens, tokens.layout, make_layout(np.zeros(0, np.int64)))
+    states, _ = replay.model(tokens, tokens.layout, make_layout(np.zeros(0, np.int64)), rows)
     weights = torch.full((len(rows),), 1 / len(rows))
-    weighted, _ = masked_lm_losses(replay.model.lm, hidden[rows], target[real][rows], weights)
+    weighted, _ = masked_lm_losses(replay.model.lm, states, target[real][rows], weights)
     loss = weighted.sum()
     loss.backward()
 
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
-    torch.testing.assert_close(hidden, expected.hidden_states[-1][real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(states, expected.hidden_states[-1][real][rows], atol=1e-5, rtol=0)
     ours = dict(replay.model.lm.named_parameters())
     for name, parameter in twin.named_parameters():
         if not name.endswith("attention.self.key.bias"):  # mathematically zero: noise

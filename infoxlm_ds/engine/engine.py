@@ -9,8 +9,9 @@ import copy
 import math
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from infoxlm_ds import dist
 from infoxlm_ds.cluster import environment
 from infoxlm_ds.config import Optimizer, Timeout
 from infoxlm_ds.engine.files import CLIENT_STATE, Capture
-from infoxlm_ds.model.momentum import Fragment, write_whole
+from infoxlm_ds.model.momentum import Fragment, WriteWhole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -199,7 +200,8 @@ class Engine:
         module = module.eval().requires_grad_(False)
         if self.stage == 3:
             # Persistent parameters stay gathered, and would not get the values that `write` puts into a shard.
-            zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+            # Without overlap, weights are gathered in the order of the default stream, after what `write` puts there.
+            zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0, "overlap_comm": False}
             zero.pop("offload_optimizer", None)
             untrained = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
             deepspeed.initialize(model=module, config=self._config | untrained)
@@ -208,15 +210,14 @@ class Engine:
             parameter.data = parameter.to(self._engine.get_data_types()[0])
         return module.to(dist.device())
 
-    def write(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
-        """Set parameters of a `copy` from fragments, such as `masters` gives. Stage 3 needs no collective, because the
-        copy is cut into the same shards."""
+    def writer(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> Callable[[], None]:
+        """A function that sets parameters of a `copy` from fragments, such as `masters` gives, each time with the
+        values of that moment. Stage 3 needs no collective, because the copy is cut into the same shards."""
         if self.stage < 3:
-            write_whole(parameters, fragments, self.sharded)
-            return
-        for f in fragments:
-            shard: Tensor = parameters[f.parameter].ds_tensor  # type: ignore[attr-defined]  # stage 3's own
-            shard.data[: len(f.values)].copy_(f.values)
+            return WriteWhole(parameters, fragments, self.sharded)
+        pairs = [(parameters[f.parameter].ds_tensor, f.values) for f in fragments]  # type: ignore[attr-defined]  # stage 3's own
+        shards = [shard.data[: len(values)] for shard, values in pairs]
+        return partial(torch._foreach_copy_, shards, [values for _, values in pairs])
 
     def _shard(self, number: int, parameter: nn.Parameter, values: Tensor) -> Fragment:
         """Stage 3 cuts a parameter into equal parts and pads the last ones."""

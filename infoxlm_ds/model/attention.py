@@ -36,7 +36,7 @@ def flat_attention(
     layout, scale, window = kwargs["layout"], kwargs.get("scaling"), kwargs.get("sliding_window")
     assert isinstance(layout, Layout) and attention_mask is None and not kwargs.get("dropout")
     assert isinstance(scale, float | None) and isinstance(window, int | None)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if runs_varlen(query.device, query.dtype):
         return _varlen(q, k, v, layout, scale, window)[None], None
     assert layout.dense is not None, "this batch was made for varlen attention"
@@ -46,10 +46,10 @@ def flat_attention(
 def _in_groups(
     query: Tensor, key: Tensor, value: Tensor, dense: DenseGroups, scale: float | None, window: int | None
 ) -> Tensor:
-    padded = [x.index_select(0, dense.gather) for x in (query, key, value)]  # [P, H, D]
+    sizes = [group.stop - group.start for group in dense.groups]
+    padded = (x.index_select(0, dense.gather).split(sizes) for x in (query, key, value))  # [P, H, D]
     parts = [
-        _dense(group, *(x[group.start : group.stop] for x in padded), scale=scale, window=window)
-        for group in dense.groups
+        _dense(group, *rows, scale=scale, window=window) for group, *rows in zip(dense.groups, *padded, strict=True)
     ]
     return torch.cat(parts).index_select(0, dense.scatter)
 

@@ -2,12 +2,16 @@
 
 The universal layer is the inner layer whose output the contrast reads.
 
-Legend: T tokens, S sequences, D width, K the universal layer, L layers.
+Legend: T tokens, S sequences, M masked rows, R rows that are read, D width, K the universal layer, L layers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from infoxlm_ds.data.flat_batch import FlatBatch, Layout
@@ -22,7 +26,7 @@ class Body(nn.Module):
     def __init__(self, model: PreTrainedModel, layers: int | None = None) -> None:
         """`model`: the base model, without a head; `layers`: the number of its layers, None for all."""
         super().__init__()
-        family = family_of(model.config)
+        self._family = family = family_of(model.config)
         whole = part(model, family.layers)
         self.embeddings, self.layers = model.embeddings, whole[:layers]
         self.norm = part(model, family.norm) if len(self.layers) == len(whole) else None
@@ -33,23 +37,38 @@ class Body(nn.Module):
         """Embeddings [T, D], the same as `hidden_states[0]` of transformers."""
         positions = {} if self.rotary else {"position_ids": batch.layout.positions[None] + self._first_position}
         out: Tensor = self.embeddings(input_ids=batch.ids[None], **positions)
-        return out[0]
+        return out.squeeze(0)
 
-    def run(self, hidden: Tensor, layout: Layout, first: int, last: int) -> Tensor:
+    def run(self, hidden: Tensor, layout: Layout, first: int, last: int, rows: Tensor | None = None) -> Tensor:
         """Run hidden [T, D] through layers `first` to `last` - 1, each sequence on its own. Families with a final norm
-        apply it after layer L."""
-        flat, angles = hidden[None], {}
-        for layer in self.layers[first:last]:
+        apply it after layer L.
+
+        `rows` [R] int64: the only rows of the result that are read. The last of these layers attends to all tokens,
+        but computes nothing else for the other rows; the result is [R, D].
+        """
+        flat, angles, layers = hidden[None], {}, self.layers[first:last]
+        for layer in layers:
+            inputs: dict[str, Any] = {"layout": layout}
             if self.rotary:
                 kind = layer.attention_type
                 if kind not in angles:
                     angles[kind] = self.rotary(flat, layout.positions[None], kind)
-                flat = layer(flat, None, position_embeddings=angles[kind], layout=layout)
+                inputs["position_embeddings"] = angles[kind]
+            read = rows if layer is layers[-1] else None
+            if layer.gradient_checkpointing and layer.training:
+                flat = checkpoint(self._layer, layer, flat, read, inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                flat = layer(flat, None, layout=layout)
+                flat = self._layer(layer, flat, read, inputs)
         if self.norm is not None and first < last == len(self.layers):
             flat = self.norm(flat)
-        return flat[0]
+        return flat.squeeze(0)
+
+    def _layer(self, layer: nn.Module, flat: Tensor, rows: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """One layer on [1, T, D], of which only `rows` go on after attention."""
+        context = self._family.attend(layer, flat, **inputs)
+        if rows is not None:
+            context, flat = context.index_select(1, rows), flat.index_select(1, rows)
+        return self._family.finish(layer, context, flat)
 
 
 class SentenceEncoder(nn.Module):
@@ -61,9 +80,8 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, batch: FlatBatch) -> Tensor:
         """Representations [S, D] of the sequences."""
-        body = self.body
-        hidden = body.run(body.embed(batch), batch.layout, 0, len(body.layers))
-        out: Tensor = self.head(hidden, batch.layout)
+        body, read = self.body, self.head.reads(batch.layout)
+        out: Tensor = self.head(body.run(body.embed(batch), batch.layout, 0, len(body.layers), read), batch.layout)
         return out
 
 
@@ -78,19 +96,23 @@ class InfoXLM(nn.Module):
     def body(self) -> Body:
         return Body(self.lm.base_model)
 
-    def forward(self, batch: FlatBatch, trunk: Layout, queries: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: FlatBatch, trunk: Layout, queries: Layout, masked: Tensor) -> tuple[Tensor, Tensor]:
         """One pass for all losses. The batch holds the trunk, which is the sequences of MMLM and TLM, and then the
-        contrast's queries. The queries leave after the universal layer.
+        contrast's queries. The queries leave after the universal layer. `masked` [M]: the masked rows of the trunk.
 
-        Returns the last layer's states of the trunk's tokens, and the queries' representations.
+        Returns the last layer's states of the masked rows [M, D], and the queries' representations [S, D].
         """
         body, middle = self.body, self.universal_layer
-        hidden = body.run(body.embed(batch), batch.layout, 0, middle)
-        states, leaving = hidden[: trunk.tokens], hidden[trunk.tokens :]
-        representations = self.head(leaving, queries)
-        if trunk.tokens:
-            states = body.run(states, trunk, middle, len(body.layers))
-        return states, representations
+        ends, firsts = middle == len(body.layers), self.head.reads(queries)  # ends: the trunk leaves there too
+        read, sizes = None, [trunk.tokens, queries.tokens]
+        if ends or (firsts is not None and queries.tokens):
+            kept = masked if ends else torch.arange(trunk.tokens, device=masked.device)
+            leaving = torch.arange(queries.tokens, device=masked.device) if firsts is None else firsts
+            read, sizes = torch.cat([kept, leaving + trunk.tokens]), [len(kept), len(leaving)]
+        states, vectors = body.run(body.embed(batch), batch.layout, 0, middle, read).split(sizes)
+        if not ends:
+            states = body.run(states, trunk, middle, len(body.layers), masked) if trunk.tokens else states[masked]
+        return states, self.head(vectors, queries)
 
     def sentence_encoder(self) -> SentenceEncoder:
         """The part that the contrast trains. It shares these weights."""

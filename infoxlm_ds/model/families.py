@@ -19,12 +19,43 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, 
 from infoxlm_ds.config import UserError
 
 
+def _attend(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+    out: Tensor = layer.attention.self(hidden, **kwargs)[0]
+    return out
+
+
+def _attend_normed(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+    return _attend(layer, layer.attention.self_attn_layer_norm(hidden), **kwargs)
+
+
+def _finish(layer: Any, context: Tensor, hidden: Tensor) -> Tensor:
+    out: Tensor = layer.feed_forward_chunk(layer.attention.output(context, hidden))
+    return out
+
+
+def _attend_rotary(layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+    out: Tensor = layer.attn(layer.attn_norm(hidden), **kwargs)[0]
+    return out
+
+
+def _finish_rotary(layer: Any, context: Tensor, hidden: Tensor) -> Tensor:
+    hidden = hidden + context
+    out: Tensor = hidden + layer.mlp(layer.mlp_norm(hidden))
+    return out
+
+
 @dataclass(frozen=True)
 class Family:
-    """Attribute paths below the base model. `features`: the masked LM head without the vocabulary matrix, which maps
-    rows [M, D] to [M, D]."""
+    """How a family is built.
+
+    `features`: the masked LM head without the vocabulary matrix, which maps rows [M, D] to [M, D]. A layer is
+    `finish(layer, attend(layer, hidden), hidden)`: `attend` mixes tokens, and `finish` works on each row alone. The
+    rest are attribute paths below the base model.
+    """
 
     features: Callable[[Any, Tensor], Tensor]
+    attend: Callable[..., Tensor] = _attend
+    finish: Callable[[Any, Tensor, Tensor], Tensor] = _finish
     layers: str = "encoder.layer"
     norm: str | None = None  # after the last layer, in families that normalise before each block
     rotary: str | None = None  # set if positions enter in the layers and not in the embeddings
@@ -41,9 +72,18 @@ FAMILIES = {
     "xlm-roberta": Family(_roberta_features, counts_from_padding=True),
     "roberta": Family(_roberta_features, counts_from_padding=True),
     "camembert": Family(_roberta_features, counts_from_padding=True),
-    "xlm-roberta-xl": Family(_roberta_features, norm="encoder.LayerNorm", counts_from_padding=True),
+    "xlm-roberta-xl": Family(
+        _roberta_features, attend=_attend_normed, norm="encoder.LayerNorm", counts_from_padding=True
+    ),
     "bert": Family(lambda lm, rows: lm.cls.predictions.transform(rows)),
-    "modernbert": Family(lambda lm, rows: lm.head(rows), layers="layers", norm="final_norm", rotary="rotary_emb"),
+    "modernbert": Family(
+        lambda lm, rows: lm.head(rows),
+        attend=_attend_rotary,
+        finish=_finish_rotary,
+        layers="layers",
+        norm="final_norm",
+        rotary="rotary_emb",
+    ),
 }
 
 

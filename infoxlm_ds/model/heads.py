@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from infoxlm_ds.config import Pooling
 from infoxlm_ds.data.flat_batch import Layout
 from infoxlm_ds.losses.masked_lm import masked_lm
+from infoxlm_ds.model.embedding import TiedEmbedding
 from infoxlm_ds.model.families import family_of
 
 
@@ -27,12 +28,21 @@ class SentenceHead(nn.Module):
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=0.02)
 
+    def reads(self, layout: Layout) -> Tensor | None:
+        """The rows of a flat batch that `forward` takes. None: all of them."""
+        return first_rows(layout) if self.pooling == "cls" else None
+
     def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """hidden [T, D] of a flat batch's tokens to [S, D]."""
-        pooled = pool(hidden, layout, self.pooling)
+        """The states of the rows that `reads` names, [S, D] or [T, D], to [S, D]."""
+        pooled = hidden if self.pooling == "cls" else pool(hidden, layout, self.pooling)
         if self.projection is not None:
             pooled = self.projection(pooled)
         return normalize(pooled.float(), dim=1) if self.normalized else pooled
+
+
+def first_rows(layout: Layout) -> Tensor:
+    """The row of each sequence's first token, [S] int64."""
+    return layout.cu_seqlens[:-1].long()
 
 
 def pool(hidden: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
@@ -41,7 +51,7 @@ def pool(hidden: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     The mean is computed in fp32, or in the type of `hidden` if that is wider.
     """
     if pooling == "cls":
-        return hidden[layout.cu_seqlens[:-1].long()]
+        return hidden[first_rows(layout)]
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     sums = wide.new_zeros(len(layout.lengths), wide.shape[1]).index_add(0, layout.sequence, wide)
     return (sums / layout.lengths[:, None]).to(hidden.dtype)
@@ -51,6 +61,7 @@ def masked_lm_losses(lm: PreTrainedModel, rows: Tensor, labels: Tensor, weights:
     """The masked LM head on the masked rows [M, D] only. Returns their weighted cross-entropies [M] and, without
     gradient, their cross-entropies [M] in nats; see `masked_lm`. The vocabulary matrix may have more rows than
     the vocabulary; see `pad_vocabulary`."""
-    decoder = lm.get_output_embeddings()
+    decoder, words = lm.get_output_embeddings(), lm.get_input_embeddings()
     features = family_of(lm.config).features(lm, rows)
-    return masked_lm(features, decoder.weight, decoder.bias, labels, weights, lm.config.vocab_size)
+    collect = words.collect if isinstance(words, TiedEmbedding) and words.collects else None
+    return masked_lm(features, decoder.weight, decoder.bias, labels, weights, lm.config.vocab_size, collect)

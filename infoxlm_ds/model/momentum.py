@@ -3,7 +3,8 @@
 
 In 16 bits the average would stand still: with m = 0.9999, the move of one step is below half a unit in the last place.
 So each rank averages, in fp32, the fragment of the masters that the optimizer gave to it. Then the result goes to the
-weights that compute the keys: by one sum over ranks or, if they are sharded in the same way, into the rank's own shard.
+weights that compute the keys: by one gather over ranks or, if they are sharded in the same way, into the rank's own
+shard. Where those weights are fp32 and this rank averages them whole, they are the average itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Fragment:
 
 Schedule = Constant | ConstantWithRefresh | Linear | Exponential
 Masters = Callable[[Sequence[nn.Parameter]], list[Fragment]]
-Write = Callable[[Sequence[nn.Parameter], Sequence[Fragment]], None]
+# From parameters and this rank's fragments: a function that sets the parameters from the fragments of all ranks.
+Writer = Callable[[Sequence[nn.Parameter], Sequence[Fragment]], Callable[[], None]]
 
 
 class MomentumEncoder:
@@ -40,14 +42,18 @@ class MomentumEncoder:
     of the engine's module."""
 
     def __init__(
-        self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, write: Write, schedule: Schedule
+        self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, writer: Writer, schedule: Schedule
     ) -> None:
         """`encoder`: a copy of `source`. `masters`: gives this rank's fragments of the fp32 masters of parameters.
-        `write`: sets parameters from the fragments of all ranks."""
+        Collective."""
         self._source = list(source.parameters())
-        self._masters, self._write, self._schedule = masters, write, schedule
+        self._masters, self._schedule = masters, schedule
         self.encoder = encoder
         self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self._source)]
+        parameters = list(encoder.parameters())
+        for f in self.shadow:
+            alias_if_whole(parameters[f.parameter], f)
+        self._write = writer(parameters, self.shadow)
 
     @torch.no_grad()
     def encode(self, batch: FlatBatch) -> Tensor:
@@ -63,7 +69,7 @@ class MomentumEncoder:
         if masters:
             weight = 1 - momentum_at(self._schedule, number)
             torch._foreach_lerp_([f.values for f in self.shadow], [f.values for f in masters], weight)
-        self._write(list(self.encoder.parameters()), self.shadow)
+        self._write()
 
     @torch.no_grad()
     def follow(self, number: int) -> dict[str, float]:
@@ -87,7 +93,7 @@ class MomentumEncoder:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for f in self.shadow:
             f.values.copy_(state[f"{f.parameter}:{f.start}"])
-        self._write(list(self.encoder.parameters()), self.shadow)
+        self._write()
 
 
 def momentum_at(schedule: Schedule, number: int) -> float:
@@ -103,17 +109,38 @@ def momentum_at(schedule: Schedule, number: int) -> float:
             return min(max(1 - max(number, 1) ** -power, lowest), highest)
 
 
-@torch.no_grad()
-def write_whole(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment], sharded: bool) -> None:
-    """Set parameters that every rank holds whole. `fragments`: this rank's; if `sharded`, one collective adds those
-    of the other ranks."""
-    sizes = [p.numel() for p in parameters]
-    # Exact in the parameters' own precision: for each element, one rank has a value and the others have zero.
-    buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-    flat = buffer.split(sizes)
-    for f in fragments:
-        flat[f.parameter][f.start : f.start + len(f.values)] = f.values
-    if sharded:
-        dist.sum_over_ranks(buffer)
-    for parameter, values in zip(parameters, flat, strict=True):
-        parameter.copy_(values.view_as(parameter))
+def alias_if_whole(parameter: nn.Parameter, fragment: Fragment) -> None:
+    """Let a parameter use the fragment's memory if the fragment is all of it, in the same type and place."""
+    values = fragment.values
+    if (len(values), values.dtype, values.device) == (parameter.numel(), parameter.dtype, parameter.device):
+        parameter.data = values.view_as(parameter)
+
+
+class WriteWhole:
+    """Sets parameters that every rank holds whole from this rank's fragments and, if they are `sharded`, from those of
+    the other ranks. Parameters that use the fragments' own memory are left alone."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment], sharded: bool) -> None:
+        """The fragments and the parameters must stay where they are. Collective if `sharded`."""
+        self._values, self._like, self._sharded = [f.values for f in fragments], parameters[0].detach(), sharded
+        own = [(f.parameter, f.start, len(f.values)) for f in fragments]
+        places = dist.gather_objects(own) if sharded else [own]
+        self._sizes = [[size for _, _, size in of_a_rank] for of_a_rank in places]
+        flat = [p.detach().view(-1) for p in parameters]
+        self._targets = [
+            flat[number][start : start + size] for of_a_rank in places for number, start, size in of_a_rank
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Collective if sharded: one gather, in the parameters' own type."""
+        values = self._gathered() if self._sharded else self._values
+        pairs = zip(self._targets, values, strict=True)
+        moved = [(target, x) for target, x in pairs if target.data_ptr() != x.data_ptr()]
+        if moved:
+            torch._foreach_copy_([target for target, _ in moved], [x for _, x in moved])
+
+    def _gathered(self) -> list[Tensor]:
+        own = torch.cat([self._like.new_zeros(0), *(x.to(self._like) for x in self._values)])
+        parts = dist.gather_parts(own, [sum(sizes) for sizes in self._sizes])
+        return [x for part, sizes in zip(parts, self._sizes, strict=True) for x in part.split(sizes)]

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from infoxlm_ds import dist
 from infoxlm_ds.config import Model, UserError
 from infoxlm_ds.model.attention import FLAT_ATTENTION
+from infoxlm_ds.model.embedding import TiedEmbedding
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
 from infoxlm_ds.model.heads import SentenceHead
@@ -32,6 +33,9 @@ def build_model(model: Model, vocabulary: int, seed: int, special_ids: Mapping[s
         assert lm.config.vocab_size >= vocabulary, "check_fit compares the tokenizers"
         built = assemble(lm, model)
         pad_vocabulary(lm)  # last, because it draws random numbers
+    words, decoder = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if words.weight is decoder.weight:
+        lm.set_input_embeddings(TiedEmbedding.of(words))
     projection = Path(model.init) / PROJECTION if model.init else None
     if projection is not None and projection.is_file() and built.head.projection is not None:
         built.head.projection.load_state_dict(load_file(projection))

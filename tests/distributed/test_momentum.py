@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Constant, Contrast, Recipe
 from infoxlm_ds.engine.engine import start_ranks
-from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, momentum_at, write_whole
+from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, WriteWhole, momentum_at
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import train_step
 from tests.corpus import ROOT, small_recipe
@@ -101,7 +101,7 @@ def _a_thousand_steps(rank: int, world: int, dtype: torch.dtype) -> tuple[float,
         return [Fragment(i, start, flat[i][start:end]) for i, (start, end) in enumerate(cut)]
 
     source, encoder = _Parameters(masters, dtype), _Parameters(masters, dtype)
-    write = partial(write_whole, sharded=True)
+    write = partial(WriteWhole, sharded=True)
     constant = Constant(schedule="constant", value=0.9999)
     momentum = MomentumEncoder(source, encoder, halves, write, constant)  # type: ignore[arg-type]
     start = [x.double() for x in masters]
@@ -150,7 +150,7 @@ def test_what_is_logged_of_the_average_is_computed_where_its_weights_are(monkeyp
     source: Any = torch.nn.ParameterList(weights)
     masters = [Fragment(0, 0, torch.zeros(3, device="meta"))]
     schedule = Contrast.model_validate({"temperature": 1.0, "momentum": 0.5}).momentum
-    momentum = MomentumEncoder(source, cast(Any, encoder), lambda _: masters, lambda *_: None, schedule)
+    momentum = MomentumEncoder(source, cast(Any, encoder), lambda _: masters, lambda *_: lambda: None, schedule)
     assert momentum.follow(1) == {"momentum/changed_share": 0.5, "momentum/distance": 0.5}
     assert devices == ["meta"]
 

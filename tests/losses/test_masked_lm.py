@@ -27,6 +27,38 @@ def test_loss_and_gradients_equal_cross_entropy_of_full_logits(rows: int, monkey
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_16_bits_are_near_the_exact_ones_also_of_words_that_are_nearly_certain(dtype: torch.dtype) -> None:
+    """A softmax near 1 has a coarse grid in 16 bits; its distance to 1 is what is learned from."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((60, 16), (80, 16), (80,))]
+    labels, weights = (tensors[0] @ tensors[1].t()).argmax(1), torch.full((60,), 1 / 60)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    hidden, weight, bias = exact
+    rows = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, labels, reduction="none")
+    expected = torch.autograd.grad((rows * weights).sum(), exact)
+    for size in (module.CHUNK_ROWS, 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "CHUNK_ROWS", size)
+            weighted, _ = module.masked_lm(tensors[0], tensors[1], tensors[2], labels, weights)
+        for ours, theirs in zip(torch.autograd.grad(weighted.sum(), tensors), expected, strict=True):
+            assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_a_gradient_that_is_collected_does_not_reach_the_matrix() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 8), torch.randn(50, 8).requires_grad_()
+    labels = torch.randint(50, (7,))
+    collected: list[torch.Tensor] = []
+    weighted, _ = module.masked_lm(hidden, weight, torch.zeros(50), labels, torch.ones(7), collect=collected.append)
+    (2 * weighted.sum()).backward()
+    assert weight.grad is None
+    plain, _ = module.masked_lm(hidden, weight, torch.zeros(50), labels, torch.ones(7))
+    (2 * plain.sum()).backward()
+    assert len(collected) == 1
+    torch.testing.assert_close(collected[0], weight.grad)
+
+
 def test_sixteen_bit_inputs_are_summed_in_fp32() -> None:
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(300, 16).bfloat16(), torch.randn(80, 16).bfloat16(), torch.zeros(80).bfloat16()

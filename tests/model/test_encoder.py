@@ -65,16 +65,16 @@ def test_masked_lm_on_a_flat_batch_equals_transformers_on_padded_batches(seed: i
 
     tokens = flat_batch(ids[mask].numpy(), mask.sum(1).numpy())
     (rows,) = torch.nonzero(labels[mask] >= 0, as_tuple=True)
-    hidden, leaving = model(tokens, tokens.layout, NOTHING)
+    states, leaving = model(tokens, tokens.layout, NOTHING, rows)
     assert leaving.shape == (0, SHAPE.width)
     weights = torch.full((len(rows),), 1 / len(rows))
-    weighted, each = masked_lm_losses(model.lm, hidden[rows], labels[mask][rows], weights)
+    weighted, each = masked_lm_losses(model.lm, states, labels[mask][rows], weights)
     loss = weighted.sum()
     loss.backward()
 
     torch.testing.assert_close(loss, out.loss, atol=1e-5, rtol=0)
     torch.testing.assert_close(each.mean(), out.loss, atol=1e-5, rtol=0)
-    torch.testing.assert_close(hidden, out.hidden_states[-1][mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(states, out.hidden_states[-1][mask][rows], atol=1e-5, rtol=0)
     ours, theirs = dict(model.lm.named_parameters()), dict(twin.named_parameters())
     for name, parameter in theirs.items():
         if name.endswith("attention.self.key.bias"):  # mathematically zero: noise
@@ -101,11 +101,12 @@ def test_queries_that_leave_early_get_the_same_states_and_leave_the_trunk_alone(
     model.head.pooling, model.head.projection, model.head.normalized = "mean", None, False
     lengths = mask.sum(1).numpy()
     tokens, trunk = flat_batch(ids[mask].numpy(), lengths), flat_batch(ids[:5][mask[:5]].numpy(), lengths[:5])
-    hidden, reps = model(tokens, trunk.layout, make_layout(lengths[5:]))
-    alone, _ = model(trunk, trunk.layout, NOTHING)
-    torch.testing.assert_close(hidden, alone, atol=1e-5, rtol=0)
-    states = _padded_twin(model)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2]
-    expected = torch.stack([row[:n].mean(0) for row, n in zip(states[5:], lengths[5:], strict=True)])
+    rows = torch.tensor([3, 4, 11])
+    states, reps = model(tokens, trunk.layout, make_layout(lengths[5:]), rows)
+    alone, _ = model(trunk, trunk.layout, NOTHING, rows)
+    torch.testing.assert_close(states, alone, atol=1e-5, rtol=0)
+    inner = _padded_twin(model)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2]
+    expected = torch.stack([row[:n].mean(0) for row, n in zip(inner[5:], lengths[5:], strict=True)])
     torch.testing.assert_close(reps, expected, atol=1e-5, rtol=0)
     encoder = model.sentence_encoder()
     torch.testing.assert_close(encoder(flat_batch(ids[5:][mask[5:]].numpy(), lengths[5:])), reps, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
 
-from infoxlm_ds.config import Model, UserError
+from infoxlm_ds.config import Model, Pooling, UserError
 from infoxlm_ds.data.flat_batch import flat_batch, make_layout
 from infoxlm_ds.model.attention import FLAT_ATTENTION
 from infoxlm_ds.model.encoder import InfoXLM
@@ -42,10 +42,11 @@ def _padded(family: str) -> PreTrainedModel:
     return lm
 
 
-def _flat_twin(lm: PreTrainedModel, universal_layer: int) -> InfoXLM:
+def _flat_twin(lm: PreTrainedModel, universal_layer: int, pooling: Pooling = "mean") -> InfoXLM:
     twin = copy.deepcopy(lm)
     twin.set_attn_implementation(FLAT_ATTENTION)
-    return assemble(pad_vocabulary(twin), _shape(lm.config.model_type, universal_layer))
+    shape = _shape(lm.config.model_type, universal_layer)
+    return assemble(pad_vocabulary(twin), shape.model_copy(update={"pooling": pooling}))
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +68,9 @@ def test_losses_and_gradients_equal_transformers_on_padded_batches(family: str) 
     expected.loss.backward()
     tokens = flat_batch(ids[mask].numpy(), mask.sum(1).numpy())
     (rows,) = torch.nonzero(labels[mask] >= 0, as_tuple=True)
-    hidden, _ = model(tokens, tokens.layout, make_layout(np.zeros(0, np.int64)))
+    states, _ = model(tokens, tokens.layout, make_layout(np.zeros(0, np.int64)), rows)
     weights = torch.full((len(rows),), 1 / len(rows))
-    weighted, _ = masked_lm_losses(model.lm, hidden[rows], labels[mask][rows], weights)
+    weighted, _ = masked_lm_losses(model.lm, states, labels[mask][rows], weights)
     loss = weighted.sum()
     loss.backward()
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
@@ -84,21 +85,26 @@ def test_losses_and_gradients_equal_transformers_on_padded_batches(family: str) 
         assert not padding.any()
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("universal_layer", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_representations_come_from_the_hidden_state_of_that_number(family: str, universal_layer: int) -> None:
+def test_representations_come_from_the_hidden_state_of_that_number(
+    family: str, universal_layer: int, pooling: Pooling
+) -> None:
     """In the joint pass, and in the part of the encoder that the contrast trains. The numbers are those of
     transformers, whose last state has gone through the final norm."""
     lm, (ids, mask, _) = _padded(family), _batch()
-    model, lengths = _flat_twin(lm, universal_layer), mask.sum(1).numpy()
+    model, lengths = _flat_twin(lm, universal_layer, pooling), mask.sum(1).numpy()
     with torch.no_grad():
         states = lm(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
         tokens, trunk = flat_batch(ids[mask].numpy(), lengths), make_layout(lengths[:5])
         queries = flat_batch(ids[5:][mask[5:]].numpy(), lengths[5:])
-        hidden, reps = model(tokens, trunk, queries.layout)
+        rows = torch.arange(3, trunk.tokens, 4)
+        masked, reps = model(tokens, trunk, queries.layout, rows)
         alone = model.sentence_encoder()(queries)
-    torch.testing.assert_close(hidden, states[-1][:5][mask[:5]], atol=2e-5, rtol=0)
-    expected = torch.stack([s[:n].mean(0) for s, n in zip(states[universal_layer][5:], lengths[5:], strict=True)])
+    torch.testing.assert_close(masked, states[-1][:5][mask[:5]][rows], atol=2e-5, rtol=0)
+    read = [s[:n] for s, n in zip(states[universal_layer][5:], lengths[5:], strict=True)]
+    expected = torch.stack([s[0] if pooling == "cls" else s.mean(0) for s in read])
     torch.testing.assert_close(reps, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(alone, expected, atol=2e-5, rtol=0)
 
