@@ -74,7 +74,7 @@ class Objective(nn.Module):
     def prepare(self, lanes: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None) -> Step:
         """What this rank's lanes (lowest first) need from the other ranks. Collective: every rank calls
         it at every step."""
-        counts = torch.tensor([sum(lane.counts[task] for lane in lanes) for task in TASKS], device=dist.device())
+        counts = torch.tensor([sum(lane.counts[task] for lane in lanes) for task in TASKS])
         totals = dict(zip(TASKS, dist.sum_over_ranks(counts).tolist(), strict=True))
         whole = sum(totals.values())
         denominators = {task: max(1, whole if self._reduction == "reference" else n) for task, n in totals.items()}

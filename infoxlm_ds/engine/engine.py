@@ -57,6 +57,7 @@ def start_ranks(timeout: Timeout = PATIENT) -> None:
             "start, its start failed, or the network between hosts is closed; `infoxlm doctor --hostfile` checks. "
             f"{str(error).splitlines()[0]}"
         ) from None
+    dist.host_group()  # made now, so that the timeouts hold for it too
     dist.set_timeout(timeout.start)
 
 
