@@ -126,7 +126,8 @@ class Objective(nn.Module):
         values = describe_space(first, second.vectors, None if queue is None else queue.vectors)
         if self.temperature is not None:
             values["temperature"] = self.temperature()
-        return {f"xlco/{name}": float(value) for name, value in values.items()}
+        numbers = torch.stack(list(values.values())).tolist()
+        return {f"xlco/{name}": number for name, number in zip(values, numbers, strict=True)}
 
 
 def _contrast_sums(rows: ContrastReport) -> dict[str, Tensor | int]:

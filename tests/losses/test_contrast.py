@@ -3,6 +3,7 @@ loss, gradients and counts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -431,6 +432,46 @@ def test_under_autocast_the_inside_stays_in_fp32() -> None:
         loss, _ = contrast(query, key, 0.1, symmetric=True)
     for ours, theirs in zip(torch.autograd.grad(loss, (query, key)), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("setting", [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_products_run_in_float32_where_the_caller_allows_tf32(
+    setting: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has an older and a newer setting, and reading the older one fails if the newer was set."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    addmm = torch.addmm
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(matmul.fp32_precision)
+        return addmm(*args, **kwargs)
+
+    before = matmul.fp32_precision
+    setattr(matmul, *setting)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "addmm", noted)
+            x = torch.randn(7, 4, requires_grad=True)
+            contrast(x, x.detach(), 0.1, symmetric=True)
+            contrast_with_keys(x, Keys(x.detach(), torch.zeros(7, 0, dtype=torch.int64)), 0, 0.1, total=7)
+        assert len(seen) > 2 and set(seen) == {"ieee"}
+        assert getattr(matmul, setting[0]) == setting[1]
+    finally:
+        if setting[0] == "allow_tf32":
+            matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
+def test_a_temperature_in_bf16_is_close_to_the_one_in_fp32() -> None:
+    """It begins exactly, and is rounded by at most 1/256 of how far it has moved, in logarithms."""
+    for start in (0.07, 0.05, 0.25):
+        temperature = Temperature(start, start / 4, start * 4).bfloat16()
+        assert temperature().dtype == torch.float32 and float(temperature()) == pytest.approx(start, rel=1e-7)
+        for ratio in (-1.3, -0.3, 0.011, 0.7):
+            with torch.no_grad():
+                temperature.log_ratio.fill_(ratio)
+            apart = abs(math.log(float(temperature()) / start) - ratio)
+            assert apart <= abs(ratio) / 256 + 1e-6
 
 
 def test_what_does_not_fit_is_named() -> None:
