@@ -62,7 +62,8 @@ def host_group(group: Group = None) -> Group:
 @functools.cache
 def _beside(group: ProcessGroup) -> ProcessGroup:
     ranks = torch_dist.get_process_group_ranks(group)
-    made: ProcessGroup = torch_dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    timeout = group._get_backend(group._device_types[0]).options._timeout
+    made: ProcessGroup = torch_dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
     return made
 
 

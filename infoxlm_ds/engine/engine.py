@@ -48,6 +48,7 @@ def start_ranks(timeout: Timeout = PATIENT) -> None:
     joining = timedelta(seconds=timeout.join)
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=joining)
+        dist.host_group()  # made now, so that the next timeouts hold for it too
     except RuntimeError as error:
         if not dist.is_broken(error):
             raise
@@ -57,7 +58,6 @@ def start_ranks(timeout: Timeout = PATIENT) -> None:
             "start, its start failed, or the network between hosts is closed; `infoxlm doctor --hostfile` checks. "
             f"{str(error).splitlines()[0]}"
         ) from None
-    dist.host_group()  # made now, so that the timeouts hold for it too
     dist.set_timeout(timeout.start)
 
 
