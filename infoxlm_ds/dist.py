@@ -1,8 +1,13 @@
 """Rank, world size and the few collectives that the project needs. Without a process group, or with one rank in
-it, nothing is sent."""
+it, nothing is sent.
+
+Tensors on a GPU go by NCCL, and host tensors and objects by gloo: so what the host must know makes it wait for other
+ranks, but never for the GPU. On a CPU one gloo group serves for both.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -39,6 +44,33 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device. The host does not wait for the copy."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
+def host_group(group: Group = None) -> Group:
+    """The group by which the ranks of `group` send host tensors: itself, or a gloo group beside it, which the first
+    call makes. Collective."""
+    if not active():
+        return None
+    group = group or torch_dist.group.WORLD
+    assert group is not None
+    return group if torch.device("cpu") in group._device_types else _beside(group)
+
+
+@functools.cache
+def _beside(group: ProcessGroup) -> ProcessGroup:
+    ranks = torch_dist.get_process_group_ranks(group)
+    timeout = group._get_backend(group._device_types[0]).options._timeout
+    made: ProcessGroup = torch_dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+    return made
+
+
+def _group_for(x: Tensor, group: Group) -> Group:
+    return host_group(group) if x.device.type == "cpu" else group
+
+
 def set_timeout(seconds: int) -> None:
     """From now on, a collective waits this long for other ranks before it fails."""
     if active():
@@ -57,12 +89,12 @@ def is_broken(error: Exception) -> bool:
 
 def barrier() -> None:
     if active():
-        torch_dist.barrier()
+        torch_dist.barrier(host_group())
 
 
 def row_counts(rows: Tensor, group: Group = None) -> list[int]:
     """The number of rows of each rank."""
-    return gather_rows(torch.tensor([len(rows)], device=rows.device), group=group).tolist()
+    return gather_rows(torch.tensor([len(rows)]), group=group).tolist()
 
 
 def gather_rows(x: Tensor, counts: Sequence[int] | None = None, group: Group = None) -> Tensor:
@@ -79,7 +111,7 @@ def gather_parts(x: Tensor, counts: Sequence[int] | None = None, group: Group = 
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     parts = [torch.empty_like(padded) for _ in counts]
-    torch_dist.all_gather(parts, padded, group=group)
+    torch_dist.all_gather(parts, padded, group=_group_for(x, group))
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
@@ -98,20 +130,20 @@ def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
     """The sum over ranks, in place, on every rank."""
     if world_size(group) > 1:
-        torch_dist.all_reduce(x, group=group)
+        torch_dist.all_reduce(x, group=_group_for(x, group))
     return x
 
 
 def max_over_ranks(x: Tensor, group: Group = None) -> Tensor:
     """The maximum over ranks, in place, on every rank."""
     if world_size(group) > 1:
-        torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX, group=group)
+        torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX, group=_group_for(x, group))
     return x
 
 
 def agree(mine: bool) -> bool:
     """Whether `mine` is true on every rank."""
-    return int(max_over_ranks(torch.tensor(int(not mine), device=device()))) == 0
+    return int(max_over_ranks(torch.tensor(int(not mine)))) == 0
 
 
 def gather_objects(value: T) -> list[T]:
@@ -119,7 +151,7 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, host_group())
     return values
 
 
@@ -128,5 +160,5 @@ def from_first_rank(value: object) -> object:
     if world_size() == 1:
         return value
     box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
+    torch_dist.broadcast_object_list(box, src=0, group=host_group())
     return box[0]

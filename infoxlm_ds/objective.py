@@ -74,7 +74,7 @@ class Objective(nn.Module):
     def prepare(self, lanes: Sequence[JointBatch], momentum: MomentumEncoder | None, queue: Keys | None) -> Step:
         """What this rank's lanes (lowest first) need from the other ranks. Collective: every rank calls
         it at every step."""
-        counts = torch.tensor([sum(lane.counts[task] for lane in lanes) for task in TASKS], device=dist.device())
+        counts = torch.tensor([sum(lane.counts[task] for lane in lanes) for task in TASKS])
         totals = dict(zip(TASKS, dist.sum_over_ranks(counts).tolist(), strict=True))
         whole = sum(totals.values())
         denominators = {task: max(1, whole if self._reduction == "reference" else n) for task, n in totals.items()}
@@ -126,7 +126,8 @@ class Objective(nn.Module):
         values = describe_space(first, second.vectors, None if queue is None else queue.vectors)
         if self.temperature is not None:
             values["temperature"] = self.temperature()
-        return {f"xlco/{name}": float(value) for name, value in values.items()}
+        numbers = torch.stack(list(values.values())).tolist()
+        return {f"xlco/{name}": number for name, number in zip(values, numbers, strict=True)}
 
 
 def _contrast_sums(rows: ContrastReport) -> dict[str, Tensor | int]:

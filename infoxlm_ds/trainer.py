@@ -180,4 +180,4 @@ class _StopOnSignal:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
-        return bool(dist.sum_over_ranks(torch.tensor(int(self._asked), device=dist.device())))
+        return bool(dist.sum_over_ranks(torch.tensor(int(self._asked))))

@@ -121,7 +121,6 @@ class AgainstMomentumKeys(XlCo):
             nothing = [(x, torch.zeros_like(x)) for x in (*own, *self._learned_values())]
             return finished(own.first.new_zeros(()), nothing), None
         place = len(lane.text_ids) * (slot * dist.world_size() + dist.rank())
-        positives = torch.arange(len(lane.text_ids), device=own.first.device) + place
         directions = [(own.first, step.keys.second)]
         directions += [(own.second, step.keys.first)] if self._symmetric else []
         shares, reports = [], []
@@ -129,7 +128,7 @@ class AgainstMomentumKeys(XlCo):
             share, report = contrast_with_keys(
                 queries,
                 keys,
-                positives,
+                place,
                 self.temperature,
                 self._form,
                 ids=lane.text_ids,

@@ -11,7 +11,7 @@ inner layer whose output the contrast reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from infoxlm_ds.data.masking import Masked, mask_pieces
 from infoxlm_ds.data.order import keyed_generator
 from infoxlm_ds.data.sequences import Sequences, Texts, assemble, mix
 from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
-from infoxlm_ds.data.upload import to_device
+from infoxlm_ds.data.upload import ON_HOST, to_device
 
 # Text ids of an item, by mixup. A pair has one for each side and one that all translations of its row share.
 N_TEXTS = {"off": 3, "paper": 6, "reference": 6}
@@ -52,8 +52,8 @@ class JointBatch:
     each of these two parts alone. `rows`, `labels` [M] int64: masked tokens; the first `mmlm` of them are MMLM's.
     `sides`: how many queries are first sides and how many are second sides. `keys`, `key_sides`: the same for the
     input of the key encoder; `keys` is None if keys have a gradient. A number of sides is B, or 0 if the side takes no
-    part. `text_ids` [B, I] int64. `names`: by task, each item's language or pair of languages; XlCo's are [B, 1], or
-    [B, 2] for mixed pairs.
+    part. `text_ids` [B, I] int64: stay on the host. `names`: by task, each item's language or pair of languages; XlCo's
+    are [B, 1], or [B, 2] for mixed pairs.
     """
 
     tokens: FlatBatch
@@ -65,7 +65,7 @@ class JointBatch:
     rows: Tensor
     labels: Tensor
     mmlm: int
-    text_ids: Tensor
+    text_ids: Tensor = field(metadata=ON_HOST)
     names: dict[str, np.ndarray]
 
     @property

@@ -1,6 +1,7 @@
 """Uploads a batch in one copy: all its tensors lie in one buffer, which is page-locked if a GPU will read it.
 
-A batch is any nest of dataclasses and tuples. Its tensors are moved, and everything else stays as it is.
+A batch is any nest of dataclasses and tuples. Its tensors are moved, and everything else stays as it is. Fields of
+dataclasses that have ON_HOST as metadata stay too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 B = TypeVar("B")
+ON_HOST = {"on_host": True}
 ALIGNMENT = 16  # bytes; a tensor of any type may begin at a multiple of it
 
 
@@ -39,7 +41,7 @@ def to_device(batch: B, device: torch.device) -> B:
         return batch
     one_buffer = len({x.untyped_storage().data_ptr() for x in tensors}) == 1
     if not one_buffer or not all(x.is_contiguous() for x in tensors):
-        batch = in_one_buffer(batch, pinned=device.type == "cuda")
+        batch = in_one_buffer(batch, pinned=True)
     storage = _tensors(batch)[0].untyped_storage()
     buffer = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, non_blocking=True)
 
@@ -62,8 +64,8 @@ def _mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return move(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _mapped(getattr(value, field.name), move) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
+        moved = (field for field in dataclasses.fields(value) if not field.metadata.get("on_host"))
+        return dataclasses.replace(value, **{field.name: _mapped(getattr(value, field.name), move) for field in moved})
     if isinstance(value, tuple):
         items = [_mapped(item, move) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

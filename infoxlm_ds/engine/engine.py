@@ -49,6 +49,7 @@ def start_ranks(timeout: Timeout = PATIENT) -> None:
     joining = timedelta(seconds=timeout.join)
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=joining)
+        dist.host_group()  # made now, so that the next timeouts hold for it too
     except RuntimeError as error:
         if not dist.is_broken(error):
             raise

@@ -16,8 +16,10 @@ an item.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import log
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -91,18 +93,24 @@ class Report(NamedTuple):
 
 class Temperature(nn.Module):
     """A learned temperature with bounds. Its value is clamped. Its gradient is zero only if a step would lead further
-    out of the bounds, so the parameter can always come back."""
+    out of the bounds, so the parameter can always come back.
+
+    The parameter is the logarithm of temperature / start, so it begins at 0, where bf16 is finest. An engine that casts
+    it to bf16 gives steps of 0.4 % to a temperature that has doubled, and smaller ones before. The logarithm of the
+    temperature itself, -2.7 at 0.07, would make steps of 1.6 % from the beginning. Everything else is in fp32.
+    """
 
     def __init__(self, start: float, lowest: float, highest: float) -> None:
         super().__init__()
         if not 0 < lowest <= start <= highest:
             raise ValueError(f"a temperature needs 0 < lowest <= start <= highest, not {lowest}, {start}, {highest}")
-        self.log = nn.Parameter(torch.tensor([start]).log())
-        self._bounds = (torch.tensor(lowest).log().item(), torch.tensor(highest).log().item())
+        self.log_ratio = nn.Parameter(torch.zeros(1))
+        self._start, self._bounds = start, (log(lowest / start), log(highest / start))
 
     def forward(self) -> Tensor:
-        value: Tensor = _Bounded.apply(self.log, *self._bounds)  # type: ignore[no-untyped-call]
-        return value.exp()[0]
+        wide = self.log_ratio.to(torch.promote_types(self.log_ratio.dtype, torch.float32))
+        ratio: Tensor = _Bounded.apply(wide, *self._bounds)  # type: ignore[no-untyped-call]
+        return self._start * ratio.exp().squeeze(0)
 
 
 def contrast(
@@ -121,7 +129,7 @@ def contrast(
     """The contrast of pairs (query [b, D], key [b, D]): the mean loss over the pairs of all ranks, [], and this rank's
     report. Collective: all ranks of `group` call it with the same options and b >= 0 pairs each.
 
-    - ids [b, I]: text ids, int64; for items that share one see `form.same_text`.
+    - ids [b, I]: text ids, int64, on the host; for items that share one see `form.same_text`.
     - queue: older keys, the same on every rank, or each rank's part of them. They get no gradient.
     - hard: this rank's hard negatives [h, D], h >= 0; they are negatives of every query of every rank.
     - symmetric: average with the contrast from key to query, which does not use the hard negatives.
@@ -133,7 +141,7 @@ def contrast(
     ids = _ids(ids, query, form)
     sides = [_wide(query, form), _wide(key, form)]
     more = _keys(hard, _wide(hard.vectors, form), form) if hard is not None else None
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with _exact(query.device):
         step = _Step(sides, ids, more, queue, temperature, form, key_gradient, group)
         turns = [step.direction(turn) for turn in ((0, 1) if symmetric else (0,))]
         weight = 1 / (max(1, step.pairs) * len(turns))
@@ -150,7 +158,7 @@ def contrast(
 def contrast_with_keys(
     query: Tensor,
     keys: Keys,
-    own: Tensor,
+    own: int,
     temperature: float | Tensor,
     form: Form = Form(),
     *,
@@ -160,23 +168,38 @@ def contrast_with_keys(
     group: dist.Group = None,
 ) -> tuple[Tensor, Report]:
     """The contrast of query [b, D] with keys [n, D] that are gathered already and get no gradient (MoCo's form). The
-    positive of row i is `keys[own[i]]`. So a caller that splits a step into parts computes the keys once.
+    positive of row i is `keys[own + i]`. So a caller that splits a step into parts computes the keys once.
 
     Returns this part's share of the loss, the sum over its own rows divided by `total`, and its report. Shares and
     their gradients add up over parts and ranks. Collective only if the queue is sharded. Otherwise like `contrast`.
     """
     _check_keys("keys", keys.vectors, keys.ids, query)
-    _check(query, keys.vectors[own], temperature, form, ids, queue, None, symmetric=False)
+    positives = slice(own, own + len(query))
+    _check(query, keys.vectors[positives], temperature, form, ids, queue, None, symmetric=False)
     ids, wide = _ids(ids, query, form), _wide(query, form)
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with _exact(query.device):
         vectors = _wide(keys.vectors, form)
         in_batch = _keys(keys, vectors, form) if form.in_batch else None
         blocks = _blocks(form, in_batch, own, None, queue)
-        direction = _direct(wide, vectors[own], ids, blocks, temperature, form, group)
+        direction = _direct(wide, vectors[positives], ids, blocks, temperature, form, group)
     inputs = [(wide, direction.gradient / total)]
     if isinstance(temperature, Tensor):
         inputs.append((temperature, direction.d_temperature / total))
     return finished(direction.report.loss.sum() / total, inputs), direction.report
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """No gradients, and float32 products in float32: neither autocast nor TF32, whatever the caller allows elsewhere.
+    The tolerance of `drop_within` is in units of float32's rounding."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision  # unlike `allow_tf32`, it can be read whichever of the two the caller has set
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = allowed
 
 
 QUERY, HARD = 0, 2  # places in `_Step.gradients`; 1 is the keys'
@@ -184,8 +207,8 @@ QUERY, HARD = 0, 2  # places in `_Step.gradients`; 1 is the keys'
 
 class _Direction(NamedTuple):
     """One direction: its rows, and the derivatives of its summed loss, `gradient` [b, D] by the anchors before the
-    scale and `d_temperature` []. `attracted` [b]: how strongly each anchor pulls its own target. `fate` [b, 4]: see
-    `negatives.Fate`."""
+    scale and `d_temperature` []. `attracted` [b]: how strongly each anchor pulls its own target. `fate` [b, 4 or 5]:
+    see `negatives.Fate`."""
 
     report: Report
     anchors: Anchors
@@ -214,7 +237,7 @@ class _Step:
         self._temperature, self._form, self._key_gradient, self._group = temperature, form, key_gradient, group
         self._counts = dist.row_counts(ids, group)
         self.pairs = sum(self._counts)
-        self._own = torch.arange(self.pairs, device=ids.device)[dist.own_rows(self._counts, group)]
+        self._own = dist.own_rows(self._counts, group).start
         self._gathered: dict[int, Tensor] = {}
         self._texts = TextIndex(self._gather(ids))  # of both sides' items
         self._all_hard = self._hard_of_all_ranks()
@@ -243,17 +266,14 @@ class _Step:
         hard = self._hard if turn == 0 else None
         if not self._form.in_batch and hard is None:
             return
-        scale = 1 / _number(self._temperature, direction.gradient)
-        own = torch.stack([direction.anchors.positive, direction.anchors.cut], 1)
-        columns = self._gather(torch.cat([direction.fate, own], 1))
-        *fate, positive, cut = columns.unbind(1)
-        anchors = Anchors(scale * self._everyone(turn), self._texts.ids, positive, cut)
-        margin, attracts = scale * self._form.margin, self._form.same_text == "positive"
+        scale, margin, _ = _logits(self._temperature, self._form, direction.gradient.dtype)
+        fate, anchors = Fate(*self._gather(direction.fate).unbind(1)), scale * self._everyone(turn)
+        attracts = self._form.same_text == "positive"
         if self._form.in_batch:
             targets = Keys(self._sides[1 - turn], self._ids)
-            self._add(1 - turn, push(targets, self._own, anchors, self._texts, Fate(*fate), margin, attracts))
+            self._add(1 - turn, push(targets, self._own, anchors, self._texts, fate, margin, attracts))
         if hard is not None:
-            self._add(HARD, push(hard, None, anchors, self._texts, Fate(*fate), margin, attracts=False))
+            self._add(HARD, push(hard, None, anchors, self._texts, fate, margin, attracts=False))
 
     def _gather(self, rows: Tensor) -> Tensor:
         return dist.gather_rows(rows, self._counts, self._group)
@@ -282,14 +302,13 @@ def _direct(
 ) -> _Direction:
     """Contrast each row of anchor [b, D] with its positive, the same row of target [b, D], and the negatives in the
     blocks."""
-    scale = 1 / _number(temperature, anchor)
-    margin, vectors = scale * form.margin, scale * anchor
-    positive = (vectors * target).sum(1)
-    cut = torch.full_like(positive, torch.inf)
+    scale, margin, within = _logits(temperature, form, anchor.dtype)
+    vectors = scale * anchor
+    positive, cut = (vectors * target).sum(1), None
     if form.drop_within is not None:
         # Scores of equal vectors differ by rounding between tiles. With this tolerance all are cut, or none.
         rounding = 16 * torch.finfo(positive.dtype).eps * (1 + vectors.norm(dim=1) * target.norm(dim=1))
-        cut = positive - scale * form.drop_within - rounding
+        cut = positive - within - rounding
     anchors = Anchors(vectors, ids, positive, cut)
     sums = sum_negatives(anchors, blocks, group)
     away = sums.shift - positive + sums.mass.log() + margin  # L - p in docs/contrast.md, with the margin
@@ -309,11 +328,11 @@ def _direct(
     d_log_scale = repelled @ torch.einsum("bd,bd->b", vectors, mean_key) - pulled.sum()
     masked, negatives = sums.shared - positives, sums.keys - sums.shared - sums.dropped
     report = Report(loss, repelled, positive, sums.hardest, negatives, masked, positives, sums.dropped, sums.above)
-    fate = torch.stack([sums.shift, sums.mass.log(), repelled.log(), per_positive], 1)
-    return _Direction(report, anchors, gradient.mul_(scale), -scale * d_log_scale, attracted, fate)
+    fate = [sums.shift, sums.mass.log(), repelled.log(), per_positive, *([] if cut is None else [cut])]
+    return _Direction(report, anchors, gradient.mul_(scale), -scale * d_log_scale, attracted, torch.stack(fate, 1))
 
 
-def _blocks(form: Form, keys: Keys | None, own: Tensor, hard: Keys | None, queue: Keys | None) -> list[Block]:
+def _blocks(form: Form, keys: Keys | None, own: int, hard: Keys | None, queue: Keys | None) -> list[Block]:
     blocks = [Block(keys, own)] if keys is not None else []
     blocks += [Block(hard, attracts=False)] if hard is not None else []
     blocks += [Block(_keys(queue, queue.vectors, form), unit=form.cosine)] if queue is not None else []
@@ -332,13 +351,17 @@ def _wide(x: Tensor, form: Form) -> Tensor:
     return normalize(x, dim=1) if form.cosine else x
 
 
-def _number(temperature: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
+def _logits(temperature: float | Tensor, form: Form, dtype: torch.dtype) -> tuple[float | Tensor, ...]:
+    """The scale s = 1 / temperature, and margin and `drop_within` times s, rounded to `dtype`. Numbers stay numbers, so
+    that nothing is uploaded."""
+    scale = 1 / torch.as_tensor(temperature, dtype=dtype)
+    values = (scale, scale * form.margin, scale * (form.drop_within or 0.0))
+    return values if isinstance(temperature, Tensor) else tuple(map(float, values))
 
 
 def _ids(ids: Tensor | None, vectors: Tensor, form: Form) -> Tensor:
     if ids is None or form.same_text == "ignore":
-        return torch.zeros(len(vectors), 0, dtype=torch.int64, device=vectors.device)
+        return torch.zeros(len(vectors), 0, dtype=torch.int64)
     return ids
 
 
@@ -375,6 +398,8 @@ def _check_keys(name: str, vectors: Tensor, ids: Tensor, query: Tensor) -> None:
     if ids is None or ids.shape[:1] != vectors.shape[:1] or ids.ndim != 2 or ids.dtype != torch.int64:
         given = "None" if ids is None else f"{ids.dtype} {list(ids.shape)}"
         raise ValueError(f"{name}: text ids must be int64 [{len(vectors)}, texts], not {given}")
+    if ids.device.type != "cpu":
+        raise ValueError(f"{name}: text ids must be on the host, not on {ids.device}: they are compared there")
 
 
 def finished(value: Tensor, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

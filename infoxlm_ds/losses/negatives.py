@@ -1,6 +1,9 @@
 """The tiles of the contrast: sums over a row's many negatives and over a key's many anchors. No more than one tile of
 logits is in memory. Derivation: docs/contrast.md.
 
+Text ids and positions of positives stay on the host. So the host knows which logits are no negatives before the device
+begins, and no tile makes it wait.
+
 Legend: b anchors, n keys of a block, m rows and t keys of a tile, D width, I text ids of an item. Anchors are already
 multiplied by the scale s = 1 / temperature, so an inner product is a logit.
 """
@@ -26,26 +29,34 @@ NEVER = 50.0  # softplus' threshold; torch's default, 20, makes an error of 2e-9
 
 
 class TextIndex:
-    """Text ids [n, I] of keys, sorted, to find the keys that share a text with given items."""
+    """Text ids [n, I] of keys, sorted on the host, to find the keys that share a text with given items."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
         self._texts, order = ids.flatten().sort()
         self._key_of = order // max(1, ids.shape[1])
 
-    def sharing(self, ids: Tensor) -> Tensor:
-        """Sorted numbers of the few keys that share a text with any of these items: only these are compared."""
-        wanted = ids.unique()
-        first = torch.searchsorted(self._texts, wanted)
-        count = torch.searchsorted(self._texts, wanted, right=True) - first
-        before = count.cumsum(0) - count
-        places = torch.arange(int(count.sum()), device=ids.device) + torch.repeat_interleave(first - before, count)
-        return self._key_of[places].unique()
+    def sharing(self, ids: Tensor, own: int | None) -> tuple[Tensor, Tensor]:
+        """Row and key of each pair of an item of `ids` [m, I] and a key that share a text, sorted by row and key.
+        `own`: the key of the first item; the keys of the others follow. An item and its own key are no such pair."""
+        texts = ids.flatten()
+        first = torch.searchsorted(self._texts, texts)
+        count = torch.searchsorted(self._texts, texts, right=True) - first
+        places = torch.arange(int(count.sum())) + torch.repeat_interleave(first - (count.cumsum(0) - count), count)
+        rows = torch.repeat_interleave(torch.arange(len(texts)) // max(1, ids.shape[1]), count)
+        pairs, n = rows * len(self.ids) + self._key_of[places], max(1, len(self.ids))
+        pairs = pairs.unique()
+        rows, keys = pairs // n, pairs % n
+        if own is None:
+            return rows, keys
+        other = keys - rows != own
+        return rows[other], keys[other]
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys [n, D] and the text ids of their items [n, I], int64. `sharded`: each rank holds a part of them.
+    """Keys [n, D] and the text ids of their items [n, I], int64, which stay on the host. `sharded`: each rank holds a
+    part of them.
 
     `texts` is computed on first use and kept, so one object should serve as long as its keys do not change.
     """
@@ -67,27 +78,31 @@ class Keys:
 
 
 class Anchors(NamedTuple):
-    """Rows of one side. `vectors` [b, D]: times the scale; `ids` [b, I]: text ids; `positive` [b]: logit of each row's
-    own positive, without margin; `cut` [b]: negatives with this logit or a larger one are dropped."""
+    """Rows of one side. `vectors` [b, D]: times the scale; `ids` [b, I]: text ids, on the host; `positive` [b]: logit
+    of each row's own positive, without margin; `cut` [b]: negatives with this logit or a larger one are dropped, or
+    None."""
 
     vectors: Tensor
     ids: Tensor
     positive: Tensor
-    cut: Tensor
+    cut: Tensor | None
 
     def rows(self, part: slice) -> Anchors:
-        return Anchors(*(column[part] for column in self))
+        cut = None if self.cut is None else self.cut[part]
+        return Anchors(self.vectors[part], self.ids[part], self.positive[part], cut)
 
     def of_all_ranks(self, counts: list[int], group: dist.Group) -> Anchors:
-        return Anchors(*(dist.gather_rows(column, counts, group) for column in self))
+        cut = None if self.cut is None else dist.gather_rows(self.cut, counts, group)
+        vectors, ids, positive = (dist.gather_rows(x, counts, group) for x in (self.vectors, self.ids, self.positive))
+        return Anchors(vectors, ids, positive, cut)
 
 
 class Block:
     """Keys that anchors are compared with."""
 
-    def __init__(self, keys: Keys, own: Tensor | None = None, *, unit: bool = False, attracts: bool = True) -> None:
-        """`own` [b]: the number of each anchor's positive, if the block holds them; `unit`: divide the keys by their
-        norms; `attracts`: keys that share a text may be further positives."""
+    def __init__(self, keys: Keys, own: int | None = None, *, unit: bool = False, attracts: bool = True) -> None:
+        """`own`: the number of the first anchor's positive, if the block holds them; those of the others follow.
+        `unit`: divide the keys by their norms; `attracts`: keys that share a text may be further positives."""
         self.vectors, self.texts, self.sharded = keys.vectors, keys.texts, keys.sharded
         self.own, self._unit, self.attracts = own, unit, attracts
 
@@ -159,41 +174,76 @@ def sum_negatives(anchors: Anchors, blocks: list[Block], group: dist.Group = Non
 
 
 def _sum_local(anchors: Anchors, blocks: list[Block]) -> Sums:
-    parts = [_sum_rows(anchors.rows(rows), rows, blocks) for rows in _row_tiles(anchors)]
-    return Sums(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
-
-
-def _sum_rows(anchors: Anchors, rows: slice, blocks: list[Block]) -> Sums:
-    sums = Sums.none(anchors)
-    for block in blocks:
-        own = None if block.own is None else block.own[rows]
-        sharing = block.texts.sharing(anchors.ids)
-        for part in _key_tiles(block):
-            keys = block.part(part, anchors.vectors.dtype)
-            logits = torch.addmm(sums.shift[:, None], anchors.vectors, keys.t(), beta=-1)
-            sums.shared += _leave_out(logits, anchors.ids, block, sharing, part, own)
-            _add(sums, logits, keys, anchors)
-        sums.keys += len(block) - (own is not None)
+    gaps, shared = _gaps(anchors, blocks)
+    parts = [_sum_rows(anchors.rows(rows), tile, blocks, gaps) for tile, rows in enumerate(_row_tiles(anchors))]
+    sums = Sums(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+    sums.shared += shared
     return sums
 
 
-def _leave_out(
-    logits: Tensor, ids: Tensor, block: Block, sharing: Tensor, part: slice, own: Tensor | None
-) -> Tensor | int:
-    """Set the logits of the rows' own positives, and of keys that share a text, to -inf in a tile. Returns the number
-    of the latter for each row."""
-    count: Tensor | int = 0
-    ends = torch.searchsorted(sharing, torch.tensor([part.start, part.stop], device=ids.device)).tolist()
-    columns = sharing[slice(*ends)]
-    if len(columns):
-        same = _others_sharing(ids, block, columns, own)
-        count = same.sum(1)
-        logits[:, columns - part.start] = logits[:, columns - part.start].masked_fill_(same, -torch.inf)
-    if own is not None:
-        column = (own - part.start)[:, None]
-        inside, place = (column >= 0) & (column < logits.shape[1]), column.clamp(0, logits.shape[1] - 1)
-        logits.scatter_(1, place, logits.gather(1, place).masked_fill(inside, -torch.inf))
-    return count
+def _sum_rows(anchors: Anchors, tile: int, blocks: list[Block], gaps: list[Gaps]) -> Sums:
+    """The sums of one tile of rows, which is number `tile`."""
+    sums = Sums.none(anchors)
+    for block, gaps_of_block in zip(blocks, gaps, strict=True):
+        parts = list(_key_tiles(block))
+        for number, part in enumerate(parts, tile * len(parts)):
+            keys = block.part(part, anchors.vectors.dtype)
+            logits = torch.addmm(sums.shift[:, None], anchors.vectors, keys.t(), beta=-1)
+            gaps_of_block.leave_out(logits, number)
+            _add(sums, logits, keys, anchors)
+        sums.keys += len(block) - (block.own is not None)
+    return sums
+
+
+class Gaps(NamedTuple):
+    """The logits that belong to no negative, because the key is the row's own positive or shares a text with it.
+
+    `places`: where they lie in their flattened tiles, tile after tile, on the device; tile i has those from `ends[i]`
+    to `ends[i + 1]`.
+    """
+
+    places: Tensor
+    ends: list[int]
+
+    def leave_out(self, logits: Tensor, tile: int) -> None:
+        """Set them to -inf in a tile."""
+        first, last = self.ends[tile : tile + 2]
+        if first < last:
+            logits.view(-1).index_fill_(0, self.places[first:last], -torch.inf)
+
+
+def _gaps(anchors: Anchors, blocks: list[Block]) -> tuple[list[Gaps], Tensor]:
+    """The gaps of each block, and the number of keys that share a text with each anchor, [b]. One upload."""
+    b, sizes = len(anchors.ids), _sizes(anchors.vectors)
+    shared, found = torch.zeros(b, dtype=torch.int64), []
+    for block in blocks:
+        rows, keys = block.texts.sharing(anchors.ids, block.own)
+        shared += rows.bincount(minlength=b)
+        found.append(_places(*_with_own(rows, keys, b, block.own), (b, len(block)), sizes))
+    counts, *places = _uploaded([shared, *(places for places, _ in found)], anchors.vectors)
+    return [Gaps(of_block, ends) for of_block, (_, ends) in zip(places, found, strict=True)], counts
+
+
+def _with_own(rows: Tensor, keys: Tensor, count: int, own: int | None) -> tuple[Tensor, Tensor]:
+    if own is None:
+        return rows, keys
+    each = torch.arange(count)
+    return torch.cat([rows, each]), torch.cat([keys, each + own])
+
+
+def _places(rows: Tensor, columns: Tensor, shape: tuple[int, int], sizes: tuple[int, int]) -> tuple[Tensor, list[int]]:
+    """Places and ends, see `Gaps`, of cells of a matrix of this shape that is computed in tiles of these sizes. Tiles
+    are counted as cells are, row by row."""
+    (height, width), (tall, wide) = shape, sizes
+    down, across = max(1, -(-height // tall)), max(1, -(-width // wide))
+    tiles = rows // tall * across + columns // wide
+    places = rows % tall * (width - columns // wide * wide).clamp(max=wide) + columns % wide
+    tiles, order = tiles.sort(stable=True)
+    return places[order], torch.searchsorted(tiles, torch.arange(down * across + 1)).tolist()
+
+
+def _uploaded(parts: list[Tensor], like: Tensor) -> tuple[Tensor, ...]:
+    return dist.to_device(torch.cat(parts), like.device).split([len(part) for part in parts])
 
 
 def _add(sums: Sums, logits: Tensor, keys: Tensor, anchors: Anchors) -> None:
@@ -201,22 +251,27 @@ def _add(sums: Sums, logits: Tensor, keys: Tensor, anchors: Anchors) -> None:
     top = logits.amax(1)
     sums.hardest = torch.maximum(sums.hardest, top + sums.shift)
     positive = anchors.positive - sums.shift
-    if bool((top >= positive).any()):
+    if _worthwhile(top >= positive):
         # The result is a float tensor: on a CPU, a comparison that makes bools takes three times as long.
         sums.above += torch.ge(logits, positive[:, None], out=torch.empty_like(logits)).sum(1).long()
-    cut = anchors.cut - sums.shift
-    if bool((top >= cut).any()):
+    if anchors.cut is not None and _worthwhile(top >= (cut := anchors.cut - sums.shift)):
         over = logits >= cut[:, None]
         sums.dropped += over.sum(1)
         top = logits.masked_fill_(over, -torch.inf).amax(1)
     far = (top > HEADROOM) | ((top < -HEADROOM) & (top > -torch.inf) & (sums.mass == 0))
-    if bool(far.any()):
+    if _worthwhile(far):
         by = torch.where(far, top, 0.0)
         sums.move(by)
         logits.sub_(by[:, None])
     logits.exp_()
     sums.mass += logits.sum(1)
     sums.weighted.addmm_(logits, keys)
+
+
+def _worthwhile(rows: Tensor) -> bool:
+    """Whether any row needs what follows. To ask saves time on a CPU. Elsewhere the host would wait for the answer, so
+    there it is always yes: what follows changes no other row."""
+    return rows.device.type != "cpu" or bool(rows.any())
 
 
 def _merged(first: Sums, other: Sums) -> Sums:
@@ -283,10 +338,8 @@ def _attract_rows(
 ) -> Attraction:
     total = Attraction.none(anchors.vectors)
     for block in blocks:
-        own = None if block.own is None else block.own[rows]
-        sharing = block.texts.sharing(anchors.ids)
-        for columns in sharing.split(_sizes(sharing)[1]):
-            same = _others_sharing(anchors.ids, block, columns, own)
+        own = None if block.own is None else block.own + rows.start
+        for columns, same in _further(block.texts, anchors.ids, own, anchors.vectors):
             keys = block.part(columns, anchors.vectors.dtype)
             logits = anchors.vectors @ keys.t() - margin
             away = log_sum[:, None] - logits
@@ -301,63 +354,66 @@ class Fate(NamedTuple):
     """Values of all anchors [N] that the keys' gradients need in addition to the anchors' vectors.
 
     `shift` + `log_mass`: log-sum-exp over the negatives; `log_repels`: log(1 - p); `per_positive`: 1 / number of
-    positives.
+    positives; `cut`: see `Anchors`.
     """
 
     shift: Tensor
     log_mass: Tensor
     log_repels: Tensor
     per_positive: Tensor
+    cut: Tensor | None = None
 
 
 def push(
     keys: Keys,
-    own: Tensor | None,
-    anchors: Anchors,
+    own: int | None,
+    anchors: Tensor,
     texts: TextIndex,
     fate: Fate,
     margin: float | Tensor,
     attracts: bool,
 ) -> Tensor:
-    """The derivative of the sum of the anchors' losses by the keys, [n, D]. The keys are the anchors' negatives and, if
-    `attracts`, further positives. `own` [n]: the number of each key's own anchor of [N], which is left out. `texts`:
-    the index of the anchors' texts."""
-    block = Block(Keys.indexed(anchors.vectors, texts), own)
-    vectors, sums = keys.vectors.to(anchors.vectors.dtype), []
+    """The derivative of the sum of the anchors' losses by the keys, [n, D]. The keys are negatives of the anchors
+    [N, D] and, if `attracts`, further positives. `own`: the number of the first key's own anchor, which is left out;
+    those of the others follow. `texts`: the index of the anchors' texts."""
+    block, (tall, wide) = Block(Keys.indexed(anchors, texts)), _sizes(keys.vectors)
+    vectors, sums = keys.vectors.to(anchors.dtype), []
+    rows, columns = _with_own(*texts.sharing(keys.ids, own), len(keys.ids), own)
+    places, ends = _places(columns, rows, (len(texts.ids), len(keys.ids)), (wide, tall))
+    gaps, row_tiles = Gaps(dist.to_device(places, vectors.device), ends), list(_row_tiles(keys))
     total = fate.log_mass.clamp_min(torch.finfo(fate.log_mass.dtype).min)  # it is -inf for an anchor without negatives
-    for rows in _row_tiles(keys):
-        ids, own_rows, sharing = keys.ids[rows], None if own is None else own[rows], block.texts.sharing(keys.ids[rows])
-        pushed = torch.zeros_like(vectors[rows])
-        for part in _key_tiles(block):
+    for across, of_keys in enumerate(row_tiles):
+        pushed = torch.zeros_like(vectors[of_keys])
+        for down, part in enumerate(_key_tiles(block)):
             # Computed in the same layout as the rows' sums, so that it rounds alike.
-            logits = torch.addmm(fate.shift[part, None], anchors.vectors[part], vectors[rows].t(), beta=-1)
-            _leave_out(logits.t(), ids, block, sharing, part, own_rows)
-            logits.masked_fill_(logits >= (anchors.cut - fate.shift)[part, None], -torch.inf)
+            logits = torch.addmm(fate.shift[part, None], anchors[part], vectors[of_keys].t(), beta=-1)
+            gaps.leave_out(logits, down * len(row_tiles) + across)
+            if fate.cut is not None:
+                logits.masked_fill_(logits >= (fate.cut - fate.shift)[part, None], -torch.inf)
             logits.sub_(total[part, None]).clamp_max_(0.0)  # a term cannot exceed the sum, except by rounding
-            pushed.addmm_(logits.add_(fate.log_repels[part, None]).exp_().t(), anchors.vectors[part])
-        for columns in sharing.split(_sizes(sharing)[1]) if attracts else ():
-            same = _others_sharing(ids, block, columns, own_rows)
-            logits = torch.addmm(fate.shift[columns, None], anchors.vectors[columns], vectors[rows].t(), beta=-1)
+            pushed.addmm_(logits.add_(fate.log_repels[part, None]).exp_().t(), anchors[part])
+        first = None if own is None else own + of_keys.start
+        for columns, same in _further(texts, keys.ids[of_keys], first, vectors) if attracts else ():
+            logits = torch.addmm(fate.shift[columns, None], anchors[columns], vectors[of_keys].t(), beta=-1)
             away = fate.log_mass[None, columns] - logits.t() + margin
             weight = (torch.sigmoid(away) * fate.per_positive[None, columns]).masked_fill_(~same, 0.0)
-            pushed.addmm_(weight, anchors.vectors[columns], alpha=-1)
+            pushed.addmm_(weight, anchors[columns], alpha=-1)
         sums.append(pushed)
     return torch.cat(sums)
 
 
-def shares_text(ids: Tensor, other: Tensor) -> Tensor:
-    """Whether item i of `ids` [m, I] and item j of `other` [n, I] share a text, [m, n] bool."""
-    same = torch.zeros(len(ids), len(other), dtype=torch.bool, device=ids.device)
-    for first in ids.unbind(1):
-        for second in other.unbind(1):
-            same |= first[:, None] == second[None, :]
-    return same
-
-
-def _others_sharing(ids: Tensor, block: Block, columns: Tensor, own: Tensor | None) -> Tensor:
-    """Whether a key shares a text with a row and is not the row's own positive, [m, len(columns)]."""
-    same = shares_text(ids, block.texts.ids[columns])
-    return same if own is None else same & (own[:, None] != columns)
+def _further(texts: TextIndex, ids: Tensor, own: int | None, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The few keys that share a text with any of the rows `ids` [m, I], in parts: their numbers [c], and whether each
+    row shares a text with them and they are not its own positive, [m, c]. One upload."""
+    rows, keys = texts.sharing(ids, own)
+    numbers, column = keys.unique(return_inverse=True)
+    if not len(numbers):
+        return
+    columns, cells = _uploaded([numbers, rows * len(numbers) + column], like)
+    same = torch.zeros(len(ids), len(numbers), dtype=torch.bool, device=like.device)
+    same.view(-1).index_fill_(0, cells, True)
+    wide = _sizes(like)[1]
+    yield from zip(columns.split(wide), same.split(wide, dim=1), strict=True)
 
 
 def _sizes(tensor: Tensor) -> tuple[int, int]:
@@ -366,10 +422,10 @@ def _sizes(tensor: Tensor) -> tuple[int, int]:
 
 def _row_tiles(rows: Anchors | Keys) -> Iterator[slice]:
     """Slices of the rows. There is at least one slice, because a rank may have no rows."""
-    size, count = _sizes(rows.ids)[0], len(rows.ids)
+    size, count = _sizes(rows.vectors)[0], len(rows.ids)
     return (slice(start, min(count, start + size)) for start in range(0, max(1, count), size))
 
 
 def _key_tiles(block: Block) -> Iterator[slice]:
-    size, count = _sizes(block.texts.ids)[1], len(block)
+    size, count = _sizes(block.vectors)[1], len(block)
     return (slice(start, min(count, start + size)) for start in range(0, count, size))

@@ -1,5 +1,7 @@
 """The queue of negatives (MoCo; InfoXLM, section 3.2). Each rank holds the whole queue, or its share if it is sharded.
 
+Vectors lie on the device. Text ids and step numbers lie on the host, where they are compared.
+
 Legend: K queue, n new keys, D width, I text ids of an item.
 """
 
@@ -30,8 +32,8 @@ class KeyQueue:
         self._first, self._every = (dist.rank(), dist.world_size()) if self.sharded else (0, 1)
         held = len(range(self._first, size, self._every))
         self.vectors = torch.zeros(held, width, device=device)
-        self.ids = torch.zeros(held, n_ids, dtype=torch.int64, device=device)
-        self.steps = torch.full((held,), -1, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(held, n_ids, dtype=torch.int64)
+        self.steps = torch.full((held,), -1, dtype=torch.int64)
         self.start = 0  # number of the oldest key that was ever kept; above 0 after a change of size
         self.pushed = 0
 
@@ -49,17 +51,18 @@ class KeyQueue:
     def push(self, keys: Keys, step: int) -> None:
         """Overwrite the oldest rows with n new keys, first in, first out. n may be above K. Every rank
         gives all n keys."""
-        numbers = torch.arange(self.pushed, self.pushed + len(keys.ids), device=self.ids.device)
+        numbers = torch.arange(self.pushed, self.pushed + len(keys.ids))
         self._put(numbers, keys.vectors, keys.ids, torch.full_like(numbers, step))
         self.pushed += len(numbers)
 
     def _put(self, numbers: Tensor, vectors: Tensor, ids: Tensor, steps: Tensor) -> None:
         """Store keys, ordered by rising number: of the newest K, those whose rows this rank holds."""
         numbers, vectors, ids, steps = (x[-self.size :] for x in (numbers, vectors, ids, steps))
-        held = numbers % self.size % self._every == self._first
+        held = (numbers % self.size % self._every == self._first).nonzero()[:, 0]
         rows = numbers[held] % self.size // self._every
-        self.vectors[rows] = vectors[held].to(self.vectors)
-        self.ids[rows], self.steps[rows] = ids[held].to(self.ids), steps[held].to(self.steps)
+        self.ids[rows], self.steps[rows] = ids[held], steps[held]
+        there, chosen = (dist.to_device(x, to) for x, to in ((rows, self.vectors.device), (held, vectors.device)))
+        self.vectors[there] = vectors[chosen].to(self.vectors)
 
     def mean_age(self, step: int) -> float:
         """Mean number of steps since the keys came in. The queue must be full. Collective if the queue is sharded."""
@@ -69,13 +72,16 @@ class KeyQueue:
     def checksum(self) -> int:
         """A number of 64 bits that depends on every bit of every row and on the row's place, but not on how the queue
         is sharded. Collective if it is sharded."""
-        total = torch.zeros((), dtype=torch.int64, device=self.ids.device)
+        device, width = self.vectors.device, self.vectors.shape[1]
+        column = 2 * torch.arange(width + self.ids.shape[1] + 1) + 1
+        others = (torch.cat([self.ids, self.steps[:, None]], 1) * column[width:] * MIX).sum(1)
+        others, column = dist.to_device(others, device), dist.to_device(column[:width], device)
+        total = torch.zeros((), dtype=torch.int64, device=device)
         for start in range(0, len(self.ids), CHUNK):
             part = slice(start, start + CHUNK)
-            bits = torch.cat([self.vectors[part].view(torch.int32).long(), self.ids[part], self.steps[part, None]], 1)
-            column = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
-            row = (torch.arange(start, start + len(bits), device=bits.device) * self._every + self._first + 1) * MIX
-            mixed = (bits * column * MIX).sum(1) ^ row
+            bits = (self.vectors[part].view(torch.int32).long() * column * MIX).sum(1) + others[part]
+            row = (torch.arange(start, start + len(bits), device=device) * self._every + self._first + 1) * MIX
+            mixed = bits ^ row
             total += ((mixed ^ (mixed >> 29)) * MIX).sum()
         return int(dist.sum_over_ranks(total) if self.sharded else total)
 
@@ -89,7 +95,7 @@ class KeyQueue:
         """The rows that this rank holds, and the numbers of their keys. A queue with another layout finds
         its rows by them."""
         counts = {name: torch.tensor(getattr(self, name)) for name in ("size", "start", "pushed")}
-        rows = torch.arange(len(self.ids), device=self.ids.device) * self._every + self._first
+        rows = torch.arange(len(self.ids)) * self._every + self._first
         numbers = self.pushed - 1 - (self.pushed - 1 - rows) % self.size  # the newest key of each row
         return counts | {"numbers": numbers, "vectors": self.vectors, "ids": self.ids, "steps": self.steps}
 

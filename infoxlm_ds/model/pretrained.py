@@ -27,7 +27,7 @@ XLM_R = {"bos": 0, "pad": 1, "eos": 2}
 
 def build_model(model: Model, vocabulary: int, seed: int, special_ids: Mapping[str, int] = XLM_R) -> InfoXLM:
     """The model of a recipe for a vocabulary of this size. Random weights depend on `seed` alone."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = _load(model.init) if model.init else _empty(shape_of(model, vocabulary, special_ids))
         assert lm.config.vocab_size >= vocabulary, "check_fit compares the tokenizers"

@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from infoxlm_ds import dist as ours
 from infoxlm_ds.config import UserError
 from tests.distributed.ranks import run_ranks
 
@@ -19,6 +21,32 @@ def _sum_over_ranks(rank: int, world_size: int, scale: int) -> torch.Tensor:
     assert weight.grad is not None
     dist.all_reduce(weight.grad)
     return weight.grad
+
+
+def _host_values(rank: int, world_size: int) -> tuple[object, ...]:
+    dist.init_process_group("cuda:gloo", timeout=timedelta(seconds=44))  # takes no host tensors, as NCCL
+    with pytest.raises(RuntimeError, match="cpu"):
+        dist.all_reduce(torch.ones(1))
+    beside = ours.host_group()
+    assert beside is not None and beside is not dist.group.WORLD and beside is ours.host_group()
+    assert _timeout(beside) == timedelta(seconds=44)
+    ours.set_timeout(77)
+    assert _timeout(beside) == timedelta(seconds=77)
+    pair = dist.new_group([0, 1], backend="cuda:gloo")
+    counts = ours.row_counts(torch.zeros(rank + 2, 1), pair) if rank < 2 else None
+    ours.barrier()
+    total = int(ours.sum_over_ranks(torch.tensor(rank)))
+    return total, ours.agree(rank != 1), ours.gather_objects(rank), ours.from_first_rank(rank), counts
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_host_values_go_by_a_gloo_group_where_the_default_group_takes_none() -> None:
+    whole, *others = run_ranks(_host_values, 3)
+    assert whole == (3, False, [0, 1, 2], 0, [2, 3])
+    assert others == [whole, (*whole[:4], None)]
 
 
 def _fail_on_rank_1(rank: int, world_size: int) -> None:

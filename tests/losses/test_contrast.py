@@ -3,6 +3,7 @@ loss, gradients and counts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -246,11 +247,12 @@ def test_parts_with_keys_made_before_equal_the_definition(case: Case, size: int)
     step = _step(case)
     loss, (d_query, _, d_temperature) = _expected(case)
     keys, ours = Keys(step.key.detach(), step.ids), torch.zeros_like(loss)
-    for part in torch.arange(len(step.query)).split(size):
+    for first in range(0, max(1, len(step.query)), size):
+        part = slice(first, min(len(step.query), first + size))
         share, report = contrast_with_keys(
             step.query[part],
             keys,
-            part,
+            first,
             step.temperature,
             case.form,
             ids=step.ids[part],
@@ -259,7 +261,7 @@ def test_parts_with_keys_made_before_equal_the_definition(case: Case, size: int)
         )
         share.backward()
         ours += share.detach()
-        assert len(report.loss) == len(part)
+        assert len(report.loss) == part.stop - first
     if len(step.query) == 0:
         return
     assert step.query.grad is not None and step.temperature.grad is not None
@@ -432,6 +434,46 @@ def test_under_autocast_the_inside_stays_in_fp32() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("setting", [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_products_run_in_float32_where_the_caller_allows_tf32(
+    setting: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has an older and a newer setting, and reading the older one fails if the newer was set."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    addmm = torch.addmm
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(matmul.fp32_precision)
+        return addmm(*args, **kwargs)
+
+    before = matmul.fp32_precision
+    setattr(matmul, *setting)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "addmm", noted)
+            x = torch.randn(7, 4, requires_grad=True)
+            contrast(x, x.detach(), 0.1, symmetric=True)
+            contrast_with_keys(x, Keys(x.detach(), torch.zeros(7, 0, dtype=torch.int64)), 0, 0.1, total=7)
+        assert len(seen) > 2 and set(seen) == {"ieee"}
+        assert getattr(matmul, setting[0]) == setting[1]
+    finally:
+        if setting[0] == "allow_tf32":
+            matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
+def test_a_temperature_in_bf16_is_close_to_the_one_in_fp32() -> None:
+    """It begins exactly, and is rounded by at most 1/256 of how far it has moved, in logarithms."""
+    for start in (0.07, 0.05, 0.25):
+        temperature = Temperature(start, start / 4, start * 4).bfloat16()
+        assert temperature().dtype == torch.float32 and float(temperature()) == pytest.approx(start, rel=1e-7)
+        for ratio in (-1.3, -0.3, 0.011, 0.7):
+            with torch.no_grad():
+                temperature.log_ratio.fill_(ratio)
+            apart = abs(math.log(float(temperature()) / start) - ratio)
+            assert apart <= abs(ratio) / 256 + 1e-6
+
+
 def test_what_does_not_fit_is_named() -> None:
     x, ids = torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="query and key"):
@@ -448,7 +490,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="same_text"):
         Form(same_text="masked")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keys: text ids"):
-        contrast_with_keys(x, Keys(x, ids.float()), torch.arange(2), 0.1, ids=ids, total=2)
+        contrast_with_keys(x, Keys(x, ids.float()), 0, 0.1, ids=ids, total=2)
     with pytest.raises(ValueError, match="queue: text ids"):
         contrast(x, x, 0.1, ids=ids, queue=Keys(x, None))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ids: text ids"):

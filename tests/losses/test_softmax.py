@@ -11,7 +11,7 @@ import torch
 
 from infoxlm_ds.losses.softmax import softmax_by_passes
 
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 # In a process of its own: Triton chooses its interpreter when it is imported.
 KERNEL = """
