@@ -2,7 +2,8 @@
 
 Text is the corpus that comes with the project, which has 16,000 pieces. For a larger vocabulary, a fixed random map
 spreads these pieces over it: what a step costs depends on the size of the matrices and on how many rows it touches. The
-case `blocks` joins all texts of a language into one long text, which preparation cuts into full blocks.
+kind `blocks-254` joins all texts of a language into one long text, which preparation cuts into blocks of 254 pieces;
+with their two special pieces they have 256 tokens.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Case:
                 "width": self.width,
                 "heads": self.heads,
                 "feed_forward": 4 * self.width,
-                "positions": 520,
+                "positions": 1030,
                 "universal_layer": self.universal_layer,
                 "pooling": "mean" if strong else "cls",
                 "projection": not strong,
@@ -107,6 +108,13 @@ def work(case: Case, steps: int) -> Work:
     return Work(case, recipe, corpus, model, batches, _queue(case, model, batches))
 
 
+def real_tokens(prepared: Work) -> float:
+    """Mean number of a step's tokens, keys included."""
+    lanes = [lane for lanes in prepared.batches for lane in lanes]
+    tokens = sum(len(lane.tokens.ids) + (len(lane.keys.ids) if lane.keys else 0) for lane in lanes)
+    return tokens / len(prepared.batches)
+
+
 @torch.no_grad()
 def _queue(case: Case, model: InfoXLM, batches: list[list[JointBatch]]) -> Keys | None:
     """Keys of the batches' own texts with noise, so that a loss is neither 0 nor huge. They share no text with them."""
@@ -116,9 +124,9 @@ def _queue(case: Case, model: InfoXLM, batches: list[list[JointBatch]]) -> Keys 
         return None
     keys = torch.cat(found)
     chosen = torch.randint(len(keys), (case.queue,), generator=g)
-    noise = torch.randn(case.queue, keys.shape[1], generator=g) * keys.std()
+    vectors = torch.randn(case.queue, keys.shape[1], generator=g).mul_(0.1 * keys.std()).add_(keys[chosen])
     ids = torch.randint(2**60, (case.queue, N_TEXTS[case.contrast["mixup"]]), generator=g)
-    return Keys(keys[chosen] + 0.1 * noise, ids)
+    return Keys(vectors, ids)
 
 
 class SpreadCorpus(Corpus):
@@ -148,7 +156,7 @@ def corpus_of(text: str) -> Path:
     folder = RUNS / f"corpus-{text}"
     if (folder / "manifest.json").is_file():
         return folder
-    description = EMBEDDED / "corpus.yaml" if text == "short" else _describe_blocks()
+    description = EMBEDDED / "corpus.yaml" if text == "short" else _describe_blocks(int(text.removeprefix("blocks-")))
     command: list[str | Path] = [
         sys.executable,
         "-c",
@@ -162,15 +170,15 @@ def corpus_of(text: str) -> Path:
     return folder
 
 
-def _describe_blocks() -> Path:
-    """Write the description of a corpus of blocks of 254 pieces, which become 256 tokens, and its text files."""
+def _describe_blocks(pieces: int) -> Path:
+    """Write the description of a corpus of full blocks, and its text files."""
     source = EMBEDDED / "home_assistant.train.jsonl.xz"
     texts: dict[str, list[str]] = defaultdict(list)
     with lzma.open(source, "rt", encoding="utf-8") as rows:
         for row in rows:
             for language, text in json.loads(row)["text"].items():
                 texts[language].append(text)
-    folder = RUNS / "text"
+    folder = RUNS / f"text-{pieces}"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [{"name": "nway.home_assistant", "kind": "nway", "format": "jsonl", "path": str(source)}]
     for language in LANGUAGES:
@@ -178,7 +186,7 @@ def _describe_blocks() -> Path:
         path.write_text(" ".join(" ".join(text.split()) for text in texts[language]) + "\n", encoding="utf-8")
         mono: dict[str, Any] = {"name": f"mono.{language}-files", "kind": "mono", "format": "text"}
         sources.append(mono | {"path": str(path), "languages": [language]})
-    description = {"name": "blocks", "max_tokens": 254, "tokenizer": {"path": str(corpus_of("short") / "tokenizer")}}
+    description = {"name": "blocks", "max_tokens": pieces, "tokenizer": {"path": str(corpus_of("short") / "tokenizer")}}
     written = folder / "corpus.yaml"
     written.write_text(json.dumps(description | {"sources": sources}), encoding="utf-8")  # JSON is YAML
     return written
