@@ -92,7 +92,7 @@ def draw(points: list[Point], path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "growth"  # the same points give the same file
+    plt.rcParams |= {"svg.hashsalt": "growth", "svg.fonttype": "none"}  # the same points give the same file
     panels = list(dict.fromkeys(point.panel for point in points))
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), sharey=True, layout="constrained")
     for axis, panel in zip(axes.flat, panels, strict=False):

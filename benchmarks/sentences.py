@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Work
+from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.pretrained import strip_vocabulary
 
@@ -45,7 +47,7 @@ class SentenceTransformers:
             fused=True,
         )
         pad = work.corpus.manifest.tokenizer.special_ids["pad"]
-        self._features = [_features(work, step, pad) for step in range(len(work.batches))]
+        self._features = [padded_sides(lanes, pad) for lanes in work.batches]
         self._steps, self._last = 0, 0.0
 
     def step(self) -> None:
@@ -76,9 +78,10 @@ def sentence_model(model: InfoXLM, tokenizer: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").train()
 
 
-def _features(work: Work, step: int, pad: int) -> Features:
+def padded_sides(lanes: Sequence[JointBatch], pad: int) -> Features:
+    """All pairs of these lanes, which have no other task."""
     sides: tuple[list[Tensor], list[Tensor]] = [], []
-    for lane in work.batches[step]:
+    for lane in lanes:
         sequences = lane.tokens.ids.split(lane.tokens.layout.lengths.tolist())
         sides[0].extend(sequences[: lane.sides.first])
         sides[1].extend(sequences[lane.sides.first :])
