@@ -4,10 +4,11 @@ accuracy@1 on the four held-out files over training time, and draws `docs/perfor
 
 All start from the same random weights and read the same sampler's pairs, as many in a step. `ours` trains
 `recipes/demo.yaml`, all three losses; `ours, contrast alone` without masked LM. `sentence-transformers` trains
-MultipleNegativesRankingLoss in both directions with cosines, in one pass or cached, with each of the given learning
-rates and temperatures; its best end counts. Its encoder has the layers up to our universal layer, or all layers. Both
-warm up linearly and then decay to zero within the time. Only training steps count, neither loading nor evaluation.
-Accuracy is the mean over languages and both directions, with up to `--pairs` pairs of each language with English.
+MultipleNegativesRankingLoss in both directions with cosines, in one pass or cached (then in mini-batches of similar
+length), with each of the given learning rates and temperatures; its best end counts. Its encoder has the layers up to
+our universal layer, or all layers. Both warm up linearly and then decay to zero within the time. Only training steps
+count, neither loading nor evaluation. Accuracy is the mean over languages and both directions, with up to `--pairs`
+pairs of each language with English.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class PeerCourse(Course):
         super().__init__(plan)
         recipe, corpus = plan.recipe, Corpus(plan.recipe.corpus)
         tokenizer = corpus.manifest.tokenizer
-        self._lanes, self._pad = range(recipe.batch.lanes), tokenizer.special_ids["pad"]
+        self._cached, self._lanes, self._pad = cached, range(recipe.batch.lanes), tokenizer.special_ids["pad"]
         self._builder = BatchBuilder(recipe, corpus, list(self._lanes))
         model = recipe.model.model_copy(update={"universal_layer": layers})
         self._ours = build_model(model, tokenizer.vocab_size, recipe.seed, tokenizer.special_ids)
@@ -137,7 +138,7 @@ class PeerCourse(Course):
 
     def step(self) -> float:
         batches = [self._builder.build(lane, self._steps) for lane in self._lanes]
-        features = padded_sides(batches, self._pad)
+        features = padded_sides(batches, self._pad, by_length=self._cached)
         self._steps += 1
         start = time.process_time()
         done = self._spent / self._plan.marks[-1]

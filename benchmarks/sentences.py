@@ -24,9 +24,10 @@ Features = list[dict[str, Tensor]]  # first sides and second sides of pairs
 
 
 class SentenceTransformers:
-    """A step on all pairs of a step's lanes. `mini_batch`: sequences of one pass."""
+    """A step on all pairs of a step's lanes. `mini_batch`: sequences of one pass. `by_length`: pairs are sorted, so
+    that a pass has less padding."""
 
-    def __init__(self, work: Work, mini_batch: int, rank: int, world: int) -> None:
+    def __init__(self, work: Work, mini_batch: int, by_length: bool, rank: int, world: int) -> None:
         recipe = work.recipe
         self._model = sentence_model(work.model, str(recipe.corpus / "tokenizer"))
         self._clip = recipe.optimizer.clip
@@ -47,7 +48,7 @@ class SentenceTransformers:
             fused=True,
         )
         pad = work.corpus.manifest.tokenizer.special_ids["pad"]
-        self._features = [padded_sides(lanes, pad) for lanes in work.batches]
+        self._features = [padded_sides(lanes, pad, by_length) for lanes in work.batches]
         self._steps, self._last = 0, 0.0
 
     def step(self) -> None:
@@ -78,17 +79,18 @@ def sentence_model(model: InfoXLM, tokenizer: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").train()
 
 
-def padded_sides(lanes: Sequence[JointBatch], pad: int) -> Features:
+def padded_sides(lanes: Sequence[JointBatch], pad: int, by_length: bool) -> Features:
     """All pairs of these lanes, which have no other task."""
-    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for lane in lanes:
         sequences = lane.tokens.ids.split(lane.tokens.layout.lengths.tolist())
-        sides[0].extend(sequences[: lane.sides.first])
-        sides[1].extend(sequences[lane.sides.first :])
+        pairs += zip(sequences[: lane.sides.first], sequences[lane.sides.first :], strict=True)
+    if by_length:
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
     return [
         {
-            "input_ids": pad_sequence(side, batch_first=True, padding_value=pad),
+            "input_ids": pad_sequence(list(side), batch_first=True, padding_value=pad),
             "attention_mask": pad_sequence([torch.ones_like(x) for x in side], batch_first=True),
         }
-        for side in sides
+        for side in zip(*pairs, strict=True)
     ]

@@ -161,9 +161,9 @@ def _contrast(case: Case, rounds: int) -> dict[str, Any]:
     prepared = work(case, BATCHES)
     with Group() as group:
         runners = {OURS: Runner(group.start(partial(Ours, prepared)))}
-        for size in (32, 128):
-            name = f"sentence-transformers, cached, mini-batches of {size}"
-            runners[name] = Runner(group.start(partial(SentenceTransformers, prepared, size)))
+        for size, by_length in ((32, False), (128, False), (32, True)):
+            name = f"sentence-transformers, cached, mini-batches of {size}{', sorted by length' * by_length}"
+            runners[name] = Runner(group.start(partial(SentenceTransformers, prepared, size, by_length)))
         differing = _compare_losses(runners)
         rows = _alternate(runners, rounds)
     return {"tokens": real_tokens(prepared), "differing": differing, "rows": [row._asdict() for row in rows]}
