@@ -16,9 +16,9 @@ from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config, precision_of
 from infoxlm_ds.engine.engine import Engine
 from infoxlm_ds.losses.queue import KeyQueue
-from infoxlm_ds.model.attention import runs_varlen
+from infoxlm_ds.model.attention import why_not_varlen
 from infoxlm_ds.model.momentum import MomentumEncoder
-from infoxlm_ds.model.pretrained import build_model, check_fit
+from infoxlm_ds.model.pretrained import build_model, check_fit, head_width
 from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective
@@ -60,7 +60,10 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     corpus = Corpus(recipe.corpus, look_at_files=rank == 0)
     tokenizer = recipe.corpus / "tokenizer"
     positions = check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
-    loader = Loader(recipe, corpus, rank, world, runs_varlen(dist.device(), dtype_of(engine_config)))
+    slow = why_not_varlen(dist.device(), dtype_of(engine_config), head_width(recipe.model))
+    if slow and rank == 0 and dist.device().type == "cuda":
+        print(f"attention runs in groups of sentences, which is slower than one call for all: {slow}")
+    loader = Loader(recipe, corpus, rank, world, varlen=slow is None)
     checkpoints = Checkpoints(recipe)
     hashes = {file.name: file.sha256 for file in corpus.manifest.tokenizer.files}
     identity = Identity(recipe, engine_config, corpus.manifest.sha256, hashes)

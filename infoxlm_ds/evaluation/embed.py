@@ -23,7 +23,7 @@ from infoxlm_ds import dist
 from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch
 from infoxlm_ds.data.upload import to_device
-from infoxlm_ds.model.attention import FLAT_ATTENTION, runs_varlen
+from infoxlm_ds.model.attention import FLAT_ATTENTION
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import family_of, positions_of
 from infoxlm_ds.model.heads import pool
@@ -40,7 +40,7 @@ def embed(
     positions: int,
     encode: Callable[[FlatBatch], Tensor],
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    dense: bool = True,
     description: str = "",
     shared: bool = False,
 ) -> Vectors:
@@ -48,7 +48,7 @@ def embed(
     is [n, D] or [n, L, D].
 
     `positions`: the longest sequence that the encoder takes. Sentences with more tokens than that, or than the
-    tokenizer allows, are cut, with a warning. `dtype`: the precision of the encoder. `description`: text of a progress
+    tokenizer allows, are cut, with a warning. `dense`: attention runs in dense groups. `description`: text of a progress
     bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get the
     result (collective); otherwise this process embeds alone.
     """
@@ -56,7 +56,7 @@ def embed(
     by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
     batches = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
     rank, world = (dist.rank(), dist.world_size()) if shared else (0, 1)
-    dense, parts = not runs_varlen(device, dtype), []
+    parts = []
     turns = [batches[first : first + world] for first in range(0, len(batches), world)]
     for turn in _progress(turns, description):
         # ZeRO 3 needs a call of every rank in every turn. A rank that has no batch repeats the turn's first one.

@@ -5,7 +5,7 @@ Legend: T tokens, S sequences, H heads, D width of a head, P tokens of all group
 
 A token may attend only to its own sequence. On CUDA in 16 bits, this is one varlen call. Elsewhere, sequences of
 nearly equal length form groups, and each group is one dense call. This measured faster than a block-diagonal
-mask or jagged tensors.
+mask or jagged tensors. A layout has dense groups or is for the varlen call.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from infoxlm_ds.data.flat_batch import DenseGroups, Group, Layout
 FLAT_ATTENTION = "infoxlm_flat"
 
 
-def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention is one varlen call on this device and in this dtype. Otherwise it runs in dense groups, and the
-    layouts of batches need them."""
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+def why_not_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why attention cannot be one varlen call on this device, in this dtype and with heads of this width. None if it
+    can. Otherwise it runs in dense groups, and the layouts of batches need them."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernel computes in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    if (major := torch.cuda.get_device_capability(device)[0]) < 8:
+        return f"the GPU has compute capability {major}, and the kernel needs 8"
+    if head_width % 8 or head_width > 256:
+        return f"heads have a width of {head_width}, and the kernel takes multiples of 8 up to 256"
+    return None
 
 
 def flat_attention(
@@ -37,9 +45,8 @@ def flat_attention(
     assert isinstance(layout, Layout) and attention_mask is None and not kwargs.get("dropout")
     assert isinstance(scale, float | None) and isinstance(window, int | None)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    if runs_varlen(query.device, query.dtype):
+    if layout.dense is None:
         return _varlen(q, k, v, layout, scale, window)[None], None
-    assert layout.dense is not None, "this batch was made for varlen attention"
     return _in_groups(q, k, v, layout.dense, scale, window)[None], None
 
 

@@ -31,6 +31,7 @@ class Body(nn.Module):
         self.embeddings, self.layers = model.embeddings, whole[:layers]
         self.norm = part(model, family.norm) if len(self.layers) == len(whole) else None
         self.rotary = part(model, family.rotary)
+        self.head_width: int = model.config.hidden_size // model.config.num_attention_heads
         self._first_position = model.config.pad_token_id + 1 if family.counts_from_padding else 0
 
     def embed(self, batch: FlatBatch) -> Tensor:

@@ -102,6 +102,14 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> int:
     return positions
 
 
+def head_width(model: Model) -> int:
+    """Width of an attention head of a recipe's model."""
+    if not model.init:
+        return model.width // model.heads
+    config = init_config(model.init)
+    return int(config.hidden_size // config.num_attention_heads)
+
+
 def init_config(init: str) -> PreTrainedConfig:
     """The configuration of `model.init`. UserError if there is none, or if its encoder cannot run on a flat batch."""
     folder = Path(init)

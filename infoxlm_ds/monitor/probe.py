@@ -15,6 +15,7 @@ from infoxlm_ds.data.text import read_nway
 from infoxlm_ds.evaluation.embed import embed
 from infoxlm_ds.evaluation.retrieval import retrieval_accuracy, trigram_accuracy
 from infoxlm_ds.evaluation.text import Pairs, pairs_with_pivot
+from infoxlm_ds.model.attention import why_not_varlen
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.monitor.meters import Scalars
 
@@ -36,13 +37,14 @@ class RetrievalProbe:
         """Accuracy@1, mean of both directions: `probe/<language>`, `probe/mean` and `probe/trigram_mean`.
         Collective."""
         dtype = next(encoder.parameters()).dtype
+        dense = why_not_varlen(dist.device(), dtype, encoder.body.head_width) is not None
         vectors_of = partial(
             embed,
             tokenizer=self._tokenizer,
             positions=self._positions,
             encode=encoder,
             device=dist.device(),
-            dtype=dtype,
+            dense=dense,
             shared=True,
         )
         results = {}
