@@ -107,18 +107,22 @@ def _steps(case: Case, rounds: int) -> dict[str, Any]:
             runners[f"tuned, {way.buckets} bucket{'s' * (way.buckets > 1)}, {backward}"] = Runner(tuned, str(i))
         differing = _compare_losses(runners)
         rows = _alternate(runners, rounds)
-        operations = ours("operations")[0].value
-        rate = max(ours("rate")[0].value for _ in range(3))
-    best = {row.name: row for row in rows}[OURS]
-    limit = operations / rate / best.seconds
+        limit = _limit(ours, rounds)
     return {
         "tokens": real_tokens(prepared),
         "differing": differing,
         "rows": [row._asdict() for row in rows],
-        "operations": operations,
-        "rate": rate,
-        "limit": limit,
-    }
+    } | limit
+
+
+def _limit(ours: Ranks, rounds: int) -> dict[str, float]:
+    """Operations of a step, the rate of a large product, and the median of the rounds' shares of products."""
+    operations, rates, shares = ours("operations")[0].value, [], []
+    for _ in range(rounds):
+        seconds = cpu(ours("step"))
+        rates.append(ours("rate")[0].value)
+        shares.append(operations / rates[-1] / seconds)
+    return {"operations": operations, "rate": statistics.median(rates), "limit": statistics.median(shares)}
 
 
 def _compare_losses(runners: dict[str, Runner]) -> float:
