@@ -307,7 +307,7 @@ def _everything_else(device: PretendedDevice, recipe: Recipe) -> tuple[list[str]
             positions=64,
             encode=state.objective.model.sentence_encoder(),
             device=device.device,
-            dtype=torch.float32,
+            dense=True,
         )
     assert vectors.shape == (2, recipe.model.width)
     assert trainer.rehearse(state) >= 0

@@ -48,8 +48,8 @@ def embed(
     is [n, D] or [n, L, D].
 
     `positions`: the longest sequence that the encoder takes. Sentences with more tokens than that, or than the
-    tokenizer allows, are cut, with a warning. `dense`: attention runs in dense groups. `description`: text of a progress
-    bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get the
+    tokenizer allows, are cut, with a warning. `dense`: attention runs in dense groups. `description`: text of a
+    progress bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get the
     result (collective); otherwise this process embeds alone.
     """
     token_ids = _tokenize(sentences, tokenizer, min(tokenizer.model_max_length, positions))
