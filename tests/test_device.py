@@ -25,7 +25,7 @@ from infoxlm_ds.evaluation.embed import embed
 from infoxlm_ds.losses import negatives
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.families import FAMILIES
-from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, write_whole
+from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, WriteWhole
 from infoxlm_ds.model.pretrained import build_model
 from infoxlm_ds.monitor.faults import find_faults
 from infoxlm_ds.objective import Objective
@@ -119,8 +119,8 @@ class _Descent:
     def masters(self, parameters: Sequence[nn.Parameter]) -> list[Fragment]:
         return [Fragment(i, 0, p.detach().flatten()) for i, p in enumerate(parameters)]
 
-    def write(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
-        write_whole(parameters, fragments, sharded=False)
+    def writer(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> WriteWhole:
+        return WriteWhole(parameters, fragments, sharded=False)
 
 
 class _Cost(NamedTuple):
@@ -149,7 +149,7 @@ def _state(recipe: Recipe, device: PretendedDevice | None, family: str = "xlm-ro
     momentum = queue = None
     if contrast.keys == "momentum":
         source = model.sentence_encoder()
-        momentum = MomentumEncoder(source, keys.requires_grad_(False), engine.masters, engine.write, contrast.momentum)
+        momentum = MomentumEncoder(source, keys.requires_grad_(False), engine.masters, engine.writer, contrast.momentum)
     if contrast.uses_queue:
         queue = KeyQueue(contrast.queue.size, recipe.model.width, N_TEXTS[contrast.mixup], dist.device())
     loader: Any = _Lanes(recipe, inputs.corpus)

@@ -49,8 +49,8 @@ def embed(
 
     `positions`: the longest sequence that the encoder takes. Sentences with more tokens than that, or than the
     tokenizer allows, are cut, with a warning. `dense`: attention runs in dense groups. `description`: text of a
-    progress bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get the
-    result (collective); otherwise this process embeds alone.
+    progress bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get
+    the result (collective); otherwise this process embeds alone.
     """
     token_ids = _tokenize(sentences, tokenizer, min(tokenizer.model_max_length, positions))
     by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
