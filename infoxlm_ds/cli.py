@@ -82,9 +82,11 @@ def plan(
     tokens_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="Measured tokens per second of one GPU.")
     ] = None,
-    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Assumed if --tokens-per-second is not given.")] = 0.3,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Assumed in place of --tokens-per-second.")
+    ] = None,
     gpu_flops: Annotated[
-        float, typer.Option(min=1, help="Peak operations per second; default: H100, bf16, dense.")
+        float, typer.Option(min=1, help="Peak operations per second, for --mfu; default: H100, bf16, dense.")
     ] = 989e12,
     json: Annotated[Path | None, typer.Option(help="Also write everything here.")] = None,
 ) -> None:

@@ -6,33 +6,48 @@ Legend: W ranks. A multiplication and an addition count as two operations.
 from __future__ import annotations
 
 from infoxlm_ds.data.batch import N_TEXTS
-from infoxlm_ds.planner.workload import Setting
+from infoxlm_ds.planner.workload import Passes, Setting
 
 
 def flops(s: Setting) -> dict[str, float]:
     """Operations of a step, all lanes, forward and backward: without padding, LM head on masked rows only, universal
-    layer and below for the contrast. `recomputed` comes on top: passes without a graph, activation checkpointing."""
-    shape, batch, lanes, tasks = s.shape, s.recipe.batch, s.recipe.batch.lanes, s.recipe.tasks
-
-    def forward(tokens: float, length: float, layers: int) -> float:
-        matrices = 8 * shape.width**2 + 4 * shape.width * shape.feed_forward
-        return lanes * tokens * layers * (matrices + 4 * shape.width * length)
-
-    def head(tokens: int) -> float:
-        masked = lanes * tokens * s.recipe.masking.probability
-        return masked * 2 * (shape.width**2 + shape.words)
-
-    trunk = {
-        "mmlm": (batch.mmlm_tokens * tasks["mmlm"], s.text.block),
-        "tlm": (batch.tlm_tokens * tasks["tlm"], s.text.pair),
+    layer and below for the contrast, last layers only for rows that are read. `recomputed` comes on top: passes without
+    a graph, activation checkpointing."""
+    bodies = {
+        "mmlm": sum(_forward(s, s.of_trunk("mmlm"), s.text.block)),
+        "tlm": sum(_forward(s, s.of_trunk("tlm"), s.text.pair)),
     }
-    bodies = {task: forward(tokens, length, shape.layers) for task, (tokens, length) in trunk.items()}
-    of_a_side = forward(batch.xlco_pairs * s.text.mean, s.text.mean, shape.universal_layer)
+    of_a_side = sum(_forward(s, s.of_a_side(s.text.mean), s.text.mean))
     queries, keys = s.query_sides * of_a_side, s.key_sides * of_a_side
-    operations = {task: 3 * (bodies[task] + head(tokens)) for task, (tokens, _) in trunk.items()}
+    operations = {task: 3 * body + _head(s, task) for task, body in bodies.items()}
     operations |= {"xlco queries": 3 * queries, "xlco keys": keys, "xlco logits": _logits(s)}
     operations["recomputed"] = queries * s.encodes_twice + (sum(bodies.values()) + queries) * s.checkpointing
     return operations
+
+
+def body_operations(s: Setting) -> tuple[float, float]:
+    """Operations of a step in the layers' matrix products and in attention, recomputed ones included."""
+    mmlm, tlm = _forward(s, s.of_trunk("mmlm"), s.text.block), _forward(s, s.of_trunk("tlm"), s.text.pair)
+    side, again = _forward(s, s.of_a_side(s.text.mean), s.text.mean), 3 + s.checkpointing
+    sides = s.query_sides * (again + s.encodes_twice) + s.key_sides
+    matrices, attention = (again * (m + t) + sides * x for m, t, x in zip(mmlm, tlm, side, strict=True))
+    return matrices, attention
+
+
+def head_operations(s: Setting) -> float:
+    """Operations of a step in the masked LM head."""
+    return _head(s, "mmlm") + _head(s, "tlm")
+
+
+def _forward(s: Setting, passes: Passes, length: float) -> tuple[float, float]:
+    """Operations of all lanes' forward passes: in matrix products, and in attention over sequences of this length."""
+    width, lanes = s.shape.width, s.recipe.batch.lanes
+    matrices = 6 * width**2 * passes.attended + (2 * width**2 + 4 * width * s.shape.feed_forward) * passes.finished
+    return lanes * matrices, lanes * 4 * width * length * passes.attended
+
+
+def _head(s: Setting, task: str) -> float:
+    return 3 * s.recipe.batch.lanes * s.masked(task) * 2 * (s.shape.width**2 + s.shape.words)
 
 
 def useful(s: Setting) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from infoxlm_ds.data.batch import N_TEXTS
-from infoxlm_ds.losses.masked_lm import CHUNK_ROWS
+from infoxlm_ds.losses.masked_lm import rows_of_chunk
 from infoxlm_ds.losses.negatives import LARGE_TILES
 from infoxlm_ds.planner.workload import Setting
 
@@ -95,10 +95,11 @@ def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: 
     gathered = s.element * min(shape.whole, int(s.zero.max_live_parameters)) * released
     early_bucket = grads.bucket * (several or s.stage == 3)
     left = grads.kept + grads.fresh + grads.bucket
-    # The word matrix has a gradient from the head and one from the embedding, and their sum may be a third buffer.
-    word_gradients = words * (2 + (s.stage > 1 or (several and not grads.fresh)))
+    # In 16 bits, the word matrix has a gradient from the head and one from the embedding (model/embedding.py). Their sum
+    # may be a third buffer.
+    word_gradients = words * (2 - (s.element == 4) + (s.stage > 1 or (several and not grads.fresh)))
     return {
-        "LM head": (grads.kept + grads.fresh) * several + early_bucket + kept + logits + words + gathered,
+        "LM head": (grads.kept + grads.fresh) * several + early_bucket + kept + logits + _head_sums(s) + gathered,
         "backward": grads.kept * several + grads.bucket + kept + recomputed + words + gathered,
         "embedding": left + word_gradients + words * released,
         "reduction": left + grads.copies,
@@ -203,9 +204,17 @@ def _key_bytes(s: Setting) -> int:
 
 def _activations(s: Setting) -> int:
     """Bytes that a lane's forward pass keeps for backward, with the longest sentences."""
-    shape, vector, tokens = s.shape, s.element * s.shape.width, _tokens(s)
-    passes = shape.universal_layer * tokens + (shape.layers - shape.universal_layer) * s.trunk
-    return (vector if s.checkpointing else shape.layer_bytes(s.element)) * passes + vector * tokens
+    shape, vector = s.shape, s.element * s.shape.width
+    queries = s.of_a_side(s.text.longest)
+    parts = [s.of_trunk("mmlm"), s.of_trunk("tlm"), *[queries] * s.query_sides]
+    if s.checkpointing:
+        kept = vector * sum(part.attended for part in parts)
+    else:
+        kept = sum(
+            shape.attention_bytes(s.element) * part.attended + shape.block_bytes(s.element) * part.finished
+            for part in parts
+        )
+    return round(kept) + vector * _tokens(s)
 
 
 def _recomputed(s: Setting) -> int:
@@ -218,13 +227,27 @@ def _tokens(s: Setting) -> int:
 
 
 def _logits(s: Setting) -> int:
-    """Bytes of a chunk of the LM head or a tile of the contrast: fp32 logits, and as much again for their log-sum."""
-    rows = min(CHUNK_ROWS, round(s.recipe.masking.probability * s.trunk))
-    batch, contrast = s.recipe.batch, s.recipe.contrast
+    """Bytes of a chunk of the LM head or a tile of the contrast: logits of words in the model's precision; logits of keys
+    in fp32, and as much again for what is computed of them."""
+    shape, batch, contrast = s.shape, s.recipe.batch, s.recipe.contrast
     keys = contrast.uses_queue * contrast.queue.size + contrast.in_batch * batch.lanes * batch.xlco_pairs
     anchors = batch.xlco_pairs * s.query_sides * (s.accumulation if contrast.keys == "gradient" else 1)
     tile = min(LARGE_TILES[0], anchors) * min(LARGE_TILES[1], keys)
-    return 8 * max(rows * s.shape.vocabulary, tile)
+    return max(s.element * min(_chunk(s), _masked(s)) * shape.vocabulary, 8 * tile)
+
+
+def _head_sums(s: Setting) -> int:
+    """Bytes of the word matrix' gradient while the LM head adds it up. Several chunks in 16 bits are added in fp32."""
+    several = _masked(s) > _chunk(s) and s.element == 2
+    return (s.trunk > 0) * s.shape.words * (4 + s.element if several else s.element)
+
+
+def _masked(s: Setting) -> int:
+    return round(s.masked("mmlm") + s.masked("tlm"))
+
+
+def _chunk(s: Setting) -> int:
+    return rows_of_chunk(s.shape.vocabulary, s.element)
 
 
 def checkpoint_bytes(s: Setting) -> int:

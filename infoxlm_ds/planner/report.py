@@ -16,6 +16,7 @@ from infoxlm_ds.config import load_recipe
 from infoxlm_ds.engine.config import load_engine_config
 from infoxlm_ds.planner.cost import flops, tokens_per_step, useful, wire
 from infoxlm_ds.planner.memory import memory, smallest_world, stages
+from infoxlm_ds.planner.speed import ASSUMED, mfu, step_seconds, tokens_per_second
 from infoxlm_ds.planner.workload import Setting, Shape, read_text
 
 GIB = 2**30
@@ -25,7 +26,7 @@ KINDS = ("weights", "gradients", "optimizer", "momentum", "queue", "activations"
 @dataclass(frozen=True)
 class Wishes:
     """The options of `infoxlm plan`. `tokens_per_second` is the user's measurement for one GPU; without it, the time is
-    estimated from `peak_flops` and `utilisation` (MFU)."""
+    estimated from `peak_flops` and `utilisation` (MFU) or, without that, by planner/speed.py."""
 
     ranks: int
     memory_gib: float | None = None
@@ -33,7 +34,7 @@ class Wishes:
     vocabulary: int | None = None
     tokens_per_second: float | None = None
     peak_flops: float = 989e12
-    utilisation: float = 0.3
+    utilisation: float | None = None
 
 
 def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
@@ -47,12 +48,16 @@ def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
 def days(s: Setting, wishes: Wishes) -> float:
     """Days to train on the wished number of tokens."""
     assert wishes.tokens is not None
-    steps = wishes.tokens / tokens_per_step(s)
+    return wishes.tokens / (_tokens_per_second(s, wishes) * s.world) / 86400
+
+
+def _tokens_per_second(s: Setting, wishes: Wishes) -> float:
+    """Of one GPU."""
     if wishes.tokens_per_second is not None:
-        seconds = wishes.tokens / (wishes.tokens_per_second * s.world)
-    else:
-        seconds = steps * useful(s) / (wishes.peak_flops * wishes.utilisation * s.world)
-    return seconds / 86400
+        return wishes.tokens_per_second
+    if wishes.utilisation is not None:
+        return tokens_per_step(s) * wishes.peak_flops * wishes.utilisation / useful(s)
+    return tokens_per_second(s)
 
 
 def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
@@ -67,6 +72,7 @@ def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
         "flops": flops(s),
         "wire": wire(s),
         "tokens_per_step": tokens_per_step(s),
+        "step_seconds": step_seconds(s),
     }
     if limit:
         tree["smallest_world"] = {variant.stage: smallest_world(variant, limit) for variant in stages(s)}
@@ -94,6 +100,8 @@ def print_plan(s: Setting, wishes: Wishes, console: Console) -> None:
     )
     console.print(_memory_table(s, wishes))
     console.print(_cost_table(s))
+    if s.precision != "fp32":
+        console.print(_speed(s), highlight=False, soft_wrap=True)
     if wishes.tokens is not None:
         console.print(_time(s, wishes), highlight=False, soft_wrap=True)
 
@@ -145,14 +153,26 @@ def _time(s: Setting, wishes: Wishes) -> str:
     steps = wishes.tokens / tokens_per_step(s)
     if wishes.tokens_per_second is not None:
         speed = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
-    else:
+    elif wishes.utilisation is not None:
         speed = (
             f"assuming an MFU of {wishes.utilisation:g} of {wishes.peak_flops / 1e12:g} TFLOP/s a GPU: "
             "give --tokens-per-second once it is measured"
         )
+    else:
+        speed = "as above: give --tokens-per-second once it is measured"
     return (
         f"{wishes.tokens:,.0f} tokens: {steps:,.0f} steps of {tokens_per_step(s):,.0f}, "
         f"{days(s, wishes):.1f} days on {s.world} GPUs ({speed})"
+    )
+
+
+def _speed(s: Setting) -> str:
+    parts = step_seconds(s)
+    whole = sum(parts.values())
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
+    return (
+        f"{tokens_per_second(s):,.0f} tokens/s and an MFU of {mfu(s, whole, ASSUMED.peak):.0%} on each {ASSUMED.name}, "
+        f"by a model of its parts that no GPU has confirmed, without what ranks send ({shares})"
     )
 
 

@@ -111,10 +111,27 @@ class Shape:
         """Elements of the matrix that is both the word embedding and the LM head."""
         return self.vocabulary * self.width
 
+    def attention_bytes(self, element: int) -> int:
+        """Bytes that autograd saves for one token in one layer up to the end of attention: its input, query, key, value
+        and result, and the log-sums of the heads in fp32. `element`: bytes of one element."""
+        return element * 5 * self.width + 4 * self.heads
+
+    def block_bytes(self, element: int) -> int:
+        """Bytes that autograd saves for one row in the rest of a layer: four vectors of the width, two of the
+        feed-forward (GELU's input and output), and LayerNorm's statistics in fp32."""
+        return element * (4 * self.width + 2 * self.feed_forward) + 16
+
     def layer_bytes(self, element: int) -> int:
-        """Bytes that autograd saves for one token in one layer: nine vectors of the width, two of the feed-forward
-        (GELU's input and output), LayerNorm's statistics and attention's log-sums in fp32. `element`: bytes of one."""
-        return element * (9 * self.width + 2 * self.feed_forward) + 16 + 4 * self.heads
+        return self.attention_bytes(element) + self.block_bytes(element)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a lane's part goes through a layer: `attended` tokens, and `finished` rows in the rest of the layer. In
+    the last layer of a part, only rows that are read are finished."""
+
+    attended: float
+    finished: float
 
 
 def _published(init: str | None) -> PreTrainedConfig | None:
@@ -191,6 +208,28 @@ class Setting:
         """Tokens of a lane that run through all layers."""
         batch, tasks = self.recipe.batch, self.recipe.tasks
         return batch.mmlm_tokens * tasks["mmlm"] + batch.tlm_tokens * tasks["tlm"]
+
+    def masked(self, task: str) -> float:
+        """Mean number of a lane's masked tokens."""
+        tokens: int = getattr(self.recipe.batch, f"{task}_tokens")
+        return tokens * self.recipe.tasks[task] * self.recipe.masking.probability
+
+    def of_trunk(self, task: str) -> Passes:
+        """A lane's MMLM or TLM: the last layer is finished for masked tokens."""
+        tokens: int = getattr(self.recipe.batch, f"{task}_tokens") * self.recipe.tasks[task]
+        layers = self.shape.layers
+        return Passes(tokens * layers, tokens * (layers - 1) + self.masked(task))
+
+    def of_a_side(self, length: float) -> Passes:
+        """One side of a lane's pairs, of this length: layer K is finished for the first token, or for all."""
+        pairs, layers = self.recipe.batch.xlco_pairs * self.recipe.tasks["xlco"], self.shape.universal_layer
+        read = 1 if self.recipe.model.pooling == "cls" else length
+        return Passes(pairs * length * layers, pairs * (length * (layers - 1) + read))
+
+    def parts(self) -> list[Passes]:
+        """All passes of a lane that autograd follows, with sentences of mean length, and those of the key encoder."""
+        side = self.of_a_side(self.text.mean)
+        return [self.of_trunk("mmlm"), self.of_trunk("tlm"), *[side] * (self.query_sides + self.key_sides)]
 
     @property
     def checkpointing(self) -> bool:

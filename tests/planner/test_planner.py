@@ -266,11 +266,12 @@ def test_states_are_the_sixteen_bytes_a_parameter_of_the_zero_paper(
 
 
 def test_operations_are_six_a_parameter_and_token_and_attention(tmp_path: Path) -> None:
-    """XLM-R base, blocks of 512, 15 % masked: 0.566 GFLOP for each token in the body and 0.173 in the head."""
+    """XLM-R base, blocks of 512, 15 % masked: 0.566 GFLOP for each token in the body and 0.173 in the head, less 0.027
+    in the last layer, which is finished for masked tokens only."""
     overrides = ["weights.tlm=0", "weights.xlco=0"]
     s = _setting(_large_recipe(tmp_path, *overrides), 8, 250_002)
     found = flops(s)
-    assert found["mmlm"] / tokens_per_step(s) == pytest.approx(0.739e9, rel=0.005)
+    assert found["mmlm"] / tokens_per_step(s) == pytest.approx(0.712e9, rel=0.005)
     assert found["tlm"] == found["xlco queries"] == found["xlco keys"] == 0
 
 
