@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
@@ -13,7 +14,7 @@ from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config, precision_of
+from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config, precision_of, stage_of
 from infoxlm_ds.engine.engine import Engine
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.attention import why_not_varlen
@@ -44,6 +45,7 @@ def agreed_inputs(recipe: Recipe) -> Inputs:
     try:
         inputs = check_inputs(recipe, dist.rank(), dist.world_size())
         check_device(inputs.identity.engine)
+        compiles(recipe, inputs.identity.engine)
     except UserError as error:
         mistake = f"rank {dist.rank()} on {failures.here().host}: {error}" if dist.rank() else str(error)
     if mistakes := [text for text in dist.gather_objects(mistake) if text]:
@@ -97,6 +99,7 @@ def _from_scratch(inputs: Inputs) -> TrainState:
     model = build_model(recipe.model, tokenizer.vocab_size, recipe.seed, tokenizer.special_ids)
     if recipe.memory.activation_checkpointing:  # ZeRO 2 and 3 fail with the reentrant kind
         model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.compiled = compiles(recipe, inputs.identity.engine)
     objective = Objective(recipe, model, recipe.batch.lanes // dist.world_size())
     follows = recipe.tasks["xlco"] and contrast.keys == "momentum"
     copied = copy.deepcopy(model.sentence_encoder()) if follows else None  # before the engine shards the model
@@ -119,6 +122,16 @@ def _from_scratch(inputs: Inputs) -> TrainState:
         checkpoints=inputs.checkpoints,
         probe=inputs.probe,
     )
+
+
+def compiles(recipe: Recipe, engine: dict[str, Any]) -> bool:
+    """Whether layers are compiled. UserError if they cannot be."""
+    wish = recipe.memory.compile
+    if wish and stage_of(engine) == 3:
+        raise UserError(
+            "memory.compile does not work at ZeRO stage 3, which exchanges weights inside a layer: remove it"
+        )
+    return dist.device().type == "cuda" and stage_of(engine) < 3 if wish is None else wish
 
 
 def _check_filling(state: TrainState) -> None:

@@ -13,6 +13,7 @@ from infoxlm_ds.checkpoint.protocol import Outcome
 from infoxlm_ds.engine.engine import NotFinite, schedule
 from infoxlm_ds.monitor.meters import Scalars, scalars
 from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.planner.speed import Gpu, known_gpu, mfu
 from infoxlm_ds.state import TrainState
 
 
@@ -36,6 +37,8 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
         "speed/tokens": sums["tokens"] / seconds,
         "speed/data_wait_share": sums["data_wait"] / world / seconds,
     }
+    if gpu := here():
+        values["speed/mfu"] = mfu(state.operations * steps, seconds, gpu.peak, world)
     if state.engine.loss_scale != 1:
         values["optimizer/loss_scale"] = state.engine.loss_scale
     if state.queue is not None:
@@ -95,6 +98,11 @@ def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None
         return
     values = {"blocked": outcome.blocked, "seconds": outcome.took, "gigabytes": outcome.bytes / 1e9}
     sinks.write(state.step, {f"checkpoint/{name}": value for name, value in values.items()})
+
+
+def here() -> Gpu | None:
+    """The GPU of this rank, if its peak is known."""
+    return known_gpu(torch.cuda.get_device_name()) if dist.device().type == "cuda" else None
 
 
 def peak_memory() -> float:

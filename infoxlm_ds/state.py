@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.checkpoints import Best, Checkpoints, Saved
 from infoxlm_ds.checkpoint.identity import Identity
 from infoxlm_ds.config import Recipe
@@ -15,6 +17,8 @@ from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.monitor.meters import Meter, Scalars
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective
+from infoxlm_ds.planner.cost import useful
+from infoxlm_ds.planner.workload import Setting, Shape, read_text
 
 
 @dataclass
@@ -38,6 +42,13 @@ class TrainState:
     observed: Scalars = field(default_factory=dict)  # values of single steps, until they are logged
     skipped: list[str] = field(default_factory=list)  # for each step since the last applied one: why it was not
     again: list[JointBatch] | None = None  # lanes of a step that failed only because of the loss scale
+
+    @cached_property
+    def operations(self) -> float:
+        """Useful floating-point operations of a step, with sentences of mean length (planner/cost.py)."""
+        text = read_text(self.recipe)
+        shape = Shape.of(self.recipe, text.vocabulary)
+        return useful(Setting(self.recipe, self.identity.engine, shape, text, dist.world_size()))
 
     @property
     def recipe(self) -> Recipe:

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, lambda number, frame: os._exit(STOPPED_ON_REQUEST))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        start_ranks(recipe.timeout)
+        start_ranks(recipe.timeout, recipe.memory.deterministic)
         inputs = agreed_inputs(recipe)
         if dist.from_first_rank(inputs.finished):
             return 0

@@ -74,6 +74,15 @@ class PretendedTensor(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        assert isinstance(value, PretendedTensor)
+        self.on_host = value.on_host
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} outside of PretendedDevice")

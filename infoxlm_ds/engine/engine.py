@@ -40,10 +40,14 @@ class NotJoined(RuntimeError):
     """The ranks did not come together."""
 
 
-def start_ranks(timeout: Timeout = PATIENT) -> None:
-    """Join the ranks of the launcher, or be the only rank. NotJoined if the others do not come in time."""
+def start_ranks(timeout: Timeout = PATIENT, deterministic: bool = False) -> None:
+    """Join the ranks of the launcher, or be the only rank. NotJoined if the others do not come in time.
+    `deterministic`: kernels on GPUs give the same bits every time."""
     environment.settle()
     if torch.cuda.is_available():
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
         torch.cuda.set_device(dist.local_rank())
     else:
         # Only inference uses this op; its build takes minutes, and a killed build hangs every later one.

@@ -16,17 +16,19 @@ from transformers import PreTrainedModel
 
 from infoxlm_ds.data.flat_batch import FlatBatch, Layout
 from infoxlm_ds.model import attention  # noqa: F401  # registers flat attention with transformers
-from infoxlm_ds.model.families import family_of, part
+from infoxlm_ds.model.families import compile_finish, family_of, part
 from infoxlm_ds.model.heads import SentenceHead
 
 
 class Body(nn.Module):
     """Embeddings and the first layers of an encoder. It shares the encoder's weights."""
 
-    def __init__(self, model: PreTrainedModel, layers: int | None = None) -> None:
-        """`model`: the base model, without a head; `layers`: the number of its layers, None for all."""
+    def __init__(self, model: PreTrainedModel, layers: int | None = None, compiled: bool = False) -> None:
+        """`model`: the base model, without a head; `layers`: the number of its layers, None for all; `compiled`: run
+        what follows attention in a layer by torch.compile."""
         super().__init__()
         self._family = family = family_of(model.config)
+        self._finish = compile_finish(family) if compiled else family.finish
         whole = part(model, family.layers)
         self.embeddings, self.layers = model.embeddings, whole[:layers]
         self.norm = part(model, family.norm) if len(self.layers) == len(whole) else None
@@ -69,7 +71,7 @@ class Body(nn.Module):
         context = self._family.attend(layer, flat, **inputs)
         if rows is not None:
             context, flat = context.index_select(1, rows), flat.index_select(1, rows)
-        return self._family.finish(layer, context, flat)
+        return self._finish(layer, context, flat)
 
 
 class SentenceEncoder(nn.Module):
@@ -92,10 +94,11 @@ class InfoXLM(nn.Module):
     def __init__(self, lm: PreTrainedModel, head: SentenceHead, universal_layer: int) -> None:
         super().__init__()
         self.lm, self.head, self.universal_layer = lm, head, universal_layer
+        self.compiled = False
 
     @property
     def body(self) -> Body:
-        return Body(self.lm.base_model)
+        return Body(self.lm.base_model, compiled=self.compiled)
 
     def forward(self, batch: FlatBatch, trunk: Layout, queries: Layout, masked: Tensor) -> tuple[Tensor, Tensor]:
         """One pass for all losses. The batch holds the trunk, which is the sequences of MMLM and TLM, and then the
@@ -117,4 +120,4 @@ class InfoXLM(nn.Module):
 
     def sentence_encoder(self) -> SentenceEncoder:
         """The part that the contrast trains. It shares these weights."""
-        return SentenceEncoder(Body(self.lm.base_model, self.universal_layer), self.head)
+        return SentenceEncoder(Body(self.lm.base_model, self.universal_layer, self.compiled), self.head)

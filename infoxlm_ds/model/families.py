@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,6 +87,13 @@ FAMILIES = {
         rotary="rotary_emb",
     ),
 }
+
+
+@cache
+def compile_finish(family: Family) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """`finish`, compiled: one graph for all layers and all numbers of rows. Attention and data of varying shape stay
+    outside."""
+    return torch.compile(family.finish, dynamic=True, fullgraph=True)
 
 
 def family_of(config: PreTrainedConfig, where: str = "the model") -> Family:

@@ -50,10 +50,7 @@ class MomentumEncoder:
         self._masters, self._schedule = masters, schedule
         self.encoder = encoder
         self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self._source)]
-        parameters = list(encoder.parameters())
-        for f in self.shadow:
-            alias_if_whole(parameters[f.parameter], f)
-        self._write = writer(parameters, self.shadow)
+        self._write = writer(list(encoder.parameters()), self.shadow)
 
     @torch.no_grad()
     def encode(self, batch: FlatBatch) -> Tensor:
@@ -109,20 +106,17 @@ def momentum_at(schedule: Schedule, number: int) -> float:
             return min(max(1 - max(number, 1) ** -power, lowest), highest)
 
 
-def alias_if_whole(parameter: nn.Parameter, fragment: Fragment) -> None:
-    """Let a parameter use the fragment's memory if the fragment is all of it, in the same type and place."""
-    values = fragment.values
-    if (len(values), values.dtype, values.device) == (parameter.numel(), parameter.dtype, parameter.device):
-        parameter.data = values.view_as(parameter)
-
-
 class WriteWhole:
     """Sets parameters that every rank holds whole from this rank's fragments and, if they are `sharded`, from those of
-    the other ranks. Parameters that use the fragments' own memory are left alone."""
+    the other ranks. Otherwise, a parameter of which a fragment is the whole, in the same type and place, uses the
+    fragment's memory from now on, and there is nothing to write."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment], sharded: bool) -> None:
-        """The fragments and the parameters must stay where they are. Collective if `sharded`."""
-        self._values, self._like, self._sharded = [f.values for f in fragments], parameters[0].detach(), sharded
+        """The fragments must stay where they are. Collective if `sharded`."""
+        self._sharded, self._nothing = sharded, parameters[0].detach().new_zeros(0)
+        if not sharded:
+            fragments = [f for f in fragments if not _shared(parameters[f.parameter], f.values)]
+        self._values = [f.values for f in fragments]
         own = [(f.parameter, f.start, len(f.values)) for f in fragments]
         places = dist.gather_objects(own) if sharded else [own]
         self._sizes = [[size for _, _, size in of_a_rank] for of_a_rank in places]
@@ -134,13 +128,18 @@ class WriteWhole:
     @torch.no_grad()
     def __call__(self) -> None:
         """Collective if sharded: one gather, in the parameters' own type."""
-        values = self._gathered() if self._sharded else self._values
-        pairs = zip(self._targets, values, strict=True)
-        moved = [(target, x) for target, x in pairs if target.data_ptr() != x.data_ptr()]
-        if moved:
-            torch._foreach_copy_([target for target, _ in moved], [x for _, x in moved])
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._gathered() if self._sharded else self._values)
 
     def _gathered(self) -> list[Tensor]:
-        own = torch.cat([self._like.new_zeros(0), *(x.to(self._like) for x in self._values)])
+        own = torch.cat([self._nothing, *(x.to(self._nothing) for x in self._values)])
         parts = dist.gather_parts(own, [sum(sizes) for sizes in self._sizes])
         return [x for part, sizes in zip(parts, self._sizes, strict=True) for x in part.split(sizes)]
+
+
+def _shared(parameter: nn.Parameter, values: Tensor) -> bool:
+    """Let a parameter use this memory if it fits. Returns whether it does."""
+    if (len(values), values.dtype, values.device) != (parameter.numel(), parameter.dtype, parameter.device):
+        return False
+    parameter.data = values.view_as(parameter)
+    return True

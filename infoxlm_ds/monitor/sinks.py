@@ -13,7 +13,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.monitor.meters import Scalars
 
-SHOWN = {"mmlm/loss": "mmlm", "tlm/loss": "tlm", "xlco/loss": "xlco", "xlco/accuracy": "acc", "speed/tokens": "tok/s"}
+SHOWN = {
+    "mmlm/loss": "mmlm",
+    "tlm/loss": "tlm",
+    "xlco/loss": "xlco",
+    "xlco/accuracy": "acc",
+    "speed/tokens": "tok/s",
+    "speed/mfu": "mfu",
+}
 
 
 class Sinks:

@@ -6,6 +6,7 @@ Legend: W ranks. A multiplication and an addition count as two operations.
 from __future__ import annotations
 
 from infoxlm_ds.data.batch import N_TEXTS
+from infoxlm_ds.planner.memory import partition
 from infoxlm_ds.planner.workload import Passes, Setting
 
 
@@ -85,8 +86,9 @@ def wire(s: Setting) -> dict[str, float]:
         "queue": 0.0,
     }
     if s.has_momentum:
+        # Below stage 3, ranks exchange their averages, padded to the largest part.
         sent["key weights"] = {0: 0.0, 3: fraction * element * shape.momentum * s.accumulation}.get(
-            s.stage, 2 * fraction * element * shape.momentum
+            s.stage, fraction * element * s.world * partition(s).momentum
         )
     if s.recipe.tasks["xlco"]:
         pairs, sides = lanes * batch.xlco_pairs, s.key_sides or 2 + contrast.uses_queue

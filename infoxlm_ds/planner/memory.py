@@ -60,10 +60,10 @@ def memory(s: Setting) -> Memory:
     momentum = 0
     if s.has_momentum:
         momentum, average = s.element * (shape.momentum if s.stage < 3 else part.momentum), 4 * part.momentum
-        if (
-            s.offloaded("optimizer") and s.stage < 3
-        ):  # it is on the host with the masters; stage 3 returns masters on the GPU
+        if s.offloaded("optimizer") and s.stage < 3:  # with the masters; stage 3 returns masters on the GPU
             host += average
+        elif s.element == 4 and (s.stage == 0 or (s.stage < 3 and s.world == 1)):
+            momentum = average  # the weights that compute keys are the average itself
         else:
             momentum += average
     queue, kept, recomputed, logits = _queue(s), _activations(s), _recomputed(s), _logits(s)
@@ -95,8 +95,8 @@ def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: 
     gathered = s.element * min(shape.whole, int(s.zero.max_live_parameters)) * released
     early_bucket = grads.bucket * (several or s.stage == 3)
     left = grads.kept + grads.fresh + grads.bucket
-    # In 16 bits, the word matrix has a gradient from the head and one from the embedding (model/embedding.py). Their sum
-    # may be a third buffer.
+    # In 16 bits, the word matrix has a gradient from the head and one from the embedding (model/embedding.py). Their
+    # sum may be a third buffer.
     word_gradients = words * (2 - (s.element == 4) + (s.stage > 1 or (several and not grads.fresh)))
     return {
         "LM head": (grads.kept + grads.fresh) * several + early_bucket + kept + logits + _head_sums(s) + gathered,
@@ -227,8 +227,8 @@ def _tokens(s: Setting) -> int:
 
 
 def _logits(s: Setting) -> int:
-    """Bytes of a chunk of the LM head or a tile of the contrast: logits of words in the model's precision; logits of keys
-    in fp32, and as much again for what is computed of them."""
+    """Bytes of a chunk of the LM head or a tile of the contrast: logits of words in the model's precision; logits of
+    keys in fp32, and as much again for what is computed of them."""
     shape, batch, contrast = s.shape, s.recipe.batch, s.recipe.contrast
     keys = contrast.uses_queue * contrast.queue.size + contrast.in_batch * batch.lanes * batch.xlco_pairs
     anchors = batch.xlco_pairs * s.query_sides * (s.accumulation if contrast.keys == "gradient" else 1)

@@ -170,9 +170,10 @@ def _speed(s: Setting) -> str:
     parts = step_seconds(s)
     whole = sum(parts.values())
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
+    used = mfu(useful(s), whole, ASSUMED.peak, s.world)
     return (
-        f"{tokens_per_second(s):,.0f} tokens/s and an MFU of {mfu(s, whole, ASSUMED.peak):.0%} on each {ASSUMED.name}, "
-        f"by a model of its parts that no GPU has confirmed, without what ranks send ({shares})"
+        f"{tokens_per_second(s):,.0f} tokens/s and an MFU of {used:.0%} on each {ASSUMED.name}, by "
+        f"a model of its parts that no GPU has confirmed, without what ranks send ({shares})"
     )
 
 

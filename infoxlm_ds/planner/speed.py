@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from infoxlm_ds.planner.cost import body_operations, flops, head_operations, tokens_per_step, useful
+from infoxlm_ds.planner.cost import body_operations, flops, head_operations, tokens_per_step
 from infoxlm_ds.planner.memory import partition
 from infoxlm_ds.planner.workload import Setting
 
@@ -71,7 +71,7 @@ def tokens_per_second(s: Setting, gpu: Gpu = ASSUMED) -> float:
     return tokens_per_step(s) / (s.world * sum(step_seconds(s, gpu).values()))
 
 
-def mfu(s: Setting, seconds: float, peak: float) -> float:
-    """Model FLOPs utilisation: the useful operations of a step that takes so many seconds, as a share of what the peak
-    of all ranks, in operations a second, could do."""
-    return useful(s) / (seconds * peak * s.world)
+def mfu(operations: float, seconds: float, peak: float, world: int) -> float:
+    """Model FLOPs utilisation of a step: its useful operations as a share of what all ranks could do in so many
+    seconds. `peak`: operations a second of one rank."""
+    return operations / (seconds * peak * world)
