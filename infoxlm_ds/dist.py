@@ -108,11 +108,14 @@ def gather_parts(x: Tensor, counts: Sequence[int] | None = None, group: Group = 
     if world_size(group) == 1:
         return [x]
     counts = counts or [len(x)] * world_size(group)
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    torch_dist.all_gather(parts, padded, group=_group_for(x, group))
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+    longest = max(counts)
+    if longest == 0:
+        return [x] * len(counts)
+    if len(x) < longest:
+        x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    everyone = x.new_empty(len(counts) * longest, *x.shape[1:])
+    torch_dist.all_gather_into_tensor(everyone, x.contiguous(), group=_group_for(x, group))
+    return [part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)]
 
 
 def own_rows(counts: Sequence[int], group: Group = None) -> slice:

@@ -103,7 +103,11 @@ def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: 
         "backward": grads.kept * several + grads.bucket + kept + recomputed + words + gathered,
         "embedding": left + word_gradients + words * released,
         "reduction": left + grads.copies,
-        "key weights": s.element * shape.momentum * (s.has_momentum and s.stage < 3),
+        # Ranks gather their parts: the own one, the same with padding, and those of all ranks.
+        "key weights": s.element
+        * partition(s).momentum
+        * (s.world + 2)
+        * (s.has_momentum and 0 < s.stage < 3 and s.world > 1),
         "keys": s.recipe.batch.xlco_pairs * s.key_sides * s.text.longest * shape.layer_bytes(s.element),
     }
 

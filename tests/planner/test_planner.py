@@ -37,7 +37,7 @@ CONFIGS = ROOT / "ds_configs"
 WIDE = ["model.width=256", "model.heads=4", "model.feed_forward=1024"]
 VOCABULARY = 16000
 GIB = 2**30
-M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
+M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD = -3, -4, -1
 
 
 def _recipe(corpus: Path, folder: Path, config: str, *overrides: str, bucket: int = 10_000_000) -> Recipe:
@@ -152,7 +152,8 @@ def _resident(rank: int, world: int, small: Recipe, recipe: Recipe) -> int:
     """The growth of the resident set at its peak over two steps, in a process that has trained a small model before."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed tensors are returned at once
     train_step(_start(small))
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 1 << 16)  # a start of ranks on CPUs forbids it
+    for what, value in ((M_MMAP_MAX, 1 << 16), (M_TRIM_THRESHOLD, 1 << 17)):  # ranks on CPUs start with other values
+        ctypes.CDLL(None).mallopt(what, value)
     _give_back()
     before = psutil.Process().memory_info().rss
     state = _build(recipe)
