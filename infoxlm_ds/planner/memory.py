@@ -95,6 +95,7 @@ def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: 
     gathered = s.element * min(shape.whole, int(s.zero.max_live_parameters)) * released
     early_bucket = grads.bucket * (several or s.stage == 3)
     left = grads.kept + grads.fresh + grads.bucket
+    gathers_keys = s.has_momentum and 0 < s.stage < 3 and s.world > 1
     # In 16 bits, the word matrix has a gradient from the head and one from the embedding (model/embedding.py). Their
     # sum may be a third buffer.
     word_gradients = words * (2 - (s.element == 4) + (s.stage > 1 or (several and not grads.fresh)))
