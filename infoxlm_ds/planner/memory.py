@@ -105,10 +105,7 @@ def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: 
         "embedding": left + word_gradients + words * released,
         "reduction": left + grads.copies,
         # Ranks gather their parts: the own one, the same with padding, and those of all ranks.
-        "key weights": s.element
-        * partition(s).momentum
-        * (s.world + 2)
-        * (s.has_momentum and 0 < s.stage < 3 and s.world > 1),
+        "key weights": s.element * partition(s).momentum * (s.world + 2) * gathers_keys,
         "keys": s.recipe.batch.xlco_pairs * s.key_sides * s.text.longest * shape.layer_bytes(s.element),
     }
 
