@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from infoxlm_ds.losses import masked_lm as module
+from infoxlm_ds.losses.softmax import softmax_by_passes
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
@@ -82,3 +88,42 @@ def test_a_loss_scale_carries_gradients_that_16_bits_cannot_hold() -> None:
     rows = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, labels, reduction="none")
     for ours, theirs in zip(gradients, torch.autograd.grad((rows * weights).sum(), exact), strict=True):
         assert float((ours.double() / 2.0**20 - theirs).norm() / theirs.norm()) < 0.01
+
+
+ROWS, VOCABULARY = 32, 500
+SOFTMAX = 3  # what the kernel moves of each logit: it reads a row twice and writes it once
+FEW = ("gather", "scatter_")  # these touch one logit of a row
+
+
+class _Accesses(TorchDispatchMode):
+    """Counts how often each operation reads or writes all logits of a chunk."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and name not in FEW:
+            touched = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            self.by_name[name] += sum(x.numel() == ROWS * VOCABULARY for x in touched)
+        return out
+
+
+def test_on_a_gpu_16_bit_logits_move_14_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel stands for three of seven accesses; the rest is counted here."""
+
+    def kernel(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return softmax_by_passes(logits, vocabulary)
+
+    monkeypatch.setattr(module, "softmax_", kernel)
+    torch.manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(shape).bfloat16().requires_grad_() for shape in ((ROWS, 16), (VOCABULARY, 16), (VOCABULARY,))
+    )
+    with _Accesses() as accesses:
+        weighted, _ = module.masked_lm(hidden, weight, bias, torch.randint(VOCABULARY, (ROWS,)), torch.ones(ROWS))
+        weighted.sum().backward()
+    assert 2 * (sum(accesses.by_name.values()) + SOFTMAX) == 14, accesses.by_name
