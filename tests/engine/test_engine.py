@@ -87,3 +87,37 @@ def test_moments_are_there_before_the_first_step_gradients_are_summed_in_fp32_an
         assert sum(moments) >= 2 * copies * parameters, config
         for of_rank in results:
             assert of_rank[config][1:] == ({"torch.float32"}, 0), config
+
+
+def _copy_and_clip(rank: int, world: int) -> tuple[Any, list[float]]:
+    """What a copy at stage 3 is told about streams; and, at stage 0 on one rank, the norm of the gradients before
+    clipping, their norm after it, and how many times DeepSpeed reduced."""
+    start_ranks()
+    engine = _small_engine(world, "zero3_fp32")
+    initialize = Mock(wraps=deepspeed.initialize)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "initialize", initialize)
+        engine.copy(nn.Linear(8, 8))
+    told = initialize.call_args.kwargs["config"]["zero_optimization"]["overlap_comm"]
+    module = nn.Linear(8, 1, bias=False)
+    engine = Engine(module, {}, Optimizer(learning_rate=0.1, steps=9, warmup=1, clip=0.5), world)
+    with pytest.MonkeyPatch.context() as patch:
+        reduced = _watch_reductions(patch)
+        engine.backward(engine.forward(torch.ones(1, 8)).sum())
+        clipped = Mock(wraps=nn.utils.clip_grads_with_norm_)
+        patch.setattr(nn.utils, "clip_grads_with_norm_", clipped)
+        before = module.weight.detach().clone()
+        assert module.weight.grad is not None
+        gradient = module.weight.grad
+        engine.step(0)
+    assert not torch.equal(before, module.weight)
+    return told, [engine.gradient_norm, float(gradient.norm()), float(len(reduced)), float(clipped.call_count)]
+
+
+def test_one_rank_at_stage_0_reduces_nothing_and_clips_once_and_copies_gather_on_the_default_stream() -> None:
+    """At stage 3, DeepSpeed would gather a copy's weights on a stream of its own, before they are written."""
+    ((told, (norm, clipped, reductions, times)),) = run_ranks(_copy_and_clip, 1)
+    assert told is False
+    assert norm == pytest.approx(8**0.5)
+    assert clipped == pytest.approx(0.5, rel=1e-5)
+    assert (reductions, times) == (0, 1)
