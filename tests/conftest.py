@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _tests_a_gpu(config):
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:  # a folder may have this name
             item.add_marker(pytest.mark.skip(reason="needs a GPU and a process of its own: pytest -m gpu"))
 
 
