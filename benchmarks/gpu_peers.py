@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.cases import Case, Work, real_tokens
-from benchmarks.gpu_corpus import inputs_of, recipe_of, runs_varlen
+from benchmarks.gpu_inputs import inputs_of, recipe_of, runs_varlen
 from benchmarks.gpu_report import Part
 from benchmarks.gpu_steps import fill
 from benchmarks.ours import FixedLanes

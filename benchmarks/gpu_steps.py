@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_corpus import inputs_of, recipe_of, vocabulary
+from benchmarks.gpu_inputs import inputs_of, recipe_of, vocabulary
 from benchmarks.gpu_report import GIB, Part
 from infoxlm_ds import objective
 from infoxlm_ds.build import build

@@ -1,14 +1,11 @@
-"""Prepares the text of `make gpu` and the recipes that it runs.
-
-The text is the corpus that comes with the project, in blocks of 254 pieces, spread over XLM-R's vocabulary.
-"""
+"""The recipes that `make gpu` runs, and their batches."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cases import ROOT, SpreadCorpus, corpus_of
+from benchmarks.cases import ROOT, SpreadCorpus
 from benchmarks.gpu_report import Part
 from infoxlm_ds.build import Inputs, check_inputs
 from infoxlm_ds.config import Recipe, load_recipe
@@ -28,13 +25,6 @@ TINY = [
     "contrast.queue={size: 40}",
 ]
 LANES = 8  # of the recipes' 64: what each of eight GPUs runs
-
-
-def write(part: Part, name: str) -> None:
-    with part.section("Text"):
-        if not (part.corpus / "manifest.json").is_file():
-            corpus_of("blocks-254")
-        part.write(f"{part.corpus}")
 
 
 def vocabulary(part: Part) -> int:
