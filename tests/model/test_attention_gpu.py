@@ -16,8 +16,8 @@ from infoxlm_ds.model.families import FAMILIES
 pytestmark = pytest.mark.gpu
 
 LENGTHS = np.array([5, 64, 17, 17, 130, 1, 512])
-# Largest distance to fp32, as a share of the norm: a few units in the last place.
-BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Largest distance to fp32, as a share of the norm: some units in the last place.
+BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def _head_width(family: str) -> int:
