@@ -1,5 +1,5 @@
-# make demo | ablation | test | torture | check | same | release-check | lock | wheelhouse | clean
-# Each target first makes .venv from the pinned list; a second call installs nothing.
+# make demo | ablation | test | torture | check | same | gpu | release-check | lock | wheelhouse | clean
+# Each target except gpu first makes .venv from the pinned list; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
@@ -19,7 +19,7 @@ PARALLEL := -n 2 --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture check same release-check lock wheelhouse clean
+.PHONY: install demo ablation test torture check same gpu release-check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -60,6 +60,15 @@ REV ?= HEAD
 same: $(INSTALLED)
 	[ -n "$(RECIPE)" ] || infoxlm prep build data_prep/embedded/corpus.yaml runs/demo/corpus
 	$(CPU_ONLY) $(BIN)/python benchmarks/same.py $(REV) $(if $(RECIPE),--recipe $(RECIPE)) $(SET)
+
+# Does the code run on this machine's GPU, and how fast? Writes runs/gpu/report.md in less than ten minutes. It needs no
+# network: without .venv, the packages of $(PYTHON) serve (docs/performance.md).
+gpu:
+ifeq ($(HAS_GPU),0)
+	@echo "infoxlm: make gpu needs a GPU, and nvidia-smi finds none on this machine" >&2; exit 2
+else
+	env -u OMP_NUM_THREADS $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_OPTIONS)
+endif
 
 # What a release promises beside the suite: an installation from wheels alone.
 release-check: $(INSTALLED)

@@ -1,7 +1,8 @@
 """The training step as users of Hugging Face transformers write it, and as InfoXLM's own code does.
 
 Peers get the same sequences, masked pieces, pairs, queue and first weights as our step, as padded batches that were
-made before. They use transformers' models with scaled dot product attention, torch's AdamW and its clipping.
+made before. They use transformers' models with scaled dot product attention, torch's AdamW and its clipping. On a GPU
+they keep weights in fp32 and compute in bf16 under autocast.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.model.momentum import momentum_at
 from infoxlm_ds.model.pretrained import strip_vocabulary
 
+CPU = torch.device("cpu")
 IGNORED = -100  # label of a piece that is not masked
 
 
@@ -50,6 +52,9 @@ class Padded(NamedTuple):
     mask: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> Padded:
+        return Padded(*(x.to(device) for x in self))
+
 
 class Task(NamedTuple):
     """A task's sequences in buckets. `order`: the place of each sequence of the buckets in the task."""
@@ -57,12 +62,18 @@ class Task(NamedTuple):
     buckets: list[Padded]
     order: Tensor
 
+    def to(self, device: torch.device) -> Task:
+        return Task([batch.to(device) for batch in self.buckets], self.order.to(device))
+
 
 class Items(NamedTuple):
     mmlm: Task
     tlm: Task
     queries: Task
     keys: Task
+
+    def to(self, device: torch.device) -> Items:
+        return Items(*(task.to(device) for task in self))
 
 
 def items_of(lane: JointBatch, pad: int, buckets: int) -> Items:
@@ -95,12 +106,23 @@ def _task(sequences: Sequence[tuple[Tensor, Tensor]], pad: int, buckets: int) ->
 class Peer:
     """A peer's model, key encoder, optimizer and queue. `ways`: how it makes its steps, by name."""
 
-    def __init__(self, work: Work, ways: dict[str, Way], rank: int, world: int) -> None:
-        recipe, self._ways = work.recipe, ways
+    def __init__(
+        self,
+        work: Work,
+        ways: dict[str, Way],
+        rank: int,
+        world: int,
+        device: torch.device = CPU,
+        autocast: bool = False,
+        attention: str = "sdpa",
+    ) -> None:
+        """`attention`: the name of one of transformers' implementations."""
+        recipe, self._ways, self._device, self._autocast = work.recipe, ways, device, autocast
         self._schedule, self._temperature = recipe.contrast.momentum, recipe.contrast.temperature
         self._layer, self._clip = recipe.model.universal_layer, recipe.optimizer.clip
-        self._model, self._projection = _plain_model(work.model.lm), copy.deepcopy(work.model.head.projection)
-        assert self._projection is not None and work.queue is not None
+        assert work.model.head.projection is not None and work.queue is not None
+        self._model = _plain_model(work.model.lm, attention, device)
+        self._projection = copy.deepcopy(work.model.head.projection).to(device)
         first = next(iter(ways.values()))
         self._query = _first_layers(self._model, self._layer) if first.first_layers else self._model
         self._key = copy.deepcopy(nn.ModuleList([self._query, self._projection])).requires_grad_(False)
@@ -118,10 +140,11 @@ class Peer:
             fused=first.fused,
             foreach=not first.fused,
         )
-        self._queue, self._place = work.queue.vectors.clone(), 0
+        self._queue, self._place = work.queue.vectors.to(device, copy=True), 0
         pad = work.corpus.manifest.tokenizer.special_ids["pad"]
         self._items = {
-            way: [items_of(lanes[0], pad, way.buckets) for lanes in work.batches] for way in set(ways.values())
+            way: [items_of(lanes[0], pad, way.buckets).to(device) for lanes in work.batches]
+            for way in set(ways.values())
         }
         self._whole, self._first_queue = nn.ModuleList([trained, self._key]), work.queue.vectors
         self._first = {name: x.clone() for name, x in self._whole.state_dict().items()} if len(ways) > 1 else {}
@@ -147,7 +170,8 @@ class Peer:
         items = self._items[way][self._steps[way] % len(self._items[way])]
         self._steps[way] += 1
         waiting, self._losses = [], {}
-        keys = self._keys(items.keys, way)
+        with self._precision():
+            keys = self._keys(items.keys, way)
         for name, loss in self._each_loss(items, keys, way):
             if way.one_backward:
                 waiting.append(loss)
@@ -165,8 +189,15 @@ class Peer:
 
     def _each_loss(self, items: Items, keys: Tensor, way: Way) -> Iterator[tuple[str, Tensor]]:
         for name, task in (("mmlm", items.mmlm), ("tlm", items.tlm)):
-            yield name, self._masked_lm(task, way)
-        yield "xlco", self._contrast(items.queries, keys, way)
+            with self._precision():
+                loss = self._masked_lm(task, way)
+            yield name, loss
+        with self._precision():
+            loss = self._contrast(items.queries, keys, way)
+        yield "xlco", loss
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
 
     def _masked_lm(self, task: Task, way: Way) -> Tensor:
         if not way.masked_head:
@@ -186,7 +217,7 @@ class Peer:
         query = self._sentences(self._query, self._projection, task, way, touch=way.reference)
         queue = self._queue.clone() if way.reference else self._queue
         logits = torch.cat([(query * keys).sum(1, keepdim=True), query @ queue.t()], 1) / self._temperature
-        return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+        return cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=self._device))
 
     @torch.no_grad()
     def _keys(self, task: Task, way: Way) -> Tensor:
@@ -220,11 +251,12 @@ class Peer:
             key.mul_(1 - weight).add_(query, alpha=weight)
 
 
-def _plain_model(lm: PreTrainedModel) -> PreTrainedModel:
+def _plain_model(lm: PreTrainedModel, attention: str, device: torch.device) -> PreTrainedModel:
     """The same weights in a model that transformers makes for its users."""
     stripped = strip_vocabulary(copy.deepcopy(lm))
     config = copy.deepcopy(stripped.config)
-    model: PreTrainedModel = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+    with device:
+        model: PreTrainedModel = AutoModelForMaskedLM.from_config(config, attn_implementation=attention)
     model.load_state_dict(stripped.state_dict())
     return model.train()
 

@@ -1,4 +1,5 @@
-"""One thread, the CPU as DeepSpeed's device, and no model hub, for this process and all that it starts."""
+"""One thread, no model hub and, except for tests on a GPU, the CPU as DeepSpeed's device, for this process and all that
+it starts."""
 
 import os
 import subprocess
@@ -6,10 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Nothing here is compiled, but DeepSpeed decorates an optimizer with torch.compile, whose import takes over a second.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 import torch
@@ -23,7 +21,25 @@ ASKED_FOR = ("torture", "release")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="how often test_torture.py kills a run")
+    parser.addoption("--device", default="cuda", help="where tests marked gpu run; cpu checks all but the kernels")
     parser.addoption("--no-skip", action="append", default=[], metavar="MARK", help="fail where such a test is skipped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose DeepSpeed's device, before a test imports it."""
+    if _tests_a_gpu(config) and config.getoption("device") == "cuda":
+        os.environ.setdefault("DS_ACCELERATOR", "cuda")
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Nothing is compiled on a CPU, but DeepSpeed decorates an optimizer with torch.compile, whose import takes over a
+    # second.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _tests_a_gpu(config: pytest.Config) -> bool:
+    """Whether the tests marked gpu were asked for and can run."""
+    asked = config.getoption("markexpr") == "gpu"
+    return asked and (torch.cuda.is_available() or config.getoption("device") == "cpu")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,11 +55,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mark not in config.getoption("markexpr"):
             config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
             items[:] = [item for item in items if mark not in item.keywords]
-    if torch.cuda.is_available():
+    if _tests_a_gpu(config):
         return
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("gpu") is not None:  # a folder may have this name
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and a process of its own: pytest -m gpu"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test marked gpu runs."""
+    return torch.device(request.config.getoption("device"))
 
 
 @pytest.fixture(scope="session")
