@@ -24,19 +24,22 @@ TINY = [
     "batch={lanes: 2, mmlm_tokens: 60, tlm_tokens: 110, xlco_pairs: 6}",
     "contrast.queue={size: 40}",
 ]
-LANES = 8  # of the recipes' 64: what each of eight GPUs runs
+LANES = {"base": 2, "large": 4}  # what each of eight GPUs runs of the recipe's lanes
+# A lane of which a peer's logits of all positions may fit into a GPU: 10 GB in bf16, and what is computed of them.
+SMALL_LANE = ("batch.lanes=1", "batch.mmlm_tokens=16384", "batch.tlm_tokens=4096", "batch.xlco_pairs=32")
 
 
 def vocabulary(part: Part) -> int:
     return 1_000 if part.tiny else VOCABULARY
 
 
-def recipe_of(part: Part, name: str, run: Path, lanes: int = LANES) -> Recipe:
+def recipe_of(part: Part, name: str, run: Path, small_lane: bool = False) -> Recipe:
     """recipes/base.yaml or large.yaml for one GPU, with random weights."""
     shape = [f"model.{key}={value}" for key, value in SHAPES[name].items()]
-    overrides = ["model.init=null", *shape, f"batch.lanes={lanes}", "probe=null"]
+    batch = SMALL_LANE if small_lane else (f"batch.lanes={LANES[name]}",)
     if part.tiny:
-        overrides = ["model.init=null", *TINY, f"batch.lanes={min(2, lanes)}", "probe=null"]
+        shape, batch = TINY, (f"batch.lanes={1 if small_lane else 2}",)
+    overrides = ["model.init=null", *shape, *batch, "probe=null"]
     paths = [f"run={run}", f"corpus={part.corpus}", f"engine={ROOT / 'ds_configs' / 'zero1_bf16.json'}"]
     return load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides + paths)
 

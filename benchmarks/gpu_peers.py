@@ -70,7 +70,7 @@ def write(part: Part, name: str) -> None:
 
 
 def _prepare(part: Part, run: Path) -> tuple[TrainState | None, Work]:
-    recipe = recipe_of(part, "base", run, lanes=1)
+    recipe = recipe_of(part, "base", run, small_lane=True)
     inputs = inputs_of(part, recipe)
     builder = BatchBuilder(recipe, inputs.corpus, [0], dense=not runs_varlen(part, inputs))
     batches = [[builder.build(0, step)] for step in range(BATCHES)]

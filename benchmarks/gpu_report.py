@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from infoxlm_ds.planner.speed import known_gpu
+
 GIB = 2**30
 FAILED = "**FAILED**"
 LINES_OF_A_TRACEBACK = 12
-# Dense products in bf16, in operations a second, by a part of the GPU's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass
@@ -72,8 +72,8 @@ class Part:
 
     def operations_a_second(self) -> float | None:
         """The device's peak in bf16. None: not known."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-        return next((peak for part, peak in PEAKS.items() if part in name), None)
+        gpu = known_gpu(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        return None if gpu is None else gpu.peak
 
 
 def quoted(text: str, lines: int = LINES_OF_A_TRACEBACK) -> list[str]:

@@ -41,7 +41,7 @@ def to_device(batch: B, device: torch.device) -> B:
         return batch
     one_buffer = len({x.untyped_storage().data_ptr() for x in tensors}) == 1
     if not one_buffer or not all(x.is_contiguous() for x in tensors):
-        batch = in_one_buffer(batch, pinned=True)
+        batch = in_one_buffer(batch, pinned=device.type != "meta")
     storage = _tensors(batch)[0].untyped_storage()
     buffer = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, non_blocking=True)
 
