@@ -1,7 +1,7 @@
 """Shows what grows with the number of ranks, by simulation, by measurement and by the plan's arithmetic. Prints the
 tables of docs/scale.md.
 
-Order of data: the readers of all ranks read 100 steps with base.yaml's batches, one lane (micro-batch) for each rank.
+Order of data: the readers of all ranks read 100 steps, one lane (micro-batch) for each rank, of a quarter of base.yaml's.
 The corpus has a thousand million rows, of which only the lengths exist. Start: CPU seconds that each rank needs before
 it meets the others. Cost: bytes sent, gathers, queue and checkpoints of the shipped recipes, with one lane for each
 rank from 64 ranks on. Seconds are computed from the bandwidths in the options, which are assumptions.
@@ -174,9 +174,12 @@ def write_large_manifest(folder: Path, shards: int) -> None:
 
 
 def setting_of(recipe: str, world: int) -> Setting:
-    return read_setting(
-        ROOT / "recipes" / f"{recipe}.yaml", ["model.init=null", f"batch.lanes={max(64, world)}"], Wishes(world)
-    )
+    """The recipe with 64 lanes, or one for each rank if there are more. Those of base and large have BASE's size: their
+    own, larger lanes are too few for so many ranks."""
+    small = [f"batch.mmlm_tokens={BASE['mmlm']['tokens']}", f"batch.tlm_tokens={BASE['tlm']['tokens']}"]
+    small.append(f"batch.xlco_pairs={BASE['xlco']['items']}")
+    overrides = ["model.init=null", f"batch.lanes={max(64, world)}", *(small if recipe != "xl" else [])]
+    return read_setting(ROOT / "recipes" / f"{recipe}.yaml", overrides, Wishes(world))
 
 
 def main() -> None:

@@ -157,6 +157,8 @@ def summary(state: TrainState) -> str:
         f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}, "
         f"{precision_of(state.identity.engine)}"
     )
+    if precision_of(state.identity.engine) == "fp32" and dist.world_size() == 1 and state.engine.stage in (1, 2):
+        where += " (one rank in fp32 is faster with stage 0, as in ds_configs/zero0_fp32.json)"
     filling = ""
     if queue is not None and queue.filled < 1:
         filling = f"; the queue holds {queue.filled:.0%} of {len(queue)} keys and is read once it is full"
