@@ -1,7 +1,7 @@
 """Shows what grows with the number of ranks, by simulation, by measurement and by the plan's arithmetic. Prints the
 tables of docs/scale.md.
 
-Order of data: the readers of all ranks read 100 steps, one lane (micro-batch) for each rank, of a quarter of base.yaml's.
+Order of data: the readers of all ranks read 100 steps, one lane (micro-batch) for each rank, a quarter of base.yaml's.
 The corpus has a thousand million rows, of which only the lengths exist. Start: CPU seconds that each rank needs before
 it meets the others. Cost: bytes sent, gathers, queue and checkpoints of the shipped recipes, with one lane for each
 rank from 64 ranks on. Seconds are computed from the bandwidths in the options, which are assumptions.
