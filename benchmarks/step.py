@@ -6,9 +6,10 @@ median of the rounds; the ratio to ours is the median of the rounds' ratios. Mem
 step, above the process' size before it made its model. All get the same weights, masked pieces, pairs and queue, and
 the program fails if a loss of the first step differs by more than 1e-5 of it. Batches are made before the first step.
 
-Our rows: under DeepSpeed, at ZeRO 0 and 1, and on torch alone with a fused AdamW, clipping and an average in place. Peers: `naive` pads
-each task and makes whole logits, three backward passes, and runs all layers for the contrast; `tuned` does not, and its
-best form counts; `reference` is the algorithm of InfoXLM's code. `benchmarks/peers.py` has them.
+Our rows: under DeepSpeed, at ZeRO 0 and 1, and on torch alone with a fused AdamW, clipping and an average in place.
+Peers: `naive` pads each task and makes whole logits, three backward passes, and runs all layers for the contrast;
+`tuned` does not, and its best form counts; `reference` is the algorithm of InfoXLM's code. `benchmarks/peers.py` has
+them.
 
 `Limit`: the time that the matrix products of our step would take at the rate that the same process reaches with a
 large product, as a share of the step's time. `contrast`: trained keys alone, against sentence-transformers. `ranks`:
