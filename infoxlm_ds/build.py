@@ -14,7 +14,7 @@ from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import N_TEXTS, longest_sequence
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config, precision_of, stage_of
+from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config, offloaded, precision_of, stage_of
 from infoxlm_ds.engine.engine import Engine
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.attention import why_not_varlen
@@ -157,7 +157,9 @@ def summary(state: TrainState) -> str:
         f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}, "
         f"{precision_of(state.identity.engine)}"
     )
-    if precision_of(state.identity.engine) == "fp32" and dist.world_size() == 1 and state.engine.stage in (1, 2):
+    engine = state.identity.engine
+    spares = state.engine.stage in (1, 2) and precision_of(engine) == "fp32" and not offloaded(engine, "optimizer")
+    if spares and dist.world_size() == 1 and state.step == 0:  # a run cannot change from stage 1 to 0
         where += " (one rank in fp32 is faster with stage 0, as in ds_configs/zero0_fp32.json)"
     filling = ""
     if queue is not None and queue.filled < 1:

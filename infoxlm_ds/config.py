@@ -208,7 +208,7 @@ class Memory(Section):
     activation_checkpointing: bool = False  # keep only each layer's input, and compute the layer again in backward
     dry_run: bool | None = None  # first run a step with the longest batch and do not apply it; null: on GPUs only
     compile: bool | None = None  # by torch.compile, what follows attention in a layer; null: on GPUs, below ZeRO 3
-    deterministic: bool = False  # on a GPU, use only kernels whose results do not vary between runs; slower
+    deterministic: bool = False  # on a GPU, only kernels whose results do not vary: a run goes on bit by bit; slower
 
 
 class Timeout(Section):

@@ -37,7 +37,7 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
         "speed/tokens": sums["tokens"] / seconds,
         "speed/data_wait_share": sums["data_wait"] / world / seconds,
     }
-    if gpu := here():
+    if sinks is not None and (gpu := this_gpu()):
         values["speed/mfu"] = mfu(state.operations * steps, seconds, gpu.peak, world)
     if state.engine.loss_scale != 1:
         values["optimizer/loss_scale"] = state.engine.loss_scale
@@ -100,7 +100,7 @@ def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None
     sinks.write(state.step, {f"checkpoint/{name}": value for name, value in values.items()})
 
 
-def here() -> Gpu | None:
+def this_gpu() -> Gpu | None:
     """The GPU of this rank, if its peak is known."""
     return known_gpu(torch.cuda.get_device_name()) if dist.device().type == "cuda" else None
 

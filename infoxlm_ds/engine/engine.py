@@ -222,7 +222,7 @@ class Engine:
         """Prepare another module, which is not trained, in the engine's precision and layout."""
         module = module.eval().requires_grad_(False)
         if self.stage == 3:
-            # Persistent parameters stay gathered, and would not get the values that `write` puts into a shard.
+            # Persistent parameters stay gathered, and would not get the values that `writer` puts into a shard.
             # Without overlap, weights are gathered in the order of the default stream, after what `write` puts there.
             zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0, "overlap_comm": False}
             zero.pop("offload_optimizer", None)

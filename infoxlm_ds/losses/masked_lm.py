@@ -82,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_bias += logits.t() @ scale.to(logits.dtype)
             product = logits.t() @ (states * scale[:, None]).to(states.dtype)
             d_weight = product if d_weight is None else d_weight.to(wide).add_(product)
+            del logits, product  # before the next chunk's are made
         d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
         # Not `save_for_backward`: autograd would hold d_weight, and copy it to make it the parameter's gradient.
         ctx.collect, ctx.gradients = collect, (d_hidden, d_weight, d_bias.to(bias.dtype), unit)

@@ -14,7 +14,7 @@ from torch import Tensor
 def softmax_(logits: Tensor, vocabulary: int) -> Tensor:
     """Turn logits [C, V] into their softmax, in place. Returns the log-sum-exp of each row, [C], in fp32 or, for wider
     logits, in their type. Columns from `vocabulary` on are padding and become 0."""
-    if logits.device.type == "cuda":
+    if logits.device.type == "cuda" and logits.dtype != torch.float64:
         from infoxlm_ds.losses.softmax_kernel import softmax_by_kernel  # Triton needs not be there without a GPU
 
         return softmax_by_kernel(logits, vocabulary)

@@ -91,9 +91,9 @@ FAMILIES = {
 
 @cache
 def compile_finish(family: Family) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """`finish`, compiled: one graph for all layers and all numbers of rows. Attention and data of varying shape stay
-    outside."""
-    return torch.compile(family.finish, dynamic=True, fullgraph=True)
+    """`finish`, compiled: few graphs for all layers and numbers of rows, with and without gradients. Attention and what
+    varies in shape stay outside."""
+    return torch.compile(family.finish, dynamic=True)
 
 
 def family_of(config: PreTrainedConfig, where: str = "the model") -> Family:

@@ -112,10 +112,10 @@ class WriteWhole:
     fragment's memory from now on, and there is nothing to write."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment], sharded: bool) -> None:
-        """The fragments must stay where they are. Collective if `sharded`."""
+        """The fragments must stay where they are. Parameters may get other memory. Collective if `sharded`."""
         self._sharded, self._nothing = sharded, parameters[0].detach().new_zeros(0)
         if not sharded:
-            fragments = [f for f in fragments if not _shared(parameters[f.parameter], f.values)]
+            fragments = [f for f in fragments if not _share(parameters[f.parameter], f.values)]
         self._values = [f.values for f in fragments]
         own = [(f.parameter, f.start, len(f.values)) for f in fragments]
         places = dist.gather_objects(own) if sharded else [own]
@@ -137,7 +137,7 @@ class WriteWhole:
         return [x for part, sizes in zip(parts, self._sizes, strict=True) for x in part.split(sizes)]
 
 
-def _shared(parameter: nn.Parameter, values: Tensor) -> bool:
+def _share(parameter: nn.Parameter, values: Tensor) -> bool:
     """Let a parameter use this memory if it fits. Returns whether it does."""
     if (len(values), values.dtype, values.device) != (parameter.numel(), parameter.dtype, parameter.device):
         return False

@@ -157,7 +157,7 @@ def _gradients(s: Setting, part: Partition) -> _Gradients:
     """As DeepSpeed 0.19's optimizers allocate them. A bucket always has its full size, also for a small model."""
     whole, element, sent_in = s.shape.whole, s.element, s.gradient_element
     if s.stage == 0:
-        return _Gradients(0, 4 * whole, 0, 0, 4 * min(whole, ALLREDUCE))
+        return _Gradients(0, 4 * whole, 0, 0, 4 * min(whole, ALLREDUCE) * (s.world > 1))
     if s.bf16_optimizer:
         copies = 2 * whole * (sent_in == 2) + 4 * whole * (whole <= ALLREDUCE)
         return _Gradients(4 * whole, 0, 2 * whole, 0, copies)
@@ -239,8 +239,8 @@ def _logits(s: Setting) -> int:
 
 
 def _head_sums(s: Setting) -> int:
-    """Bytes of the word matrix' gradient while the LM head adds it up. Several chunks in 16 bits are added in fp32."""
-    several = _masked(s) > _chunk(s) and s.element == 2
+    """Bytes of the word matrix' gradient while the LM head adds it up. Several chunks are added up in fp32."""
+    several = _masked(s) > _chunk(s)
     return (s.trunk > 0) * s.shape.words * (4 + s.element if several else s.element)
 
 

@@ -51,6 +51,11 @@ def days(s: Setting, wishes: Wishes) -> float:
     return wishes.tokens / (_tokens_per_second(s, wishes) * s.world) / 86400
 
 
+def _knows_speed(s: Setting, wishes: Wishes) -> bool:
+    """The model of a GPU's parts is for 16 bits."""
+    return s.precision != "fp32" or wishes.tokens_per_second is not None or wishes.utilisation is not None
+
+
 def _tokens_per_second(s: Setting, wishes: Wishes) -> float:
     """Of one GPU."""
     if wishes.tokens_per_second is not None:
@@ -72,12 +77,14 @@ def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
         "flops": flops(s),
         "wire": wire(s),
         "tokens_per_step": tokens_per_step(s),
-        "step_seconds": step_seconds(s),
+        "step_seconds": step_seconds(s) if s.precision != "fp32" else None,
     }
     if limit:
         tree["smallest_world"] = {variant.stage: smallest_world(variant, limit) for variant in stages(s)}
     if wishes.tokens is not None:
-        tree |= {"steps": wishes.tokens / tokens_per_step(s), "days": days(s, wishes)}
+        tree |= {"steps": wishes.tokens / tokens_per_step(s)}
+        if _knows_speed(s, wishes):
+            tree |= {"days": days(s, wishes)}
     return tree
 
 
@@ -150,7 +157,9 @@ def _cells(rows: list[tuple[str, float]], number: int, unit: float) -> tuple[str
 
 def _time(s: Setting, wishes: Wishes) -> str:
     assert wishes.tokens is not None
-    steps = wishes.tokens / tokens_per_step(s)
+    steps = f"{wishes.tokens:,.0f} tokens: {wishes.tokens / tokens_per_step(s):,.0f} steps of {tokens_per_step(s):,.0f}"
+    if not _knows_speed(s, wishes):
+        return f"{steps} (days need --tokens-per-second)"
     if wishes.tokens_per_second is not None:
         speed = f"at {wishes.tokens_per_second:,.0f} tokens/s a GPU, as given"
     elif wishes.utilisation is not None:
@@ -160,10 +169,7 @@ def _time(s: Setting, wishes: Wishes) -> str:
         )
     else:
         speed = "as above: give --tokens-per-second once it is measured"
-    return (
-        f"{wishes.tokens:,.0f} tokens: {steps:,.0f} steps of {tokens_per_step(s):,.0f}, "
-        f"{days(s, wishes):.1f} days on {s.world} GPUs ({speed})"
-    )
+    return f"{steps}, {days(s, wishes):.1f} days on {s.world} GPUs ({speed})"
 
 
 def _speed(s: Setting) -> str:

@@ -12,7 +12,7 @@ from infoxlm_ds.planner.memory import partition
 from infoxlm_ds.planner.workload import Setting
 
 MATRICES, HEAD, ATTENTION, MEMORY = 0.61, 0.56, 0.30, 0.90  # shares of the peaks
-ROW_VECTORS = 80  # vectors of the width that LayerNorm, GELU, residuals and biases move for a row of a layer, both ways
+ROW_VECTORS = 80  # vectors of the width that LayerNorm, GELU, residuals and biases move for a row of a layer
 LOGIT_ELEMENTS = 7  # see losses/masked_lm.py
 GRADIENT_BYTES = 54  # moved for each parameter in each lane: zeroed, written and added up in fp32
 UPDATE_BYTES, AVERAGE_BYTES = 28, 14  # moved for each master by AdamW, and for each of the key encoder's averages
@@ -43,7 +43,7 @@ ASSUMED = GPUS[2]
 
 def known_gpu(name: str) -> Gpu | None:
     """The GPU that a device's name, such as `NVIDIA H100 80GB HBM3`, stands for."""
-    return next((gpu for gpu in GPUS if gpu.name in name), None)
+    return next((gpu for gpu in GPUS if gpu.name in name.replace("-", " ").split()), None)
 
 
 def step_seconds(s: Setting, gpu: Gpu = ASSUMED) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from infoxlm_ds.losses import masked_lm as module
 from infoxlm_ds.losses.softmax import softmax_by_passes
+from tests.tensor_memory import TensorMemory
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
@@ -88,6 +89,19 @@ def test_a_loss_scale_carries_gradients_that_16_bits_cannot_hold() -> None:
     rows = torch.nn.functional.cross_entropy(hidden @ weight.t() + bias, labels, reduction="none")
     for ours, theirs in zip(gradients, torch.autograd.grad((rows * weights).sum(), exact), strict=True):
         assert float((ours.double() / 2.0**20 - theirs).norm() / theirs.norm()) < 0.01
+
+
+def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And beside the gradient of the matrix, that of one chunk."""
+    monkeypatch.setattr(module, "CHUNK_ROWS", 100)
+    hidden, weight = torch.randn(400, 16), torch.randn(5000, 16).requires_grad_()
+    with TensorMemory() as tensors:
+        before = tensors.alive
+        weighted, _ = module.masked_lm(hidden, weight, torch.zeros(5000), torch.arange(400), torch.ones(400))
+        peak = tensors.peak - before
+    chunk, matrix = 4 * 100 * 5000, 4 * 5000 * 16
+    assert chunk + matrix < peak < 1.1 * chunk + 3 * matrix  # the matrix itself, its gradient, and a chunk's
+    assert weighted.requires_grad
 
 
 ROWS, VOCABULARY = 32, 500

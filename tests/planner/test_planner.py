@@ -313,5 +313,7 @@ def test_plan_prints_what_it_writes(corpus: Path, tmp_path: Path) -> None:
     assert found["parameters"]["whole"] > found["parameters"]["momentum"]
     assert found["flops"]["recomputed"] == pytest.approx(found["flops"]["xlco queries"] / 3)
     assert f"{found['steps']:,.0f} steps" in result.output
-    assert "0.0 days on 2 GPUs (as above" in result.output
-    assert sum(found["step_seconds"].values()) > 0
+    assert "(days need --tokens-per-second)" in result.output and "days" not in found
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--mfu", "0.3", *options])
+    assert "assuming an MFU of 0.3" in result.output
+    assert json.loads(out.read_text(encoding="utf-8"))["days"] > 0

@@ -53,7 +53,7 @@ def _logged(rank: int, world: int, recipe: Recipe) -> tuple[dict[str, float], di
 
         def progress(self, *_: object) -> None: ...
 
-    reporting.here = lambda: Gpu("pretended", 1e12, 1e12)
+    reporting.this_gpu = lambda: Gpu("pretended", 1e12, 1e12)
     reporting.log(state, Written() if rank == 0 else None, 1.0)  # type: ignore[arg-type]
     text = read_text(recipe)
     return written, flops(Setting(recipe, state.identity.engine, Shape.of(recipe, text.vocabulary), text, world))
