@@ -26,6 +26,7 @@ from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.planner.cost import useful
 from infoxlm_ds.planner.memory import memory
+from infoxlm_ds.planner.speed import mfu
 from infoxlm_ds.planner.workload import Setting, Shape, read_text
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import rehearse, train_step
@@ -82,7 +83,7 @@ def _speed(part: Part, state: TrainState, left: float) -> None:
     text = read_text(recipe, vocabulary(part))
     setting = Setting(recipe, state.identity.engine, Shape.of(recipe, text.vocabulary), text, 1)
     estimate, peak = memory(setting), part.operations_a_second()
-    mfu = f"{useful(setting) / median / peak:.1%}" if peak else "unknown: the peak of this device is not known"
+    share = f"{mfu(useful(setting), median, peak, 1):.1%}" if peak else "unknown: the peak of this device is not known"
     lanes, shape = recipe.batch.lanes, setting.shape
     rows = [
         ("steps", f"{len(seconds)}, of {lanes} lanes"),
@@ -90,7 +91,7 @@ def _speed(part: Part, state: TrainState, left: float) -> None:
         ("seconds of a step, median (10 % and 90 %)", _median(seconds)),
         ("tokens a second", f"{sums['tokens'] / sum(seconds):,.0f}"),
         ("useful operations of a step", f"{useful(setting) / 1e12:,.1f} T"),
-        ("share of the GPU's peak in bf16 (MFU)", mfu),
+        ("share of the GPU's peak in bf16 (MFU)", share),
         ("share of time that waits for data", f"{sums['data_wait'] / sum(seconds):.1%}"),
         ("peak of memory, GiB", f"{part.peak():.2f}"),
         ("`infoxlm plan`'s estimate, GiB", f"{estimate.peak / GIB:.2f}, at: {estimate.peak_at}"),

@@ -223,7 +223,7 @@ class Engine:
         module = module.eval().requires_grad_(False)
         if self.stage == 3:
             # Persistent parameters stay gathered, and would not get the values that `writer` puts into a shard.
-            # Without overlap, weights are gathered in the order of the default stream, after what `write` puts there.
+            # Without overlap, weights are gathered in the order of the default stream, after what `writer` puts there.
             zero = self._config["zero_optimization"] | {"stage3_param_persistence_threshold": 0, "overlap_comm": False}
             zero.pop("offload_optimizer", None)
             untrained = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": zero}

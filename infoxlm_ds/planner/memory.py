@@ -62,7 +62,7 @@ def memory(s: Setting) -> Memory:
         momentum, average = s.element * (shape.momentum if s.stage < 3 else part.momentum), 4 * part.momentum
         if s.offloaded("optimizer") and s.stage < 3:  # with the masters; stage 3 returns masters on the GPU
             host += average
-        elif s.element == 4 and (s.stage == 0 or (s.stage < 3 and s.world == 1)):
+        elif s.element == 4 and s.stage < 3 and not s.sharded:
             momentum = average  # the weights that compute keys are the average itself
         else:
             momentum += average
@@ -95,7 +95,7 @@ def _moments(s: Setting, grads: _Gradients, kept: int, recomputed: int, logits: 
     gathered = s.element * min(shape.whole, int(s.zero.max_live_parameters)) * released
     early_bucket = grads.bucket * (several or s.stage == 3)
     left = grads.kept + grads.fresh + grads.bucket
-    gathers_keys = s.has_momentum and 0 < s.stage < 3 and s.world > 1
+    gathers_keys = s.has_momentum and s.stage < 3 and s.sharded
     # In 16 bits, the word matrix has a gradient from the head and one from the embedding (model/embedding.py). Their
     # sum may be a third buffer.
     word_gradients = words * (2 - (s.element == 4) + (s.stage > 1 or (several and not grads.fresh)))

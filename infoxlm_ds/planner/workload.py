@@ -206,18 +206,25 @@ class Setting:
     @property
     def trunk(self) -> int:
         """Tokens of a lane that run through all layers."""
-        batch, tasks = self.recipe.batch, self.recipe.tasks
-        return batch.mmlm_tokens * tasks["mmlm"] + batch.tlm_tokens * tasks["tlm"]
+        return self.tokens("mmlm") + self.tokens("tlm")
+
+    def tokens(self, task: str) -> int:
+        """A lane's tokens of MMLM or TLM."""
+        tokens: int = getattr(self.recipe.batch, f"{task}_tokens")
+        return tokens * self.recipe.tasks[task]
 
     def masked(self, task: str) -> float:
         """Mean number of a lane's masked tokens."""
-        tokens: int = getattr(self.recipe.batch, f"{task}_tokens")
-        return tokens * self.recipe.tasks[task] * self.recipe.masking.probability
+        return self.tokens(task) * self.recipe.masking.probability
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a different fragment of the fp32 masters, as in `Engine.sharded`."""
+        return self.stage > 0 and self.world > 1
 
     def of_trunk(self, task: str) -> Passes:
         """A lane's MMLM or TLM: the last layer is finished for masked tokens."""
-        tokens: int = getattr(self.recipe.batch, f"{task}_tokens") * self.recipe.tasks[task]
-        layers = self.shape.layers
+        tokens, layers = self.tokens(task), self.shape.layers
         return Passes(tokens * layers, tokens * (layers - 1) + self.masked(task))
 
     def of_a_side(self, length: float) -> Passes:
