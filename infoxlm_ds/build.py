@@ -159,7 +159,7 @@ def summary(state: TrainState) -> str:
     )
     engine = state.identity.engine
     spares = state.engine.stage in (1, 2) and precision_of(engine) == "fp32" and not offloaded(engine, "optimizer")
-    if spares and dist.world_size() == 1 and state.step == 0:  # a run cannot change from stage 1 to 0
+    if spares and dist.world_size() == 1:
         where += " (one rank in fp32 is faster with stage 0, as in ds_configs/zero0_fp32.json)"
     filling = ""
     if queue is not None and queue.filled < 1:

@@ -159,7 +159,7 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
 ) -> None:
-    """Remove older checkpoints, damaged ones that were renamed, and conversions of steps that are gone."""
+    """Remove older checkpoints, and damaged ones that were renamed."""
     from rich.console import Console
 
     from infoxlm_ds.checkpoint.tools import prune as prune_run

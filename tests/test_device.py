@@ -276,8 +276,9 @@ def _everything_else(device: PretendedDevice, recipe: Recipe) -> tuple[list[str]
     report = state.momentum.follow(4)
     assert 0 < report["momentum/changed_share"] <= 1
     noted("follow")
-    saved = {name: x.detach().cpu() for name, x in state.momentum.state_dict().items()}
-    state.momentum.load_state_dict(saved)
+    for fragment, saved in [(f, f.values.cpu()) for f in state.momentum.shadow]:
+        fragment.values[:] = saved
+    state.momentum.write()
     queue, other = state.queue, KeyQueue(state.queue.size, state.queue.vectors.shape[1], 3, device.device)
     noted("momentum's state")
     other.load_state_dicts([{name: x.cpu() for name, x in queue.state_dict().items()}])

@@ -98,9 +98,9 @@ class Replay:
             partial(WriteWhole, sharded=False),
             RECIPE.contrast.momentum,
         )
-        self.key.load_state_dict(
-            {f"{f.parameter}:0": f.values for f in _masters(list(slow.sentence_encoder().parameters()))}
-        )
+        for ours, theirs in zip(self.key.shadow, _masters(list(slow.sentence_encoder().parameters())), strict=True):
+            ours.values.copy_(theirs.values)
+        self.key.write()
         self.adam = FairseqAdam([p for p in self.model.parameters() if p is not self.untrained])
 
     @property

@@ -10,12 +10,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from infoxlm_ds import dist
-from infoxlm_ds.checkpoint.elastic import suited
-from infoxlm_ds.checkpoint.files import Contents, read_slices, to_host
-from infoxlm_ds.checkpoint.identity import ORDER, Difference, Identity
+from infoxlm_ds.checkpoint.files import Contents, to_host
+from infoxlm_ds.checkpoint.fragments import Index, build_index, pack, pieces_of, read_pieces, to_write
+from infoxlm_ds.checkpoint.identity import ORDER, Difference, Identity, differences
 from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, on_first_rank
 from infoxlm_ds.checkpoint.store import (
     FORMAT,
+    INDEX,
     STATE,
     Store,
     damage_of,
@@ -63,6 +64,7 @@ class Checkpoints:
         self.store = Store(recipe.run)
         self._settings, self._resume = recipe.checkpoint, recipe.resume
         self._under_way: Save | None = None
+        self._index: dict[str, Any] | None = None  # the same in each save of this process; empty but on the first rank
 
     def check(self, identity: Identity) -> bool:
         """Whether the run has done all its steps. Writes nothing. UserError if the folder belongs to another run, or if
@@ -116,24 +118,24 @@ class Checkpoints:
                 kept = f"; the damaged files are kept in {', '.join(aside)}" if aside else ""
                 print(f"{'; '.join(damaged)}: going on from {path.name}{kept}", flush=True)
             dist.barrier()
-            return Found(path, state, identity.check(state, self.store.run))
+            found = Found(path, state, identity.check(state, self.store.run))
+            if dist.rank() == 0 and (changes := _other_cluster(state, identity)):
+                print(f"going on from {path.name} with {', '.join(changes)}", flush=True)
+            return found
         if damaged:
             raise UserError(f"{'; '.join(damaged)}: {self._remedy()}")
         return None
 
     def load(self, source: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
-        """Load everything from a checkpoint that `find` returned; any number of ranks may have written it. Collective.
-        UserError if it cannot be converted for this number of ranks."""
+        """Load everything from a checkpoint that `find` returned. Any number of ranks may have written it, with any
+        engine. Collective."""
         path, state = source.path, source.state
-        files = suited(path, state, engine)
-        engine.load(files, universal=files != path)
-        own = path / f"momentum-{dist.rank():05d}.safetensors"
-        names = sorted(receipt.name for receipt in read_receipts(path))  # thousands of ranks must not list the folder
+        read_pieces(path, Index.read(path), pieces_of(engine, momentum))
+        engine.resume(state["counters"], state["step"])
         if momentum is not None:
-            parts = sorted((path / n for n in names if n.startswith("momentum-")), key=lambda part: part != own)
-            wanted = {name: len(values) for name, values in momentum.state_dict().items()}
-            momentum.load_state_dict(read_slices(parts, wanted))
+            momentum.write()
         if queue is not None:
+            names = sorted(receipt.name for receipt in read_receipts(path))  # thousands of ranks do not list the folder
             queue.load_state_dicts(load_file(path / n) for n in names if n.startswith("queue-"))
         skipped = any(d.below(*ORDER) for d in source.differences)  # the current window now holds other items
         cursors = {
@@ -150,7 +152,7 @@ class Checkpoints:
         Collective."""
         assert self._under_way is None
         started = time.monotonic()
-        contents = _contents(saved, identity, engine, momentum, queue)
+        contents = self._contents(saved, identity, engine, momentum, queue)
         if self._settings.asynchronous:
             contents = to_host(contents)
         self._under_way = Save(self.store, self._settings, saved.step, contents, started)
@@ -169,6 +171,40 @@ class Checkpoints:
         while (save := self._under_way) is not None:
             outcome = self._advance(save)
         return outcome
+
+    def _contents(
+        self,
+        saved: Saved,
+        identity: Identity,
+        engine: Engine,
+        momentum: MomentumEncoder | None,
+        queue: KeyQueue | None,
+    ) -> Contents:
+        """This rank's files of a checkpoint. Collective."""
+        rank = dist.rank()
+        contents: Contents = {}
+        tensors, layout = pack(to_write(engine, momentum), list(engine.parameters))
+        contents |= tensors
+        if queue is not None:
+            queue.verify()
+            if queue.sharded or rank == 0:
+                contents[f"queue-{rank:05d}.safetensors"] = queue.state_dict()
+        everyone = dist.gather_objects(saved.cursors)
+        if self._index is None:
+            layouts = dist.gather_objects(layout)
+            self._index = build_index(layouts, engine, momentum).as_json() if rank == 0 else {}
+        if rank == 0:
+            contents[INDEX] = self._index
+            contents[STATE] = identity.as_json() | {
+                "format": FORMAT,
+                "step": saved.step,
+                "consumed": saved.consumed,
+                "best": saved.best and vars(saved.best),
+                "cursors": _merge(everyone),
+                "counters": engine.counters(),
+                "world_size": dist.world_size(),
+            }
+        return contents
 
     def _advance(self, save: Save) -> Outcome | None:
         outcome = save.advance()
@@ -191,29 +227,10 @@ class Checkpoints:
         return f"restore the file, {before}remove {self.store.folder} to start anew"
 
 
-def _contents(
-    saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
-) -> Contents:
-    """This rank's files of a checkpoint. Collective."""
-    rank = dist.rank()
-    contents: Contents = dict(engine.snapshot())
-    if momentum is not None and (engine.sharded or rank == 0):
-        contents[f"momentum-{rank:05d}.safetensors"] = momentum.state_dict()
-    if queue is not None:
-        queue.verify()
-        if queue.sharded or rank == 0:
-            contents[f"queue-{rank:05d}.safetensors"] = queue.state_dict()
-    everyone = dist.gather_objects(saved.cursors)
-    if rank == 0:
-        contents[STATE] = identity.as_json() | {
-            "format": FORMAT,
-            "step": saved.step,
-            "consumed": saved.consumed,
-            "best": saved.best and vars(saved.best),
-            "cursors": _merge(everyone),
-            "world_size": dist.world_size(),
-        }
-    return contents
+def _other_cluster(state: dict[str, Any], identity: Identity) -> list[str]:
+    """What differs in the number of ranks and the engine's configuration, which may always change."""
+    then = {"ranks": state["world_size"], "engine": state["engine"]}
+    return [str(d) for d in differences(then, {"ranks": dist.world_size(), "engine": identity.engine})]
 
 
 def _damage_seen_by_any(path: Path) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.engine.config import precision_of, stage_of
 
-# Keys that may always change, because no step depends on them. Corpus and engine configuration are compared by content,
-# not by path; a preset by its values.
+# Keys that may always change, because no step depends on them, or to rounding. A corpus is compared by content, not by
+# path; a preset by its values.
 FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
 # Keys that can never change, because the tensors would have other shapes.
 FIXED = ("model", "batch.lanes", "contrast.keys", "contrast.learn_temperature_within", "tokenizer", "tasks.xlco")
@@ -57,18 +57,10 @@ class Identity:
         }
 
     def check(self, state: dict[str, Any], run: Path) -> list[Difference]:
-        """The differences between the run that wrote `state` and this one. UserError if `resume.allow_change` does not
-        allow one of them, or if it can never be allowed."""
-        differing = self._differences(state, run)
-        stages = [state["zero_stage"], stage_of(self.engine)]
-        families = [0 if stage == 0 else 1 if stage < 3 else 3 for stage in stages]
-        precisions = [state["precision"], precision_of(self.engine)]
-        impossible = [str(d) for d in differing if d.below(*FIXED)]
-        if families[0] != families[1]:
-            impossible.append("ZeRO stage {} -> {}".format(*stages))
-        if precisions[0] != precisions[1]:
-            impossible.append("precision {} -> {}".format(*precisions))
-        if impossible:
+        """The differences between the run that wrote `state` and this one, but for those of the engine. UserError if
+        `resume.allow_change` does not allow one of them, or if it can never be allowed."""
+        differing = differences(*self._compared(state, run))
+        if impossible := [str(d) for d in differing if d.below(*FIXED)]:
             raise UserError(
                 f"{run} cannot go on with these changes: {', '.join(impossible)}. Use its own recipe, or take its "
                 f"weights into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
@@ -81,28 +73,29 @@ class Identity:
             )
         return differing
 
-    def _differences(self, state: dict[str, Any], run: Path) -> list[Difference]:
+    def _compared(self, state: dict[str, Any], run: Path) -> list[dict[str, Any]]:
+        """What is compared of the run that wrote `state`, and of this one."""
         saved_recipe = check(Recipe, state["recipe"], f"{run}: the recipe of its checkpoint")
         trees = [
             r.model_dump(mode="json", exclude=FREE) | {"tasks": {"xlco": r.tasks["xlco"]}}
             for r in (saved_recipe, self.recipe)
         ]
-        for tree in trees:
-            tree["contrast"].pop("queue")
         for tree, saved in zip(trees, (state, self.as_json()), strict=True):
-            tree |= {key: saved[key] for key in ("engine", "corpus", "tokenizer")}
-        flat = [dict(_leaves(tree)) for tree in trees]
-        differences = [
-            Difference(key, flat[0].get(key), flat[1].get(key))
-            for key in dict.fromkeys((*flat[0], *flat[1]))
-            if flat[0].get(key) != flat[1].get(key)
-        ]
-        return [d for d in differences if d.key != "engine.zero_optimization.stage"]  # `check` compares the stages
+            tree["contrast"].pop("queue")
+            tree |= {key: saved[key] for key in ("corpus", "tokenizer")}
+        return trees
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """The values that differ in two trees of keys."""
+    flat, other = dict(_leaves(then)), dict(_leaves(now))
+    keys = [key for key in dict.fromkeys((*flat, *other)) if flat.get(key) != other.get(key)]
+    return [Difference(key, flat.get(key), other.get(key)) for key in keys]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

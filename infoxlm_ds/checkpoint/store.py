@@ -2,7 +2,6 @@
 
     step-00000600/                  a committed checkpoint, complete, with `manifest.json`
     step-00000600.partial/          being written, or left by a run that was killed
-    step-00000600.universal/        the same state, converted for another number of ranks
     step-00000600.damaged/          a damaged checkpoint, renamed when the run went on from an older one
     step-00000600.removed/          being removed
     latest                          the name of the newest committed checkpoint: only it and older ones count
@@ -28,9 +27,10 @@ from infoxlm_ds.atomic import SUFFIX, sync, write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.manifest import sha256_of
 
-FORMAT = 2  # of state.json and of the files beside it
+FORMAT = 3  # of state.json and of the files beside it
+BEFORE = "570d66d"  # the last revision that reads the formats before
 NAME = re.compile(r"step-\d{8,}")
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, INDEX = "manifest.json", "state.json", "index.json"
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,13 @@ class Store:
         return final
 
     def remove(self, checkpoint: Path) -> None:
-        """Remove a checkpoint and its conversion. Each folder is renamed first: if the process is killed, the next
-        start removes the rest."""
-        for path in (universal_of(checkpoint), checkpoint):
-            if path.exists():
-                going = path.with_name(path.name + ".removed")
-                shutil.rmtree(going, ignore_errors=True)
-                path.replace(going)
-                shutil.rmtree(going)
+        """Remove a checkpoint. Its folder is renamed first: if the process is killed, the next start removes the
+        rest."""
+        if checkpoint.exists():
+            going = checkpoint.with_name(checkpoint.name + ".removed")
+            shutil.rmtree(going, ignore_errors=True)
+            checkpoint.replace(going)
+            shutil.rmtree(going)
 
     def set_aside(self, damaged: Path) -> Path:
         """Rename a damaged checkpoint, so that it can be inspected and no run loads it. Returns its new path."""
@@ -160,10 +159,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def universal_of(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + ".universal")
-
-
 def read_receipts(folder: Path) -> list[Receipt]:
     """The receipts of a committed folder. UserError if they cannot be read."""
     return [Receipt(name, **stated) for name, stated in read_json(folder / MANIFEST).items()]
@@ -176,7 +171,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: {damage}")
     state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT:
-        raise UserError(f"{checkpoint} was written by another version of infoxlm_ds: export it with that version")
+        raise UserError(
+            f"{checkpoint} has format {state.get('format')}, and this version reads format {FORMAT}: go on with "
+            f"revision {BEFORE} of infoxlm_ds, or export the weights there and start another run with model.init"
+        )
     return state
 
 
@@ -194,14 +192,6 @@ def damage_of(folder: Path, part: slice = slice(None), seen: Callable[[int], Non
             return damage
         seen(receipt.bytes)
     return ""
-
-
-def collect_receipts(folder: Path) -> list[Receipt]:
-    """Receipts of all files below a folder. The files are on the disk after the call."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    for path in files:
-        sync(path)
-    return [Receipt(str(p.relative_to(folder)), p.stat().st_size, sha256_of(p)) for p in files]
 
 
 def read_json(path: Path) -> dict[str, Any]:

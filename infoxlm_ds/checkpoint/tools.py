@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from infoxlm_ds.atomic import SUFFIX
-from infoxlm_ds.checkpoint.store import Store, damage_of, read_receipts, read_state, step_of, universal_of
+from infoxlm_ds.checkpoint.store import Store, damage_of, read_receipts, read_state, step_of
 from infoxlm_ds.config import Recipe, UserError, check
 
 
@@ -30,7 +30,7 @@ def list_checkpoints(run: Path, console: Console) -> None:
             f"`latest` points to {newest.name}, which is gone: `resume.fallback=true` goes on from an older one"
         )
     for path in sorted(store.folder.glob("step-*")):
-        if path not in steps and path not in map(universal_of, steps):
+        if path not in steps:
             console.print(f"{path.name}: {_LEFT.get(path.suffix, 'newer than `latest`: it was not committed')}")
 
 
@@ -38,17 +38,14 @@ _LEFT = {
     SUFFIX: "being written, or left by a run that was killed: removed at the next start",
     ".removed": "being removed: finished at the next start",
     ".damaged": "a damaged checkpoint: `infoxlm checkpoint prune` removes it",
-    ".universal": "a conversion of a step that is gone: `infoxlm checkpoint prune` removes it",
 }
 
 
 def verify(run: Path, step: int | None, console: Console) -> bool:
-    """Read every byte of all checkpoints, or of one, and of their conversions. Returns whether all are undamaged."""
+    """Read every byte of all checkpoints, or of one. Returns whether all are undamaged."""
     store = Store(run)
-    chosen = [store.at(step)] if step is not None or not store.steps() else store.steps()
-    folders = [folder for path in chosen for folder in (path, universal_of(path)) if folder == path or folder.is_dir()]
     whole = True
-    for folder in folders:
+    for folder in [store.at(step)] if step is not None or not store.steps() else store.steps():
         damage = read_through(folder, console)
         whole &= not damage
         console.print(f"{folder.name}: {damage or f'whole, {_size(folder) / 1e9:.3f} GB'}", soft_wrap=True)
@@ -65,7 +62,7 @@ def read_through(folder: Path, console: Console) -> str:
 
 def prune(run: Path, keep: int | None, keep_every: int | None, dry_run: bool, console: Console) -> None:
     """Remove all checkpoints but the newest `keep` and the steps that are a multiple of `keep_every` (defaults: the
-    recipe's). Also remove damaged checkpoints that were renamed, and conversions of steps that are gone."""
+    recipe's). Also remove damaged checkpoints that were renamed."""
     store, newest = Store(run), Store(run).at()
     if damage := damage_of(newest):
         raise UserError(f"{newest}: {damage}: nothing is removed while the newest is damaged")
@@ -73,13 +70,10 @@ def prune(run: Path, keep: int | None, keep_every: int | None, dry_run: bool, co
     if not dry_run and (holder := store.acquire()):
         raise UserError(f"{holder} trains in {run} and removes old checkpoints itself: wait for it")
     removed = store.prune(keep or settings.keep, keep_every or settings.keep_every, dry_run)
-    steps = [path for path in store.steps() if path not in removed]
-    kept = {*steps, *map(universal_of, steps)}
-    others = (p for suffix in ("damaged", "universal") for p in sorted(store.folder.glob(f"step-*.{suffix}")))
-    left = [path for path in others if path not in kept]
-    for path in left if not dry_run else []:
+    damaged = sorted(store.folder.glob("step-*.damaged"))
+    for path in damaged if not dry_run else []:
         shutil.rmtree(path)
-    names = [path.name for path in (*removed, *left)]
+    names = [path.name for path in (*removed, *damaged)]
     console.print(f"{'would remove' if dry_run else 'removed'}: {', '.join(names) or 'nothing'}", soft_wrap=True)
 
 
@@ -105,7 +99,6 @@ def _remarks(path: Path, newest: bool) -> str:
         whole = False
     remarks = ["newest"] if newest else []
     remarks += [] if whole else ["DAMAGED: `infoxlm checkpoint verify` names the file"]
-    remarks += ["converted for other ranks"] if universal_of(path).is_dir() else []
     return ", ".join(remarks)
 
 

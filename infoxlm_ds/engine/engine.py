@@ -1,4 +1,5 @@
-"""The engine: starts DeepSpeed, runs micro-steps, reports whether a step was applied, reads and writes fp32 masters.
+"""The engine: starts DeepSpeed, runs micro-steps, reports whether a step was applied, gives and takes its state as
+fragments.
 
 Only this package knows DeepSpeed. docs/design.md ("The engine") lists the traps that it avoids.
 """
@@ -10,10 +11,10 @@ import ctypes
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from infoxlm_ds.engine.config import stage_of, summed_in  # must come before DeepSpeed: it sets its device
@@ -21,18 +22,18 @@ from infoxlm_ds.engine.config import stage_of, summed_in  # must come before Dee
 # isort: split
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
 from infoxlm_ds.cluster import environment
 from infoxlm_ds.config import Optimizer, Timeout
-from infoxlm_ds.engine.files import CLIENT_STATE, Capture
 from infoxlm_ds.model.momentum import Fragment, WriteWhole
 
 M = TypeVar("M", bound=nn.Module)
 
 PATIENT = Timeout()
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by torch's names
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in a dynamic loss scale
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 
 
@@ -82,11 +83,35 @@ class NotFinite(dist.AllRanksError):
     """Steps are not finite, and training cannot go on."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank's part of a parameter's fp32 master lies: the values `where` of the flat tensor `holder`. They
+    begin at `start` of the flattened parameter number `parameter`."""
+
+    parameter: int
+    start: int
+    holder: Tensor
+    where: slice
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part's values [n] in a tensor that is laid out like `holder`."""
+        return flat.detach().view(-1)[self.where]
+
+
 class Engine:
-    """A model under DeepSpeed: `lanes` micro-batches over all ranks make a step."""
+    """A model under DeepSpeed: `lanes` micro-batches over all ranks make a step.
+
+    `parameters`, `shapes`: of the module, by name, with the shapes that they have before they are sharded. `tied`: the
+    other names of tied parameters, and the names under which they are listed.
+    """
 
     def __init__(self, module: nn.Module, config: dict[str, Any], optimizer: Optimizer, lanes: int) -> None:
         self._recipe, self._lanes = optimizer, lanes
+        self.parameters = dict(module.named_parameters())
+        self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        first = {id(p): name for name, p in self.parameters.items()}
+        everything = module.named_parameters(remove_duplicate=False)
+        self.tied = {name: first[id(p)] for name, p in everything if name != first[id(p)]}
         filled = config | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": lanes // dist.world_size(),
@@ -96,17 +121,14 @@ class Engine:
             "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice in a micro-step
             "communication_data_type": summed_in(config),
         }
-        groups = _groups(module, optimizer.weight_decay)
-        self._groups = [list(group["params"]) for group in groups]
         adamw = torch.optim.AdamW(
-            groups,
+            _groups(module, optimizer.weight_decay),
             lr=0.0,
             betas=optimizer.betas,
             eps=optimizer.eps,
             fused=True,
         )
         self._engine, self._adamw, _, _ = deepspeed.initialize(model=module, optimizer=adamw, config=filled)
-        self._engine._copy_recovery_script = lambda path: None  # `infoxlm checkpoint consolidate` replaces it
         self._config, self.stage = config, stage_of(config)
         if self.stage == 0 and dist.world_size() == 1:  # it would copy all gradients twice, to add up those of one rank
             self._engine.enable_backward_allreduce = False
@@ -206,17 +228,30 @@ class Engine:
 
     def masters(self, parameters: Sequence[nn.Parameter]) -> list[Fragment]:
         """This rank's fragments of the fp32 masters of these parameters of the module."""
-        if self.stage == 0:
-            return [Fragment(i, 0, p.detach().flatten()) for i, p in enumerate(parameters)]
-        if self.stage == 3:
-            return [self._shard(i, p, safe_get_local_fp32_param(p)) for i, p in enumerate(parameters)]
-        fragments = []
-        for i, parameter in enumerate(parameters):
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # private in 0.19; None: this rank holds nothing of it
-            if mapping is not None:
-                address = mapping.lp_fragment_address
-                fragments.append(Fragment(i, address.start, mapping.get_hp_fragment().flatten()))
-        return fragments
+        fragments = self._fragments(parameters)
+        if self.stage < 3:
+            return fragments
+        # Masters that are offloaded come to the device, where the key encoder's shards lie.
+        return [Fragment(f.parameter, f.start, f.values.to(dist.device())) for f in fragments]
+
+    def _fragments(self, parameters: Sequence[nn.Parameter]) -> list[Fragment]:
+        return [Fragment(x.parameter, x.start, x.of(x.holder)) for x in self._places(parameters)]
+
+    def _places(self, parameters: Sequence[nn.Parameter]) -> Iterator[_Place]:
+        """All of these parameters that this rank holds. At stage 3, parts that are only padding are left out."""
+        zero = self._engine.optimizer
+        for i, p in enumerate(parameters):
+            if self.stage == 0:
+                yield _Place(i, 0, p, slice(0, p.numel()))
+            elif self.stage == 3:  # cuts a parameter into equal parts and pads the last ones
+                group, offset, size = zero.grad_position[zero.get_param_id(p)]
+                start = dist.rank() * size
+                if (own := min(size, p.ds_numel - start)) > 0:  # type: ignore[attr-defined]  # stage 3's own
+                    yield _Place(i, start, zero.fp32_partitioned_groups_flat[group], slice(offset, offset + own))
+            elif (mapping := p._hp_mapping) is not None:  # type: ignore[attr-defined]  # private; None: none of it is here
+                address, here = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                (holder,) = self._adamw.param_groups[mapping.param_group_index]["params"]
+                yield _Place(i, address.start, holder, slice(here.start, here.start + here.numel))
 
     def copy(self, module: M) -> M:
         """Prepare another module, which is not trained, in the engine's precision and layout."""
@@ -238,52 +273,58 @@ class Engine:
         values of that moment. Stage 3 needs no collective, because the copy is cut into the same shards."""
         if self.stage < 3:
             return WriteWhole(parameters, fragments, self.sharded)
-        pairs = [(parameters[f.parameter].ds_tensor, f.values) for f in fragments]  # type: ignore[attr-defined]  # stage 3's own
-        shards = [shard.data[: len(values)] for shard, values in pairs]
-        return partial(torch._foreach_copy_, shards, [values for _, values in pairs])
+        return partial(_copy_into_shards, parameters, fragments)
 
-    def _shard(self, number: int, parameter: nn.Parameter, values: Tensor) -> Fragment:
-        """Stage 3 cuts a parameter into equal parts and pads the last ones."""
-        start = dist.rank() * len(values)
-        size: int = parameter.ds_numel  # type: ignore[attr-defined]  # stage 3's own
-        return Fragment(number, start, values[: max(0, min(len(values), size - start))])
+    def state(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+        """This rank's fragments of the state of all parameters: a parameter's name, where the fragment begins in the
+        flattened parameter, and its values [n]: the fp32 master and Adam's moments. They are the memory itself. After
+        a change of it, call `resume`. Every rank holds everything if the engine is not `sharded`."""
+        names = list(self.parameters)
+        for place in self._places(list(self.parameters.values())):
+            moments = self._adamw.state[place.holder]
+            values = {"master": place.holder} | {kind: moments[kind] for kind in MOMENTS}
+            yield names[place.parameter], place.start, {kind: place.of(flat) for kind, flat in values.items()}
 
-    def snapshot(self) -> dict[str, dict[str, Any]]:
-        """This rank's files of a checkpoint, by name, as DeepSpeed would pickle them. They hold the tensors
-        themselves, not copies. Collective."""
-        capture, own = Capture(), self._engine.checkpoint_engine
-        self._engine.checkpoint_engine = capture
-        try:
-            self._engine.save_checkpoint("captured", tag="", client_state=CLIENT_STATE, save_latest=False)
-        finally:
-            self._engine.checkpoint_engine = own
-        return capture.files
+    def counters(self) -> dict[str, Any]:
+        """What the engine counts: steps, steps that were not applied and, in fp16, the state of the loss scale."""
+        scaler = vars(self._engine.optimizer.loss_scaler) if self.adapts_loss_scale else {}
+        return {
+            "steps": self._engine.global_steps,
+            "skipped": self._engine.skipped_steps,
+            "loss_scale": {name: scaler[name] for name in SCALER if name in scaler},
+        }
 
-    def load(self, folder: Path, universal: bool = False) -> None:
-        """Load the files that the same number of ranks wrote. If `universal`, load those that `engine.files.convert`
-        made from another number's files."""
-        settings = [dict(group) for group in self._adamw.param_groups]
-        # Set only for this load: if it stayed, stage 3 would write the model's state only on rank 0 (DeepSpeed #7546).
-        self._engine._config.load_universal_checkpoint = universal
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        self._engine._config.load_universal_checkpoint = False
-        if universal:
-            self._set_apart(settings)
+    @torch.no_grad()
+    def resume(self, counters: dict[str, Any], applied: int) -> None:
+        """Go on from the state that was put into the fragments of `state`, after `applied` steps. A loss scale is taken
+        over if there was one. Collective."""
+        ds = self._engine
+        ds.global_steps, ds.skipped_steps = counters["steps"], counters["skipped"]
+        ds.global_samples = ds.global_steps * ds.train_batch_size()
+        ds.micro_steps = ds.global_steps * ds.gradient_accumulation_steps()
+        if self.adapts_loss_scale:
+            vars(ds.optimizer.loss_scaler).update(counters["loss_scale"])
+        for moments in self._adamw.state.values():
+            moments["step"].fill_(applied)
+        self._compute_with_masters()
 
-    @property
-    def loads_universal(self) -> bool:
-        """Whether this rank can load a universal checkpoint. With very many ranks, a rank may hold nothing but padding
-        of the vectors or of the matrices. Below stage 3, DeepSpeed fails then."""
-        return self.stage == 3 or all(any(p._hp_mapping is not None for p in group) for group in self._groups)
+    def _compute_with_masters(self) -> None:
+        """Set the weights that compute from the masters. Collective."""
+        if self.stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        elif self.stage == 3:
+            parameters = list(self.parameters.values())
+            _copy_into_shards(parameters, self._fragments(parameters))
+            if persistent := self._engine.optimizer.persistent_parameters:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
 
-    def _set_apart(self, settings: list[dict[str, Any]]) -> None:
-        """Undo what loading a universal checkpoint does at stage 3: all groups get the first group's settings, and all
-        states share one tensor that counts steps."""
-        for group, own in zip(self._adamw.param_groups, settings, strict=True):
-            group.update({key: value for key, value in own.items() if key != "params"})
-        for state in self._adamw.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+
+def _copy_into_shards(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
+    """Set this rank's shards of parameters at stage 3 from its fragments."""
+    shards = [parameters[f.parameter].ds_tensor.data[: len(f.values)] for f in fragments]  # type: ignore[attr-defined]
+    if shards:
+        torch._foreach_copy_(shards, [f.values for f in fragments])
 
 
 def schedule(step: int, recipe: Optimizer) -> float:

@@ -39,18 +39,22 @@ Writer = Callable[[Sequence[nn.Parameter], Sequence[Fragment]], Callable[[], Non
 
 class MomentumEncoder:
     """A copy of the embeddings, the first K layers and the projection. It follows `source`, and it is not part
-    of the engine's module."""
+    of the engine's module.
+
+    `source`: the parameters that it follows. `shadow`: this rank's fragments of their averages. After a change of these
+    from outside, call `write`, which is collective: it sets the weights that compute the keys.
+    """
 
     def __init__(
         self, source: SentenceEncoder, encoder: SentenceEncoder, masters: Masters, writer: Writer, schedule: Schedule
     ) -> None:
         """`encoder`: a copy of `source`. `masters`: gives this rank's fragments of the fp32 masters of parameters.
         Collective."""
-        self._source = list(source.parameters())
+        self.source = list(source.parameters())
         self._masters, self._schedule = masters, schedule
         self.encoder = encoder
-        self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self._source)]
-        self._write = writer(list(encoder.parameters()), self.shadow)
+        self.shadow = [Fragment(f.parameter, f.start, f.values.detach().clone()) for f in masters(self.source)]
+        self.write = writer(list(encoder.parameters()), self.shadow)
 
     @torch.no_grad()
     def encode(self, batch: FlatBatch) -> Tensor:
@@ -61,12 +65,12 @@ class MomentumEncoder:
     @torch.no_grad()
     def update(self, number: int) -> None:
         """key = m key + (1 - m) query, after applied optimizer step `number` (1 is the first)."""
-        masters = self._masters(self._source)
+        masters = self._masters(self.source)
         assert [(f.parameter, f.start) for f in masters] == [(f.parameter, f.start) for f in self.shadow]
         if masters:
             weight = 1 - momentum_at(self._schedule, number)
             torch._foreach_lerp_([f.values for f in self.shadow], [f.values for f in masters], weight)
-        self._write()
+        self.write()
 
     @torch.no_grad()
     def follow(self, number: int) -> dict[str, float]:
@@ -77,20 +81,11 @@ class MomentumEncoder:
         self.update(number)
         weights = float(sum(old.numel() for old in before))
         sums = torch.tensor([0.0, weights, 0.0, 0.0], dtype=torch.float64).to(dist.device())
-        for old, new, query in zip(before, self.shadow, self._masters(self._source), strict=True):
+        for old, new, query in zip(before, self.shadow, self._masters(self.source), strict=True):
             changed, apart = (old != new.values.to(dtype)).sum(), (new.values - query.values).square().sum()
             sums += torch.stack([changed, torch.zeros_like(changed), apart, query.values.square().sum()]).to(sums)
         changed, weights, apart, length = dist.sum_over_ranks(sums).tolist()
         return {"momentum/changed_share": changed / weights, "momentum/distance": (apart / length) ** 0.5}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's fragments, named `parameter:start`."""
-        return {f"{f.parameter}:{f.start}": f.values for f in self.shadow}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for f in self.shadow:
-            f.values.copy_(state[f"{f.parameter}:{f.start}"])
-        self._write()
 
 
 def momentum_at(schedule: Schedule, number: int) -> float:

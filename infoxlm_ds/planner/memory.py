@@ -253,10 +253,8 @@ def _chunk(s: Setting) -> int:
 
 
 def checkpoint_bytes(s: Setting) -> int:
-    """Bytes of one checkpoint, all ranks' files together. At stage 3 it holds masters and moments, and no weights."""
-    weights = s.element * s.shape.whole * (s.stage < 3)
-    states = (8 if s.stage == 0 else 12) * s.shape.whole
-    return weights + states + 4 * s.shape.momentum * s.has_momentum + queue_bytes(s)
+    """Bytes of one checkpoint, all ranks' files together: masters, moments, averages and the queue."""
+    return 12 * s.shape.whole + 4 * s.shape.momentum * s.has_momentum + queue_bytes(s)
 
 
 def stages(s: Setting) -> Iterator[Setting]:

@@ -12,10 +12,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from infoxlm_ds.atomic import new_folder
-from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
+from infoxlm_ds.checkpoint.store import read_state
+from infoxlm_ds.checkpoint.weights import Weights, undamaged
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.data.flat_batch import flat_batch
-from infoxlm_ds.engine.files import read_weights
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
 
@@ -39,9 +39,7 @@ def export(run: Path, out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out} exists: remove it or export to another folder")
-    latest = Store(run).at()
-    if damage := damage_of(latest):  # must come before unpickling
-        raise UserError(f"{latest}: {damage}: restore the file, or go on training with resume.fallback=true")
+    latest = undamaged(run)
     recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
     model = _trained(recipe, run, latest)
     disable_progress_bar()  # small files need no progress bars
@@ -54,10 +52,10 @@ def export(run: Path, out: Path) -> None:
 
 
 def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:
-    model = saved_shape(run / "model", recipe.model)
-    inside = "model."  # the objective may also hold a temperature
-    weights = {name[len(inside) :]: x.float() for name, x in read_weights(latest).items() if name.startswith(inside)}
-    model.load_state_dict(weights)
+    model, weights = saved_shape(run / "model", recipe.model), Weights(latest)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(prefix="model"):  # as the objective calls it
+            parameter.copy_(weights[name])
     strip_vocabulary(model.lm)
     return model.eval()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
-from infoxlm_ds.engine.engine import Engine
+from infoxlm_ds.engine.engine import MOMENTS, Engine
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.momentum import Fragment
 from infoxlm_ds.state import TrainState
@@ -43,6 +43,21 @@ def whole_state(state: TrainState, queue: bool = True) -> dict[str, Tensor]:
         out |= {f"queue.{name}": value for name, value in _whole_queue(state.queue).items()}
     if state.objective.temperature is not None:
         out["temperature"] = state.objective.temperature().detach().clone()
+    return out
+
+
+def checkpointed_state(state: TrainState) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds of a run's tensors, whole, by name: masters and moments of all parameters, key
+    weights, queue. Collective."""
+    names, parameters = zip(*state.engine.parameters.items(), strict=True)
+    out = {name: x for name, x in whole_state(state).items() if name.startswith(("key.", "queue."))}
+    fragments: dict[str, list[Fragment]] = {kind: [] for kind in ("master", *MOMENTS)}
+    for name, start, values in state.engine.state():
+        for kind, x in values.items():
+            fragments[kind].append(Fragment(names.index(name), start, x))
+    for kind, parts in fragments.items():
+        tensors = whole(parts, parameters, state.engine.sharded)
+        out |= {f"{kind}.{name}": x for name, x in zip(names, tensors, strict=True)}
     return out
 
 

@@ -1,27 +1,34 @@
-"""A run comes back on another number of ranks, or at the other of ZeRO's stages 1 and 2: the same batches, losses
-within rounding."""
+"""A run comes back on another number of ranks and with another engine configuration: the same state bit by bit, the
+same batches, losses within rounding."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor
 
 from infoxlm_ds.build import agreed_inputs, build
-from infoxlm_ds.checkpoint.store import Store, universal_of
-from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.checkpoint.store import Store
+from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe
 from tests.data.test_loader import content
-from tests.distributed.masters import assert_close, distance, whole_state
+from tests.distributed.masters import assert_close, checkpointed_state, distance, whole_state
 from tests.distributed.products import cases
 from tests.distributed.ranks import run_ranks
 
@@ -93,8 +100,9 @@ def _back_at_the_cut(origin: Path, run: Path) -> Path:
 CHANGES = [(2, 1), (1, 2), (2, 4), (4, 2)]
 SPLITS = [((stage, stage), change) for stage in (1, 2, 3) for change in CHANGES]
 SPLITS += [((0, 0), (2, 1)), ((0, 0), (1, 2)), ((1, 2), (2, 2)), ((2, 1), (2, 4)), ((1, 2), (4, 1))]
+SPLITS += [((0, 3), (2, 1)), ((3, 1), (1, 2)), ((1, 0), (4, 2)), ((2, 3), (2, 2))]
 PAIRED = [((1, 1), (2, 1)), ((1, 1), (2, 4)), ((2, 2), (1, 2)), ((2, 2), (4, 2)), ((3, 3), (2, 1)), ((3, 3), (2, 4))]
-PAIRED += [((0, 0), (2, 1)), ((2, 1), (2, 4)), ((1, 2), (4, 1))]
+PAIRED += [((0, 0), (2, 1)), ((2, 1), (2, 4)), ((1, 2), (4, 1)), ((0, 3), (2, 1)), ((3, 1), (1, 2)), ((1, 0), (4, 2))]
 
 
 @pytest.mark.slow
@@ -110,6 +118,94 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_at_another_stage(
     assert losses == pytest.approx(expected[0][CUT:], rel=1e-5)
     for name, value in state.items():
         assert_close(value, expected[2][name], name)
+
+
+Setting = tuple[str, int]  # an engine configuration, and ranks
+ENGINES = ["zero0_fp32", *(f"zero{n}_{p}" for n in (1, 2, 3) for p in ("fp32", "bf16", "fp16"))]
+ENGINES += ["zero2_bf16_offload", "zero3_bf16_offload"]
+SETTINGS = list(itertools.product(ENGINES, (1, 2, 4)))
+# Each stage goes to each other, each precision to each other, each number of ranks to each other, with offloading and
+# without.
+SUITE: dict[Setting, list[Setting]] = {
+    ("zero0_fp32", 2): [("zero1_bf16", 4), ("zero2_bf16_offload", 2), ("zero3_fp16", 1), ("zero0_fp32", 4)],
+    ("zero1_fp16", 4): [("zero0_fp32", 1), ("zero2_fp32", 2), ("zero3_bf16", 4), ("zero1_bf16", 4)],
+    ("zero2_fp32", 1): [("zero1_fp16", 2), ("zero2_bf16", 4), ("zero3_bf16_offload", 1), ("zero0_fp32", 1)],
+    ("zero3_bf16_offload", 2): [("zero0_fp32", 4), ("zero1_fp32", 2), ("zero2_fp16", 1), ("zero3_bf16", 1)],
+    ("zero3_bf16", 4): [("zero1_bf16", 2), ("zero2_fp16", 4), ("zero3_fp32", 2), ("zero0_fp32", 4)],
+}
+
+
+def _loaded(rank: int, world: int, recipe: Recipe, configs: list[str]) -> list[dict[str, Tensor]]:
+    """The state that each of these engines has when it begins."""
+    start_ranks()
+    states = []
+    for config in configs:
+        state = build(agreed_inputs(recipe.model_copy(update={"engine": ROOT / "ds_configs" / f"{config}.json"})))
+        states.append(checkpointed_state(state))
+        state.loader.close()
+        _computes_with_its_masters(state)
+    return states
+
+
+def _computes_with_its_masters(state: TrainState) -> None:
+    """The weights that compute are the masters, in the engine's precision."""
+    masters = {name: x for name, x in whole_state(state, queue=False).items() if name.startswith("model.")}
+    parameters = dict(state.objective.model.named_parameters(prefix="model"))
+    with GatheredParameters(list(parameters.values()), enabled=state.engine.stage == 3):
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, masters[name].to(parameter)), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("then", [pytest.param(s, marks=() if s in SUITE else pytest.mark.torture) for s in SETTINGS])
+def test_a_checkpoint_loads_bit_by_bit_into_any_engine_on_any_number_of_ranks(
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, request: pytest.FixtureRequest, then: Setting
+) -> None:
+    """Masters, moments, averages, queue, learned temperature. `make torture` goes from everything to everything."""
+    overrides = ("contrast.learn_temperature_within=[0.05, 0.3]", "contrast.queue.sharded=true")
+    recipe = small_recipe(corpus, tmp_path / "run", _engine(then[0]), *overrides)
+    saved = run_ranks(_saved, then[1], recipe)[0]
+    assert len(saved) > 150
+    now = SETTINGS if "torture" in request.config.option.markexpr else SUITE[then]
+    for world in (1, 2, 4):
+        if configs := [config for config, ranks in now if ranks == world]:
+            for of_rank in run_ranks(_loaded, world, recipe, configs, timeout=600):
+                for config, state in zip(configs, of_rank, strict=True):
+                    assert state.keys() == saved.keys()
+                    different = [name for name, x in saved.items() if not torch.equal(x, state[name])]
+                    assert not different, f"{config} on {world} ranks: {different}"
+
+
+def _saved(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
+    start_ranks()
+    state = build(agreed_inputs(recipe))
+    while state.step < 2:  # the queue of 40 is full
+        train_step(state)
+    save(state, None)
+    state.loader.close()
+    return checkpointed_state(state)
+
+
+@pytest.mark.slow
+def test_the_documented_reader_reads_what_four_ranks_wrote(corpus: Path, tmp_path: Path) -> None:
+    """The program in docs/checkpoints.md, which needs neither torch nor this package."""
+    recipe = small_recipe(corpus, tmp_path / "run", _engine("zero1_bf16"))
+    saved = run_ranks(_saved, 4, recipe)[0]
+    text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(import json.*?)```", text, re.DOTALL)
+    assert len(program.splitlines()) <= 20
+    program += "assert not {'torch', 'infoxlm_ds'} & set(sys.modules)\n"
+    program += f"np.savez({str(tmp_path / 'out.npz')!r}, **state)\n"
+    (tmp_path / "read.py").write_text(program)
+    subprocess.run([sys.executable, tmp_path / "read.py", Store(recipe.run).at()], check=True, timeout=60)
+    state = {name.replace("/", ".", 1): torch.from_numpy(x) for name, x in np.load(tmp_path / "out.npz").items()}
+    read = {name: x for name, x in state.items() if not name.startswith("average.")}
+    assert read.keys() == {name for name in saved if not name.startswith(("key.", "queue."))}
+    assert all(torch.equal(x, saved[name]) for name, x in read.items())
+    averages = [x for name, x in state.items() if name.startswith("average.")]
+    keys = [x for name, x in saved.items() if name.startswith("key.")]
+    assert len(averages) == len(keys) and all(any(torch.equal(x, key) for key in keys) for x in averages)
 
 
 # How far apart the run that changed and the one that did not are at the end, as a share of how far training moved the
@@ -161,47 +257,3 @@ def _untrained(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
     state = build(agreed_inputs(recipe))
     state.loader.close()
     return whole_state(state, queue=False)
-
-
-@pytest.mark.slow
-def test_a_conversion_changes_no_bit_and_is_made_once(
-    corpus: Path, tmp_path: Path, origin: Origin, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """On one rank stages 1 and 2 are the same computation."""
-    second = _engine("zero2_fp32")
-    folder, expected = origin("zero1_fp32", 1)
-    newest = Store(_back_at_the_cut(folder, tmp_path / "run")).at()
-    capfd.readouterr()
-    losses, _, state = run_ranks(_steps, 1, small_recipe(corpus, tmp_path / "run", second), STEPS)[0]
-    assert losses == expected[0][CUT:]
-    assert all(torch.equal(value, expected[2][name]) for name, value in state.items())
-    said = capfd.readouterr().out
-    assert f"{newest.name} was written by 1 rank(s) at ZeRO 1; for 1 rank(s) at ZeRO 2 it is converted" in said
-
-    Store(tmp_path / "run").point_to(newest)  # as if the run had been killed before it saved
-    assert run_ranks(_steps, 1, small_recipe(corpus, tmp_path / "run", second), STEPS)[0][0] == losses
-    assert "it was converted before" in capfd.readouterr().out
-    damaged = next(universal_of(newest).glob("zero/*/fp32.pt"))
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    Store(tmp_path / "run").point_to(newest)
-    assert run_ranks(_steps, 1, small_recipe(corpus, tmp_path / "run", second), STEPS)[0][0] == losses
-    assert "it is converted" in capfd.readouterr().out
-
-
-def _refused(rank: int, world: int, recipe: Recipe) -> str:
-    start_ranks()
-    with pytest.raises(UserError) as caught:
-        build(agreed_inputs(recipe))
-    return str(caught.value)
-
-
-@pytest.mark.slow
-def test_a_disk_too_full_to_convert_is_said_and_harms_nothing(corpus: Path, tmp_path: Path, small_disk: Path) -> None:
-    run_ranks(_steps, 2, small_recipe(corpus, small_disk), CUT)
-    newest = Store(small_disk).at()
-    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
-    for message in run_ranks(_refused, 1, small_recipe(corpus, small_disk)):
-        assert "cannot be converted" in message and "start 2 ranks at ZeRO 1" in message
-    assert not universal_of(newest).exists()
-    (small_disk / "ballast").unlink()
-    assert len(run_ranks(_steps, 2, small_recipe(corpus, small_disk), STEPS)[0][0]) == STEPS - CUT

@@ -13,24 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from infoxlm_ds.config import Optimizer
-from infoxlm_ds.engine.engine import Engine, start_ranks
+from infoxlm_ds.engine.engine import MOMENTS, Engine, start_ranks
 from tests.corpus import ROOT
 from tests.distributed.ranks import run_ranks
-
-
-def _loads_universal(rank: int, world: int, stage: int) -> bool:
-    start_ranks()
-    module = nn.Linear(8, 1)  # at most one rank holds more than padding of the single bias
-    optimizer = Optimizer(learning_rate=0.1, steps=2, warmup=1)
-    engine = Engine(module, {"zero_optimization": {"stage": stage}}, optimizer, world)
-    return engine.loads_universal
-
-
-def test_ranks_that_hold_no_part_of_a_group_cannot_load_universal_checkpoints() -> None:
-    assert run_ranks(_loads_universal, 1, 2) == [True]
-    assert run_ranks(_loads_universal, 4, 2) == [True, False, False, False]
-    assert all(run_ranks(_loads_universal, 4, 3))
-
 
 CONFIGS = ["zero0_fp32", *(f"zero{stage}_{kind}" for stage in (1, 2, 3) for kind in ("fp32", "bf16"))]
 
@@ -121,3 +106,34 @@ def test_one_rank_at_stage_0_reduces_nothing_and_clips_once_and_copies_gather_on
     assert norm == pytest.approx(8**0.5)
     assert clipped == pytest.approx(0.5, rel=1e-5)
     assert (reductions, times) == (0, 1)
+
+
+def _tiny(rank: int, world: int, stage: int) -> tuple[list[tuple[str, int, int]], float]:
+    """What of a single bias and eight weights this rank holds; and what the module gives when the master weights are
+    all 3 and the bias is 1."""
+    start_ranks()
+    module = nn.Linear(8, 1)
+    engine = Engine(module, {"zero_optimization": {"stage": stage}}, Optimizer(learning_rate=0.1, steps=2, warmup=1), 4)
+    held = []
+    for name, start, values in engine.state():
+        assert set(values) == {"master", *MOMENTS} and len({len(x) for x in values.values()}) == 1
+        values["master"][:] = 1 if name == "bias" else 3
+        held.append((name, start, len(values["master"])))
+    engine.resume({"steps": 5, "skipped": 1, "loss_scale": {}}, applied=4)
+    assert engine.counters() == {"steps": 5, "skipped": 1, "loss_scale": {}}
+    assert all(float(moments["step"]) == 4 for moments in engine.optimizer.state.values())
+    return held, float(engine.forward(torch.ones(1, 8)))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_that_hold_nothing_of_a_group_give_and_take_fragments(stage: int) -> None:
+    """At most one of four ranks holds more than padding of the single bias."""
+    results = run_ranks(_tiny, 4, stage)
+    assert [value for _, value in results] == [25.0] * 4
+    whole = [("bias", 0, 1), ("weight", 0, 8)]
+    if stage == 0:
+        assert all(sorted(held) == whole for held, _ in results)
+        return
+    for name, _, size in whole:
+        covered = [i for held, _ in results for at, start, n in held if at == name for i in range(start, start + n)]
+        assert sorted(covered) == list(range(size))

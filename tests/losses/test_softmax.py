@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from infoxlm_ds.losses.softmax import softmax_by_passes
 
@@ -15,10 +16,11 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, to
 
 # In a process of its own: Triton chooses its interpreter when it is imported.
 KERNEL = """
-import sys, torch
+import sys
+from safetensors.torch import load_file, save_file
 from infoxlm_ds.losses.softmax_kernel import softmax_by_kernel
-logits, vocabulary = torch.load(sys.argv[1])
-torch.save((softmax_by_kernel(logits, vocabulary), logits), sys.argv[1])
+logits = load_file(sys.argv[1])["logits"]
+save_file({"log_sum": softmax_by_kernel(logits, int(sys.argv[2])), "softmax": logits}, sys.argv[1])
 """
 
 
@@ -44,10 +46,10 @@ def test_the_passes_equal_torch_and_leave_padding_at_zero(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_kernel_equals_the_passes(dtype: torch.dtype, tmp_path: object) -> None:
     pytest.importorskip("triton", reason="torch without a GPU does not bring it; make installs it")
-    logits, vocabulary, file = _logits(dtype), 19990, f"{tmp_path}/logits.pt"
-    torch.save((logits, vocabulary), file)
+    logits, vocabulary, file = _logits(dtype), 19990, f"{tmp_path}/logits.safetensors"
+    save_file({"logits": logits}, file)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", KERNEL, file], env=environment, check=True, timeout=120)
-    log_sum, softmax = torch.load(file)
-    torch.testing.assert_close(log_sum, softmax_by_passes(logits, vocabulary), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(softmax, logits, rtol=TOLERANCE[dtype], atol=1e-7)
+    subprocess.run([sys.executable, "-c", KERNEL, file, str(vocabulary)], env=environment, check=True, timeout=120)
+    found = load_file(file)
+    torch.testing.assert_close(found["log_sum"], softmax_by_passes(logits, vocabulary), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found["softmax"], logits, rtol=TOLERANCE[dtype], atol=1e-7)
