@@ -1,12 +1,13 @@
-"""What a checkpoint costs, with the same state on the same disk: ours, DeepSpeed's own, and torch.distributed.checkpoint.
-`python -m benchmarks.checkpoint`, in a folder of the disk that is to be measured
+"""What a checkpoint costs, with one state on one disk: ours, DeepSpeed's own, and torch.distributed.checkpoint.
+`python -m benchmarks.checkpoint --folder FOLDER`, on the disk that is to be measured
 
 Two ranks at ZeRO 1 in fp32 hold a model of 6 layers of width 384 with trained keys: masters and Adam's moments, no
 queue. A save is *blocked* while training would stand still, and *committed* when its files are on the disk. Ours hashes
-its files and reads them back; `without hashes` is the same without both. DeepSpeed does not wait for the disk; `committed`
-has the same wait as for the others. torch's has the flat groups of parameters as DTensors. *Other* loads on one rank; for
-DeepSpeed that includes the conversion to a universal checkpoint. Memory is the peak of a rank's own (anonymous) memory
-above that before the call. Ways take turns, and the median counts; files are in the page cache when they are read.
+its files and reads them back; `without hashes` is the same without both. DeepSpeed does not wait for the disk;
+`committed` has the same wait as for the others. torch's has the flat groups of parameters as DTensors. *other* loads on
+one rank; for DeepSpeed that includes the conversion to a universal checkpoint. Memory is the peak of a rank's own
+(anonymous) memory in MiB, above that before the call. Ways take turns, and the median counts; files are in the page
+cache when they are read.
 
 Then it calculates, without a cluster, the index of XLM-R XL on 1,024 ranks.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +26,7 @@ import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
@@ -33,20 +34,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed.checkpoint as dcp
 from deepspeed.checkpoint import ds_to_universal
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForMaskedLM, XLMRobertaXLConfig
 
-from benchmarks.cases import STRONG, Case
+from benchmarks.cases import STRONG, Case, SpreadCorpus
 from benchmarks.processes import Group
 from infoxlm_ds import dist
 from infoxlm_ds.atomic import sync
 from infoxlm_ds.build import build, check_inputs
 from infoxlm_ds.checkpoint.fragments import LONGEST, Index, Layout, index_of
-from infoxlm_ds.config import Recipe
-from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.engine.engine import start_ranks
 
 WAYS = ("ours", "ours, without hashes", "ours, asynchronous", "DeepSpeed", "torch", "torch, asynchronous")
@@ -79,26 +79,20 @@ class Memory:
 class Run:
     """A rank with the state, which is saved and loaded in one of WAYS."""
 
-    def __init__(self, recipe: Recipe, way: str, folder: Path, rank: int, world: int) -> None:
+    def __init__(self, case: Case, way: str, folder: Path, rank: int, world: int) -> None:
         start_ranks()
-        self._way, self._folder = way, folder
+        self._way, self._folder, recipe = way, folder, case.recipe()
         settings = recipe.checkpoint.model_copy(update={"asynchronous": "asynchronous" in way})
-        self._recipe = recipe.model_copy(update={"run": folder, "checkpoint": settings})
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        with patch.object(Loader, "__init__", lambda *_, **__: None), patch.object(Loader, "cursors", {}, create=True):
-            self._inputs = check_inputs(self._recipe, rank, world)
-            self._state = build(self._inputs) if not self._found() else self._fresh()
+        with self._hashes():
+            inputs = check_inputs(recipe.model_copy(update={"run": folder, "checkpoint": settings}), rank, world)
+        self._inputs = replace(inputs, corpus=SpreadCorpus(recipe.corpus, case.vocabulary))
+        with patch.object(inputs.checkpoints, "find", lambda identity: None):  # `load` is measured apart
+            self._state = build(self._inputs)
         torch.manual_seed(rank)
         for _, _, values in self._state.engine.state():
             for x in values.values():
                 x.uniform_()
-
-    def _fresh(self) -> Any:
-        with patch.object(self._inputs.checkpoints, "find", lambda identity: None):
-            return build(self._inputs)
-
-    def _found(self) -> bool:
-        return (self._folder / "checkpoints" / "latest").exists()
 
     def save(self) -> dict[str, float]:
         with Memory() as memory, self._hashes():
@@ -109,7 +103,7 @@ class Run:
             finish()
             dist.barrier()
             committed = time.monotonic() - start
-        files = [p for p in self._folder.rglob("*") if p.is_file() and "model" not in p.parts[-2]]
+        files = [p for p in self._folder.rglob("*") if p.is_file() and p.parent.name != "model"]
         return {
             "blocked": blocked,
             "committed": committed,
@@ -122,8 +116,7 @@ class Run:
         if self._way.startswith("ours"):
             self._state.step += 1
             s, checkpoints = self._state, self._state.checkpoints
-            with patch.object(Loader, "cursors", {}, create=True):
-                checkpoints.save(s.saved(), s.identity, s.engine, s.momentum, s.queue)
+            checkpoints.save(s.saved(), s.identity, s.engine, s.momentum, s.queue)
             if "asynchronous" not in self._way:
                 checkpoints.finish()
             return checkpoints.finish
@@ -132,12 +125,12 @@ class Run:
         target = self._folder / "peer"
         if self._way == "DeepSpeed":
             self._engine.save_checkpoint(str(self._folder), "peer", client_state=UNIVERSAL, save_latest=False)
-            return lambda: [sync(p) for p in target.glob(f"*rank_{dist.rank()}*")]
+            return partial(_to_disk, sorted(target.glob(f"*rank_{dist.rank()}*")))
         if self._way == "torch":
-            dcp.save(self._tensors(), checkpoint_id=target)
+            save(self._tensors(), checkpoint_id=target)
             return lambda: None
-        future: Any = dcp.async_save(self._tensors(), checkpoint_id=target)
-        return future.result  # type: ignore[no-any-return]
+        future: Any = async_save(self._tensors(), checkpoint_id=target)
+        return partial(future.result)
 
     def load(self) -> dict[str, float]:
         with Memory() as memory, self._hashes():
@@ -151,7 +144,7 @@ class Run:
             elif self._way == "DeepSpeed":
                 self._load_deepspeed()
             else:
-                dcp.load(self._tensors(), checkpoint_id=self._folder / "peer")
+                load(self._tensors(), checkpoint_id=self._folder / "peer")
             dist.barrier()
             return {"load": time.monotonic() - start, "load memory": memory.peak}
 
@@ -183,10 +176,15 @@ class Run:
             return
         nothing = Namespace(update=lambda data: None, hexdigest=lambda: "")
         with (
-            patch.object(hashlib, "sha256", lambda: nothing),
+            patch("infoxlm_ds.checkpoint.files.hashlib", Namespace(sha256=lambda: nothing)),
             patch("infoxlm_ds.checkpoint.store.Receipt.damage", lambda receipt, folder: ""),
         ):
             yield
+
+
+def _to_disk(files: list[Path]) -> None:
+    for path in files:
+        sync(path)
 
 
 def _convert(checkpoint: Path, universal: Path) -> None:
@@ -195,17 +193,17 @@ def _convert(checkpoint: Path, universal: Path) -> None:
     ds_to_universal.main(Namespace(**options, **folders))
 
 
-def measure(recipe: Recipe, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+def measure(case: Case, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Medians over rounds, by way and figure."""
     found: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
             place = Path(tempfile.mkdtemp(dir=folder))
             with Group() as group:
-                ranks = group.start(partial(Run, recipe, way, place), 2)
+                ranks = group.start(partial(Run, case, way, place), 2)
                 saved, loaded = ([a.value for a in ranks(method)] for method in ("save", "load"))
             with Group() as group:
-                alone = [a.value for a in group.start(partial(Run, recipe, way, place), 1)("load")]
+                alone = [a.value for a in group.start(partial(Run, case, way, place), 1)("load")]
             for answers, suffix in ((saved, ""), (loaded, ""), (alone, ", other")):
                 for name in answers[0]:
                     found[way][name + suffix].append(max(answer[name] for answer in answers))
@@ -213,13 +211,13 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> dict[str, dict[str, fl
     return {way: {name: statistics.median(x) for name, x in of_way.items()} for way, of_way in found.items()}
 
 
-def simulate(world: int, stage: int) -> str:
-    """The index of XLM-R XL as `world` ranks would write it: its size, files, and what a rank has to read when it comes
-    back on half of the ranks."""
+def simulate(world: int, stage: int, then: int) -> str:
+    """The index of XLM-R XL as `world` ranks would write it at a ZeRO stage: its size, files, and what a rank has to
+    read when it comes back on half of the ranks at the stage `then`."""
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(XLMRobertaXLConfig())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    kinds = dict.fromkeys(shapes, ("master", "exp_avg", "exp_avg_sq", "average"))
+    kinds: dict[str, tuple[str, ...]] = dict.fromkeys(shapes, ("master", "exp_avg", "exp_avg_sq", "average"))
     start = time.process_time()
     index = index_of(_layouts(shapes, world, stage), shapes, kinds, {})
     built = time.process_time() - start
@@ -228,7 +226,7 @@ def simulate(world: int, stage: int) -> str:
         path.write_text(json.dumps(index.as_json()))
         start = time.process_time()
         read = Index.read(path.parent)
-        fewer = _layouts(shapes, world // 2, stage)
+        fewer = _layouts(shapes, world // 2, then)
         names, opened, planned = list(shapes), [], []
         for layout in (fewer[0], fewer[len(fewer) // 2], fewer[-1]):
             begun = time.process_time()
@@ -239,10 +237,8 @@ def simulate(world: int, stage: int) -> str:
             opened.append(len(needed))
         size = path.stat().st_size
         parsed = time.process_time() - start - sum(planned)
-    return (
-        f"| {stage} | {size / 1e6:.1f} | {len(index.files):,} | {built:.2f} | {parsed:.2f} | {max(planned):.2f} | "
-        f"{max(opened)} |"
-    )
+    cells = stage, then, f"{size / 1e6:.1f}", len(index.files), built, parsed, max(planned), max(opened)
+    return "| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells) + " |"
 
 
 def _layouts(shapes: dict[str, tuple[int, ...]], world: int, stage: int) -> list[Layout]:
@@ -273,17 +269,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk that is to be measured")
     options = parser.parse_args()
-    case = Case(layers=options.layers, vocabulary=options.vocabulary, lanes=2, contrast=dict(STRONG))
+    case = Case(layers=options.layers, universal_layer=1, vocabulary=options.vocabulary, lanes=2, contrast=dict(STRONG))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    figures = measure(case.recipe(), options.folder.absolute(), options.rounds)
+    case.recipe()  # makes the corpus
+    figures = measure(case, options.folder.absolute(), options.rounds)
     columns = ("blocked", "committed", "MB", "memory", "load", "load memory", "load, other", "load memory, other")
-    print("| | blocked s | committed s | MB | MiB | load s | MiB | other s | MiB |\n|---|---|---|---|---|---|---|---|---|")
+    print("| |", " | ".join(columns), "|")
+    print("|---|" + "---|" * len(columns))
     for way, of_way in figures.items():
-        print(f"| {way} |", " | ".join(f"{of_way[c]:.2f}" if "m" not in c.lower() or c == "committed" else f"{of_way[c]:.0f}" for c in columns), "|")
+        print(f"| {way} |", " | ".join(f"{of_way[c]:.3g}" for c in columns), "|")
     print("\nXLM-R XL on 1,024 ranks, calculated")
-    print("| ZeRO | index, MB | files | s to make it | s to read it | s to plan, 512 ranks | files opened |\n|---|---|---|---|---|---|---|")
-    for stage in (1, 3):
-        print(simulate(1024, stage), flush=True)
+    print("| ZeRO | then | index, MB | files | s to make it | s to read it | s to plan, 512 ranks | files opened |")
+    print("|---|---|---|---|---|---|---|---|")
+    for stage, then in ((1, 1), (3, 3), (3, 1), (1, 3)):
+        print(simulate(1024, stage, then), flush=True)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "run"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("no right to mount a file system")

@@ -24,7 +24,8 @@ from infoxlm_ds.checkpoint.store import INDEX, read_json
 from infoxlm_ds.engine.engine import MOMENTS, Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
 
-LONGEST = 2**24  # values of a fragment on the disk: what a reader has in memory beside its own
+LONGEST = 2**24  # values of a fragment on the disk
+AT_ONCE = 2**20  # values that a reader holds beside its own
 FULL = 2**30  # bytes of a file, after which a rank begins the next
 
 Layout = list[tuple[int, int, int, int]]  # parameter's number, start, number of values, number of the rank's file
@@ -166,5 +167,7 @@ def read_pieces(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
         with safe_open(folder / index.files[file], "pt") as stored:
             for piece, first, low, high in reads:
                 for kind, values in piece.values.items():
-                    found = stored.get_slice(f"{kind}/{piece.parameter}/{first}")[low - first : high - first]
-                    values[low - piece.start : high - piece.start] = found
+                    fragment = stored.get_slice(f"{kind}/{piece.parameter}/{first}")
+                    for at in range(low, high, AT_ONCE):
+                        end = min(at + AT_ONCE, high)
+                        values[at - piece.start : end - piece.start] = fragment[at - first : end - first]

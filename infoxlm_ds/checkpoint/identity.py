@@ -10,7 +10,7 @@ from typing import Any
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.engine.config import precision_of, stage_of
 
-# Keys that may always change, because no step depends on them, or to rounding. A corpus is compared by content, not by
+# Keys that may always change: no step depends on them, or only by rounding. A corpus is compared by content, not by
 # path; a preset by its values.
 FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
 # Keys that can never change, because the tensors would have other shapes.

@@ -158,18 +158,21 @@ def _computes_with_its_masters(state: TrainState) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("then", [pytest.param(s, marks=() if s in SUITE else pytest.mark.torture) for s in SETTINGS])
+@pytest.mark.parametrize(
+    ("then", "into"),
+    [*SUITE.items(), *(pytest.param(s, SETTINGS, marks=pytest.mark.torture) for s in SETTINGS)],
+    ids=lambda value: "{}-on-{}".format(*value) if isinstance(value, tuple) else len(value),
+)
 def test_a_checkpoint_loads_bit_by_bit_into_any_engine_on_any_number_of_ranks(
-    corpus: Path, tmp_path: Path, fp16_on_cpu: None, request: pytest.FixtureRequest, then: Setting
+    corpus: Path, tmp_path: Path, fp16_on_cpu: None, then: Setting, into: list[Setting]
 ) -> None:
     """Masters, moments, averages, queue, learned temperature. `make torture` goes from everything to everything."""
     overrides = ("contrast.learn_temperature_within=[0.05, 0.3]", "contrast.queue.sharded=true")
     recipe = small_recipe(corpus, tmp_path / "run", _engine(then[0]), *overrides)
     saved = run_ranks(_saved, then[1], recipe)[0]
     assert len(saved) > 150
-    now = SETTINGS if "torture" in request.config.option.markexpr else SUITE[then]
     for world in (1, 2, 4):
-        if configs := [config for config, ranks in now if ranks == world]:
+        if configs := [config for config, ranks in into if ranks == world]:
             for of_rank in run_ranks(_loaded, world, recipe, configs, timeout=600):
                 for config, state in zip(configs, of_rank, strict=True):
                     assert state.keys() == saved.keys()
