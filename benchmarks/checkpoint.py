@@ -4,10 +4,10 @@
 Two ranks at ZeRO 1 in fp32 hold a model of 6 layers of width 384 with trained keys: masters and Adam's moments, no
 queue. A save is *blocked* while training would stand still, and *committed* when its files are on the disk. Ours hashes
 its files and reads them back; `without hashes` is the same without both. DeepSpeed does not wait for the disk;
-`committed` has the same wait as for the others. torch's has the flat groups of parameters as DTensors. *other* loads on
-one rank; for DeepSpeed that includes the conversion to a universal checkpoint. Memory is the peak of a rank's own
-(anonymous) memory in MiB, above that before the call. Ways take turns, and the median counts; files are in the page
-cache when they are read.
+`committed` has the same wait as for the others. torch's has the flat groups of parameters as DTensors. A load ends when
+the weights that compute are set, which takes a gather over ranks. *other* loads on one rank; for DeepSpeed that
+includes the conversion to a universal checkpoint. Memory is the peak of a rank's own (anonymous) memory in MiB, above
+that before the call. Ways take turns, and the median counts; files are in the page cache when they are read.
 
 Then it calculates, without a cluster, the index of XLM-R XL on 1,024 ranks.
 """
@@ -145,6 +145,7 @@ class Run:
                 self._load_deepspeed()
             else:
                 load(self._tensors(), checkpoint_id=self._folder / "peer")
+                self._engine.optimizer.update_lp_params()
             dist.barrier()
             return {"load": time.monotonic() - start, "load memory": memory.peak}
 
