@@ -128,9 +128,9 @@ SETTINGS = list(itertools.product(ENGINES, (1, 2, 4)))
 # without.
 SUITE: dict[Setting, list[Setting]] = {
     ("zero0_fp32", 2): [("zero1_bf16", 4), ("zero2_bf16_offload", 2), ("zero3_fp16", 1), ("zero0_fp32", 4)],
-    ("zero1_fp16", 4): [("zero0_fp32", 1), ("zero2_fp32", 2), ("zero3_bf16", 4), ("zero1_bf16", 4)],
+    ("zero1_fp16", 4): [("zero0_fp32", 1), ("zero2_fp32", 2), ("zero3_bf16", 4), ("zero1_fp16", 4)],
     ("zero2_fp32", 1): [("zero1_fp16", 2), ("zero2_bf16", 4), ("zero3_bf16_offload", 1), ("zero0_fp32", 1)],
-    ("zero3_bf16_offload", 2): [("zero0_fp32", 4), ("zero1_fp32", 2), ("zero2_fp16", 1), ("zero3_bf16", 1)],
+    ("zero3_bf16_offload", 2): [("zero0_fp32", 4), ("zero1_fp32", 2), ("zero2_fp16", 1), ("zero2_bf16_offload", 1)],
     ("zero3_bf16", 4): [("zero1_bf16", 2), ("zero2_fp16", 4), ("zero3_fp32", 2), ("zero0_fp32", 4)],
 }
 
