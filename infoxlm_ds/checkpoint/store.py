@@ -13,6 +13,7 @@ A folder gets its final name only after all its files are on the disk. So a fold
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -72,21 +73,38 @@ class Store:
         lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
         self._lock = lock
+        self._mend_pointer()
         for suffix in (SUFFIX, ".removed"):
             for left in self.folder.glob(f"step-*{suffix}"):
                 shutil.rmtree(left)
         return ""
 
+    def _mend_pointer(self) -> None:
+        """Point `latest` at the newest checkpoint if it is no file. What stood in its place is renamed."""
+        if self._pointer.is_file() or not self._named():
+            return
+        newest, aside = self.latest(), ""
+        assert newest is not None
+        if os.path.lexists(self._pointer):
+            kept = self._pointer.rename(self._pointer.with_name(f"latest.damaged-{os.getpid()}"))
+            aside = f"; what was there is kept as {kept.name}"
+        self.point_to(newest)
+        print(f"{self._pointer} was no file: it now names {newest.name}, the newest checkpoint{aside}", flush=True)
+
     def steps(self) -> list[Path]:
         """Committed checkpoints, oldest first."""
         latest = self.latest()
-        named = (p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name))
-        return sorted((p for p in named if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
+        return sorted((p for p in self._named() if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
+
+    def _named(self) -> list[Path]:
+        """Folders with a final name."""
+        return [p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name)]
 
     def latest(self) -> Path | None:
-        """The newest committed checkpoint; its folder may be gone. UserError if `latest` holds no checkpoint's name."""
-        if not self._pointer.is_file():
-            return None
+        """The newest committed checkpoint; its folder may be gone. If there is no file `latest`, the newest that has
+        its final name. UserError if `latest` holds no checkpoint's name."""
+        if not self._pointer.is_file():  # lost, or killed before the first was written; a named folder is whole
+            return max(self._named(), key=step_of, default=None)
         name = self._pointer.read_text(errors="replace").strip()
         if not NAME.fullmatch(name):
             raise UserError(f"{self._pointer} holds {name!r}: write the name of a checkpoint beside it, step-NNNNNNNN")
@@ -121,7 +139,8 @@ class Store:
 
     def publish(self, partial: Path, receipts: Iterable[Receipt]) -> Path:
         """Write the manifest of a folder and give it its final name. Its files must be on the disk."""
-        manifest = {r.name: {"bytes": r.bytes, "sha256": r.sha256} for r in receipts}
+        files = {r.name: {"bytes": r.bytes, "sha256": r.sha256} for r in receipts}
+        manifest = {"sha256": _hash_of(files), "files": files}
         write_file(partial / MANIFEST, json.dumps(manifest, indent=1), durable=True)
         final = partial.with_suffix("")
         if final.exists():  # not committed before, or its run went back to an older checkpoint
@@ -160,8 +179,25 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_receipts(folder: Path) -> list[Receipt]:
-    """The receipts of a committed folder. UserError if they cannot be read."""
-    return [Receipt(name, **stated) for name, stated in read_json(folder / MANIFEST).items()]
+    """The receipts of a committed folder. UserError if they cannot be read, or if a byte of them was changed."""
+    tree = read_json(folder / MANIFEST)
+    files = tree.get("files")
+    if files is None and STATE in tree:
+        raise _other_format(folder, "1 or 2")
+    if not isinstance(files, dict) or tree.get("sha256") != _hash_of(files):
+        raise UserError(f"{folder}: {MANIFEST} differs from what was written")
+    return [Receipt(name, **stated) for name, stated in files.items()]
+
+
+def _hash_of(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _other_format(checkpoint: Path, form: object) -> UserError:
+    return UserError(
+        f"{checkpoint} has format {form}, and this version reads format {FORMAT}: go on with revision {BEFORE} of "
+        "infoxlm_ds, or export the weights there and start another run with model.init"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -171,10 +207,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint}: {damage}")
     state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT:
-        raise UserError(
-            f"{checkpoint} has format {state.get('format')}, and this version reads format {FORMAT}: go on with "
-            f"revision {BEFORE} of infoxlm_ds, or export the weights there and start another run with model.init"
-        )
+        raise _other_format(checkpoint, state.get("format"))
     return state
 
 
@@ -197,9 +230,13 @@ def damage_of(folder: Path, part: slice = slice(None), seen: Callable[[int], Non
 def read_json(path: Path) -> dict[str, Any]:
     """UserError if the file is missing or is not JSON."""
     try:
-        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent}: {path.name} is missing") from None
-    except ValueError:
-        raise UserError(f"{path.parent}: {path.name} differs from what was written") from None
+    except (ValueError, RecursionError):
+        tree = None
+    except OSError as error:
+        raise UserError(f"{path.parent}: {path.name} cannot be read ({error.strerror})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path.parent}: {path.name} differs from what was written")
     return tree

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,22 +152,65 @@ def test_nothing_is_unpickled(corpus: Path, half_way: Path) -> None:
     assert not list((half_way / "checkpoints").rglob("*.pt"))
 
 
-@pytest.mark.parametrize("form", [1, 2])
-def test_a_checkpoint_of_an_older_format_is_refused_with_the_way_over(corpus: Path, half_way: Path, form: int) -> None:
+def test_a_checkpoint_of_an_older_format_is_refused_with_the_way_over(corpus: Path, half_way: Path) -> None:
     newest = Store(half_way).at()
     state = newest / "state.json"
-    state.write_text(state.read_text().replace('"format": 3', f'"format": {form}'))
-    manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["state.json"] = {"bytes": state.stat().st_size, "sha256": sha256_of(state)}
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    state.write_text(state.read_text().replace('"format": 3', '"format": 2'))
+    receipts = {"state.json": {"bytes": state.stat().st_size, "sha256": sha256_of(state)}}
+    (newest / "manifest.json").write_text(json.dumps(receipts))
     for run in (
         lambda: check_inputs(small_recipe(corpus, half_way), 0, 2),
         lambda: export(half_way, half_way / "out"),
         lambda: consolidate(half_way, half_way / "out"),
     ):
-        with pytest.raises(UserError, match=rf"format {form}, .* format 3: .* revision 570d66d .* model\.init"):
+        with pytest.raises(UserError, match=r"format 1 or 2, .* format 3: .* revision 570d66d .* model\.init"):
             run()
     assert not (half_way / "out").exists()
+
+
+def test_every_bit_of_a_manifest_counts(half_way: Path) -> None:
+    manifest = Store(half_way).at() / "manifest.json"
+    whole = manifest.read_bytes()
+    for at in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        manifest.write_bytes(flipped)
+        if not _same_json(bytes(flipped), whole):
+            assert damage_of(manifest.parent) == "manifest.json differs from what was written"
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    """Whether only spaces differ."""
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("kept")
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [lambda path: None, lambda path: path.symlink_to("gone"), lambda path: path.symlink_to(path.name), _folder],
+    ids=["nothing", "dangling", "loop", "folder"],
+)
+def test_a_lost_pointer_is_mended_from_the_newest_checkpoint(
+    corpus: Path, half_way: Path, instead: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pointer = half_way / "checkpoints" / "latest"
+    pointer.unlink()
+    instead(pointer)
+    recipe = small_recipe(corpus, half_way)
+    assert not check_inputs(recipe, 0, 2).finished
+    Checkpoints(recipe).lock()
+    assert pointer.read_text() == "step-00000002" and not pointer.is_symlink()
+    assert "step-00000002, the newest checkpoint" in capsys.readouterr().out
+    kept = list(pointer.parent.glob("latest.damaged-*"))
+    assert [(path / "file").read_text() for path in kept if path.is_dir()] == ["kept"] * (instead is _folder)
+    assert run_ranks(_positions, 2, recipe)[0][0] == 3
 
 
 def test_a_finished_run_is_finished_on_any_number_of_ranks(corpus: Path, tmp_path: Path) -> None:
