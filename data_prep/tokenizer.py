@@ -127,7 +127,7 @@ def _load(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=isinstance(folder, Path))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=isinstance(folder, Path))
     except Exception as error:  # each kind of tokenizer file raises its own error
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise UserError(f"{folder}: the tokenizer cannot be loaded: {reason}") from None

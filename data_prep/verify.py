@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import NAME, Manifest, Source, load_manifest, sha256_of
+from infoxlm_ds.data.manifest import NAME, Manifest, Source, inside, load_manifest, sha256_of
 from infoxlm_ds.data.packs import read_pack
 
 
@@ -36,10 +36,10 @@ def _files(corpus: Path, manifest: Manifest) -> list[str]:
 
 def _contents(corpus: Path, source: Source) -> list[str]:
     rows = tokens = 0
-    index = np.load(corpus / source.index.name)
+    index = np.load(inside(corpus, source.index.name))
     for shard, offset, size, _, _, crc32 in index.tolist():
         try:
-            pack = read_pack(corpus / source.shards[shard].name, offset, size, crc32)
+            pack = read_pack(inside(corpus, source.shards[shard].name), offset, size, crc32)
         except UserError as error:
             return [str(error)]
         rows += pack.lengths.shape[1]

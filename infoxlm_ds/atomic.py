@@ -11,10 +11,13 @@ from pathlib import Path
 SUFFIX = ".partial"
 
 
-def write_file(path: Path, text: str, durable: bool = False) -> None:
-    """Write a text file. A reader sees the old text or the new one. If `durable`, the new text is on the
-    disk after the call."""
+def write_file(path: Path, text: str, durable: bool = False, private: bool = False) -> None:
+    """Write a text file. A reader sees the old text or the new one. If `durable`, the new text is on the disk after the
+    call. If `private`, only the user may read it."""
     partial = path.with_name(path.name + SUFFIX)
+    if private:
+        partial.unlink(missing_ok=True)
+        partial.touch(0o600)
     partial.write_text(text, encoding="utf-8")
     if durable:
         sync(partial)

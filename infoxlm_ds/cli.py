@@ -1,8 +1,9 @@
 """`infoxlm <verb>`: the command line. A verb imports its modules when it runs, so that --help is fast."""
 
+import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -217,8 +218,20 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"infoxlm: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error), 2)
+    except OSError as error:  # each command says what it does with files; here is what the system refused
+        place = f"{error.filename}: " if error.filename is not None else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _end(f"{place}{error.strerror or error}{': free some space and run the command again' * full}", 1)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # its own type for what the system refuses
+            raise
+        _end(str(error), 1)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"infoxlm: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _layer(text: str) -> int | Literal["all"] | None:

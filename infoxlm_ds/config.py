@@ -12,9 +12,14 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
+# Bounds that no run reaches: a mistyped number would end in a lack of memory, or in an answer that never comes.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Size = Annotated[int, Field(gt=0, le=2**17)]  # of a matrix or a stack of them, of the lanes of a step
+Items = Annotated[int, Field(ge=0, le=2**22)]  # in a lane
+Seconds = Annotated[int, Field(gt=0, le=10**7)]  # four months
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pooling = Literal["cls", "mean"]
+LONGEST_QUOTE = 200  # characters of the user's input in a message
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -23,9 +28,9 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    """Base of all models: unknown keys are errors, values are frozen."""
+    """Base of all models: unknown keys are errors, numbers are finite, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -33,12 +38,12 @@ class Model(Section):
 
     init: str | None = None  # a Hugging Face folder or a name on its hub: its shape replaces the next six keys
     type: Literal["xlm-roberta", "xlm-roberta-xl", "bert", "modernbert"] = "xlm-roberta"
-    layers: Positive = 12
-    width: Positive = 768
-    heads: Positive = 12
-    feed_forward: Positive = 3072
-    positions: Positive = 512
-    universal_layer: Positive = 8  # the contrast reads the output of this layer (InfoXLM, section 4.1)
+    layers: Annotated[int, Field(gt=0, le=1000)] = 12
+    width: Size = 768
+    heads: Size = 12
+    feed_forward: Size = 3072
+    positions: Size = 512
+    universal_layer: Size = 8  # the contrast reads the output of this layer (InfoXLM, section 4.1)
     pooling: Pooling = "cls"
     projection: bool = True
     normalize: bool = False  # L2, before the dot product
@@ -95,7 +100,7 @@ class Contrast(Section):
     keys: Literal["momentum", "gradient"] = "momentum"
     negatives: Literal["queue", "in_batch", "both"] = "queue"
     symmetric: bool = False
-    temperature: float = Field(gt=0)  # no default: the paper gives none, its code has 0.25
+    temperature: float = Field(ge=1e-4)  # no default: the paper gives none, its code has 0.25
     learn_temperature_within: tuple[float, float] | None = None  # bounds; training starts at `temperature`
     margin: float = Field(default=0.0, ge=0)  # subtracted from the positive's score (LaBSE)
     same_text: Literal["mask", "positive", "ignore"] = "mask"  # what to do with keys that share a text with the pair
@@ -111,9 +116,9 @@ class Contrast(Section):
             raise ValueError("keys: gradient needs negatives of the step: set negatives to in_batch or both")
         if self.learn_temperature_within is not None:
             lowest, highest = self.learn_temperature_within
-            if not 0 < lowest <= self.temperature <= highest:
+            if not 1e-4 <= lowest <= self.temperature <= highest:
                 raise ValueError(
-                    "learn_temperature_within: give [lowest, highest] above 0 with the temperature between them"
+                    "learn_temperature_within: give [lowest, highest] from 0.0001 on, the temperature between them"
                 )
         if self.same_text == "positive" and self.mixup != "off":
             raise ValueError(
@@ -138,10 +143,10 @@ class Batch(Section):
     """One optimizer step. A lane is one micro-batch of the step; its contents do not depend on the rank. The number of
     ranks must divide the lanes."""
 
-    lanes: Positive
-    mmlm_tokens: int = Field(ge=0)  # in each lane, with special tokens
-    tlm_tokens: int = Field(ge=0)
-    xlco_pairs: int = Field(ge=0)
+    lanes: Size
+    mmlm_tokens: Items  # in each lane, with special tokens
+    tlm_tokens: Items
+    xlco_pairs: Items
 
     @property
     def worlds(self) -> list[int]:
@@ -165,6 +170,12 @@ class Masking(Section):
     probability: Fraction = 0.15
     mask: Fraction = 0.8
     random: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.mask + self.random > 1:
+            raise ValueError("mask and random are parts of the chosen pieces: their sum is above 1")
+        return self
 
 
 class Sampling(Section):
@@ -194,7 +205,7 @@ class Optimizer(Section):
 
     learning_rate: float = Field(gt=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    eps: float = 1e-6
+    eps: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, ge=0)  # of the global gradient norm; 0: no clipping
     steps: Positive
@@ -215,9 +226,9 @@ class Timeout(Section):
     """Seconds that a rank waits for the others before it ends: `join` until all have started, `start` from then until
     the first step is done, `step` afterwards. `step` must be longer than the longest save."""
 
-    join: Positive = 600
-    start: Positive = 3600
-    step: Positive = 900
+    join: Seconds = 600
+    start: Seconds = 3600
+    step: Seconds = 900
 
 
 class Log(Section):
@@ -263,7 +274,7 @@ class Recipe(Section):
     run: Path  # the folder for everything that the run writes
     corpus: Path
     engine: Path  # a DeepSpeed configuration, see ds_configs/README.md
-    seed: int = 1
+    seed: int = Field(default=1, ge=0, lt=2**63)
     model: Model = Model()
     contrast: Contrast
     batch: Batch
@@ -294,6 +305,8 @@ class Recipe(Section):
             raise ValueError(
                 f"contrast.queue.size {self.contrast.queue.size} would never fill: all steps have only {pairs} pairs"
             )
+        if not self.masking.probability and (self.tasks["mmlm"] or self.tasks["tlm"]):
+            raise ValueError("masking.probability is 0, so MMLM and TLM learn nothing: set their weights to 0 instead")
         if not any(self.tasks.values()):
             raise ValueError("no task is left: set both a weight and a batch size above 0 for mmlm, tlm or xlco")
         return self
@@ -333,14 +346,44 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 def read_yaml(path: Path, name: str) -> dict[str, Any]:
     """The mapping in a YAML file. UserError if there is none; `name` is the kind of file in the message."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such {name}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: the {name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a {name} must be a mapping of keys to values")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are given twice, of which YAML would silently take the last, and aliases, with which a few
+    lines can stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(None, None, "write the value instead of an alias", self.get_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. ValueError with a message of one line if it has none."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that does not exist is a plain ValueError
+        raise ValueError(_short(" ".join(str(error).replace('in "<unicode string>", ', "at ").split()))) from None
 
 
 def check(kind: type[T], tree: dict[str, Any], where: str) -> T:
@@ -358,22 +401,28 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing: set it"
     if error["type"] == "model_type":
-        return f"{key} is a section: give its keys, not {error['input']!r}"
+        return f"{key} is a section: give its keys, not {_short(repr(error['input']))}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message} (got {error['input']!r})" if key else message
+    if not key or isinstance(error["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {_short(repr(error['input']))})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
     if not sign or not path:
-        raise UserError(f"{override!r}: an override has the form key.path=value")
+        raise UserError(f"{_short(repr(override))}: an override has the form key.path=value")
     *parents, last = path.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise UserError(f"{override!r}: {parent} is a value, not a section")
+            raise UserError(f"{_short(repr(override))}: {parent} is a value, not a section")
         tree = below
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not valid YAML") from None
+        tree[last] = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{_short(repr(override))}: the value is not valid YAML: {error}") from None

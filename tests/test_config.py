@@ -67,7 +67,7 @@ def test_a_preset_lies_below_the_recipe(tmp_path: Path) -> None:
     [
         (["optimizer.stepz=3"], ["optimizer.stepz", "not a known key"]),
         (["sped=3", "batch.lanes=two"], ["sped", "batch.lanes"]),
-        (["contrast.temperature=0"], ["contrast.temperature", "greater than 0"]),
+        (["contrast.temperature=0"], ["contrast.temperature", "0.0001"]),
         (["contrast.negatives=queue"], ["gradient", "in_batch or both"]),
         (["sampling.pivot=null"], ["sampling", "pivot and pivot_share"]),
         (["model.universal_layer=99"], ["universal_layer 99", "model.layers"]),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.store import INDEX, read_json
+from infoxlm_ds.data.manifest import inside
 from infoxlm_ds.engine.engine import MOMENTS, Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
 
@@ -164,7 +165,7 @@ def read_pieces(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
         for file, first, low, high in index.parameters[piece.parameter].overlaps(piece.start, piece.start + len(piece)):
             needed[file].append((piece, first, low, high))
     for file, reads in sorted(needed.items()):
-        with safe_open(folder / index.files[file], "pt") as stored:
+        with safe_open(inside(folder, index.files[file]), "pt") as stored:
             for piece, first, low, high in reads:
                 for kind, values in piece.values.items():
                     fragment = stored.get_slice(f"{kind}/{piece.parameter}/{first}")

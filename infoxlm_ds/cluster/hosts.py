@@ -20,8 +20,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """The number of slots (ranks) of each host, in the file's order. UserError if a line is not `HOST slots=N`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such hostfile: write one like hostfile.example") from None
+    except OSError as error:
+        raise UserError(f"{path}: the hostfile cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: write it like hostfile.example") from None
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not (text := line.partition("#")[0].strip()):

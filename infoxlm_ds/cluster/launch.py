@@ -87,7 +87,7 @@ def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Seq
     port = free_port(hosts[0])
     run.mkdir(parents=True, exist_ok=True)
     travelling = run / ".deepspeed_env"
-    write_file(travelling, "".join(f"{line}\n" for line in environment_lines(os.environ)))
+    write_file(travelling, "".join(f"{line}\n" for line in environment_lines(os.environ)), private=True)
     keys = {"DS_ENV_FILE": str(travelling.absolute()), "PYTHONUNBUFFERED": "1"}
     keys["PDSH_SSH_ARGS_APPEND"] = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
     # Without --force_multi, DeepSpeed uses this machine if the hostfile has one host.

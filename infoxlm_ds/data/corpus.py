@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import Source, load_manifest
+from infoxlm_ds.data.manifest import Source, inside, load_manifest, sha256_of
 from infoxlm_ds.data.packs import Pack, read_pack
 
 PACKS_KEPT = 64  # decoded packs in memory: windows of several lanes and streams draw the same ones
@@ -21,11 +21,12 @@ class Corpus:
     """A corpus folder: manifest, indices, and packs on demand."""
 
     def __init__(self, path: Path, look_at_files: bool = True) -> None:
-        """UserError if the folder is not a corpus, an index is damaged or, with `look_at_files`, a file is missing or
-        its size is not the manifest's. Shards are not hashed here: each pack is checked when it is read."""
+        """UserError if the folder is not a corpus, an index is damaged or, with `look_at_files`, a file is missing,
+        lies elsewhere, has another size than in the manifest, or is a damaged part of the tokenizer. Shards are not
+        hashed here: each pack is checked when it is read."""
         self.path, self.manifest = path, load_manifest(path)
         for file in self.manifest.files() if look_at_files else ():
-            location = path / file.name
+            location = inside(path, file.name)
             if not location.is_file():
                 raise UserError(f"{location} is missing: restore the file or prepare the corpus again")
             if location.stat().st_size != file.bytes:
@@ -33,6 +34,9 @@ class Corpus:
                     f"{location} has {location.stat().st_size} bytes, not {file.bytes}: "
                     "restore the file or prepare the corpus again"
                 )
+        for file in self.manifest.tokenizer.files if look_at_files else ():
+            if sha256_of(path / file.name) != file.sha256:
+                raise UserError(f"{path / file.name} is damaged: restore the file or prepare the corpus again")
         self.sources = self.manifest.sources
         self.languages = sorted({language for source in self.sources for language in source.languages})
         self._indices = [self._index(source) for source in self.sources]

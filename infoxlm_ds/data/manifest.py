@@ -85,6 +85,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a name that a file of ours states. UserError if it leads out of the folder, also by a link."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} leads out of {folder}: files of other places are not read; copy it there")
+    return path
+
+
 def load_manifest(corpus: Path) -> Manifest:
     """The manifest of a corpus folder. UserError if there is none, if it has another format, or if a byte
     of it was changed."""

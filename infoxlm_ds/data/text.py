@@ -19,6 +19,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             for line in file:
                 text = line.decode("utf-8")
+                if number == 0:
+                    text = text.removeprefix("\ufeff")  # a mark of the byte order, as Windows writes it
                 number += 1
                 yield number, text.rstrip("\r\n")
     except FileNotFoundError:

@@ -16,6 +16,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -52,6 +53,7 @@ ONLY = (
         1,
         "the momentum encoder cannot reach second copies of the weights",
     ),
+    ("zero_optimization", "legacy_stage1", False, "DeepSpeed has removed it"),
     ("zero_optimization", "compute_grad_norm", True, "a step that is not finite would be applied"),
     ("bf16", "check_grad_overflow", True, "a step that is not finite would be applied"),
     ("bf16", "immediate_grad_update", False, "it is untested with the joint pass"),
@@ -66,9 +68,11 @@ def load_engine_config(path: Path) -> dict[str, Any]:
     that does not work."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"engine: no such file: {path}") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"engine: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"engine: {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"engine: {path} is not a JSON object")
@@ -92,6 +96,10 @@ def load_engine_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {section}: {_first(error)}") from None
     _check_precision(config, path)
     _check_offload(config, path)
+    try:
+        DeepSpeedConfig(config | {"train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # what DeepSpeed raises has no common type
+        raise UserError(f"{path}: DeepSpeed cannot read it: {' '.join(str(error).split())[:200]}") from None
     return config
 
 
@@ -140,13 +148,15 @@ def _check_precision(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: bf16 and fp16 are both enabled: remove one")
     if unknown := sorted(config.get("data_types", {}).keys() - {"grad_accum_dtype"}):
         raise UserError(f"{path}: remove data_types.{unknown[0]}: only grad_accum_dtype is tested")
+    if (summed := config.get("data_types", {}).get("grad_accum_dtype", "fp32")) != "fp32":
+        raise UserError(f"{path}: data_types.grad_accum_dtype {summed!r} is not supported: set fp32")
     if precision == "fp32":
         return
     if stage_of(config) == 0:
         raise UserError(
             f"{path}: 16-bit training needs fp32 masters, which stage 0 does not have: set zero_optimization.stage to 1"
         )
-    if config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+    if "grad_accum_dtype" not in config.get("data_types", {}):
         raise UserError(
             f'{path}: 16-bit training must add up gradients in fp32: set "data_types": {{"grad_accum_dtype": "fp32"}}'
         )

@@ -138,9 +138,10 @@ def _load(folder: Path) -> tuple[Any, Any]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model, report = AutoModel.from_pretrained(
             folder,
+            trust_remote_code=False,
             attn_implementation=FLAT_ATTENTION,
             dtype=torch.float32,
             local_files_only=True,

@@ -60,7 +60,7 @@ def outline(model: Model, vocabulary: int, config: PreTrainedConfig | None = Non
 def saved_shape(folder: Path, model: Model) -> InfoXLM:
     """An untrained model with the parts that `build_model` made for a run. `folder`: where the
     run saved its configuration."""
-    return assemble(pad_vocabulary(_empty(AutoConfig.from_pretrained(folder))), model)
+    return assemble(pad_vocabulary(_empty(AutoConfig.from_pretrained(folder, trust_remote_code=False))), model)
 
 
 def pad_vocabulary(lm: PreTrainedModel) -> PreTrainedModel:
@@ -89,7 +89,9 @@ def check_fit(model: Model, tokenizer_folder: Path, longest: int) -> int:
                 f"{model.init}"
             )
         positions = positions_of(config)
-        if AutoTokenizer.from_pretrained(tokenizer_folder).get_vocab() != _tokenizer_of(model.init):
+        if AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False).get_vocab() != _tokenizer_of(
+            model.init
+        ):
             raise UserError(
                 f"the corpus was prepared with another tokenizer than {model.init} has: set tokenizer.path to that "
                 "name in the corpus description and run `infoxlm prep build` again"
@@ -119,7 +121,7 @@ def init_config(init: str) -> PreTrainedConfig:
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise UserError(f"model.init {init}: no *.safetensors and no *.bin there: give a whole model folder")
     try:
-        config = AutoConfig.from_pretrained(init)
+        config = AutoConfig.from_pretrained(init, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.init {init}: neither a model folder nor a name that the hub gives: {reason}") from None
@@ -163,7 +165,7 @@ def _load(init: str) -> PreTrainedModel:
     if dist.rank() > 0:
         disable_progress_bar()
     lm, report = AutoModelForMaskedLM.from_pretrained(
-        init, attn_implementation=FLAT_ATTENTION, dtype=torch.float32, output_loading_info=True
+        init, trust_remote_code=False, attn_implementation=FLAT_ATTENTION, dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(report["missing_keys"])
     if lost := [name for name in missing if name.startswith(lm.base_model_prefix + ".")]:
@@ -197,7 +199,7 @@ def _resize(lm: PreTrainedModel, rows: int) -> PreTrainedModel:
 
 def _tokenizer_of(init: str) -> dict[str, int]:
     try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(init).get_vocab()
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(init, trust_remote_code=False).get_vocab()
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.init {init} has no tokenizer that loads: {reason}") from None

@@ -28,7 +28,7 @@ class RetrievalProbe:
         UserError if it is missing or malformed."""
         all_pairs = pairs_with_pivot(list(read_nway(probe.data)), probe.pivot, probe.languages, 2, str(probe.data))
         self._pairs = [_first(p, probe.pairs) for p in all_pairs]
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self._positions = positions
         self._baseline = {p.language: float(np.mean(trigram_accuracy(p.pivot_text, p.text))) for p in self._pairs}
 

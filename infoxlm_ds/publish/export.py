@@ -64,7 +64,7 @@ def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> Non
     lm = model.lm
     lm.config.universal_layer, lm.config.sentence_pooling = recipe.model.universal_layer, recipe.model.pooling
     lm.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
     if model.head.projection is not None:
         save_file({"weight": model.head.projection.weight.detach().contiguous()}, folder / PROJECTION)
 
@@ -73,8 +73,8 @@ def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> Non
 def _difference(model: InfoXLM, folder: Path) -> float:
     """Largest difference of a hidden state between the trained model on a flat batch and the exported model on a padded
     one."""
-    loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    padded = AutoTokenizer.from_pretrained(folder)(SAMPLE, padding=True, return_tensors="pt")
+    loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=False).eval()
+    padded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(SAMPLE, padding=True, return_tensors="pt")
     real = padded["attention_mask"].bool()
     states = loaded(**padded, output_hidden_states=True).hidden_states
     batch = flat_batch(padded["input_ids"][real].numpy(), real.sum(1).numpy().astype(np.int64))
