@@ -35,6 +35,7 @@ def train(
     hostfile: Hostfile = None,
 ) -> None:
     """Train on every GPU of this machine (without a GPU, on CPU ranks), or on the hosts of a hostfile."""
+    print(f"reading {recipe} ...", flush=True)  # imports take seconds
     from infoxlm_ds.cluster.launch import launch
 
     raise typer.Exit(launch(recipe, overrides or [], hostfile))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from infoxlm_ds import dist, reporting, trainer
 from infoxlm_ds.build import Inputs, agreed_inputs, build, summary
+from infoxlm_ds.cluster.environment import follow_launcher
 from infoxlm_ds.config import UserError, load_recipe
 from infoxlm_ds.engine.engine import NotJoined, start_ranks
 from infoxlm_ds.monitor import failures
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, lambda number, frame: os._exit(STOPPED_ON_REQUEST))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
+        follow_launcher()
         start_ranks(recipe.timeout, recipe.memory.deterministic)
         inputs = agreed_inputs(recipe)
         if dist.from_first_rank(inputs.finished):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import signal
 import socket
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 
 import psutil
 import torch
@@ -13,6 +17,7 @@ import torch
 from infoxlm_ds.config import Batch
 
 LOOPBACK = "lo"
+LAUNCHER = "INFOXLM_LAUNCHER"  # the number of the process that is `infoxlm train`
 ALONE = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -40,6 +45,23 @@ def settle() -> None:
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface != LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def follow_launcher() -> None:
+    """Send this process SIGTERM, on which it saves and stops, when the `infoxlm train` that started it on this machine
+    is gone: a `kill -9` of that one alone would leave the ranks training. DeepSpeed's launcher stands between them, so
+    the kernel's own signal at a parent's death does not help. The thread sleeps until then."""
+    if (launcher := os.environ.get(LAUNCHER)) is None:
+        return
+
+    def wait() -> None:
+        with suppress(ProcessLookupError):
+            watched = select.poll()
+            watched.register(os.pidfd_open(int(launcher)), select.POLLIN)
+            watched.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def ranks_here(batch: Batch) -> int:

@@ -24,7 +24,7 @@ from infoxlm_ds.atomic import write_file
 from infoxlm_ds.build import check_inputs
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.checkpoint.tools import read_through
-from infoxlm_ds.cluster.environment import ranks_here
+from infoxlm_ds.cluster.environment import LAUNCHER, ranks_here
 from infoxlm_ds.cluster.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.engine.config import check_device
@@ -57,11 +57,12 @@ def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None
     if hostfile:
         return _on_hosts(hostfile, list(slots), recipe.run, rank_command)
     check_device(inputs.identity.engine)
+    print(f"starting {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
     return _here(ranks, rank_command)
 
 
 def _here(ranks: int, rank_command: Sequence[str]) -> int:
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {LAUNCHER: str(os.getpid())}
     environment.setdefault("PYTHONUNBUFFERED", "1")
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
@@ -135,13 +136,21 @@ def _for_a_shell(word: str) -> str:
 
 def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable[[psutil.Process], bool]) -> int:
     """Run a launcher and return the exit code. Forwards SIGINT, SIGTERM and SIGHUP to the ranks: calls `stop` until it
-    returns True."""
+    returns True. A second SIGINT kills all of them here: what they were saving does not count."""
     # In a session of its own, the launcher does not get ^C from the terminal.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     requested, delivered = False, True
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal requested, delivered
+        if requested and number == signal.SIGINT:
+            for child in reversed(psutil.Process(process.pid).children(recursive=True)):
+                child.kill()
+            process.kill()
+            print("infoxlm: stopped at once", file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGINT)
+        if not requested:
+            print("\nsaving, then stopping (^C again: at once, without a save)", flush=True)
         requested, delivered = True, False
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

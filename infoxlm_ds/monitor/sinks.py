@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,19 +25,46 @@ SHOWN = {
 }
 
 
+class _Lines:
+    """A file of JSON lines. A line that the disk has no space for is left out whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """OSError if the line does not fit; nothing of it stays then."""
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        data = f"{json.dumps(row)}\n".encode()
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:
+            os.ftruncate(self._descriptor, end)
+            raise
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
 class Sinks:
-    """Rank 0's outputs of a run. A context manager, which flushes and closes them."""
+    """Rank 0's outputs of a run. A context manager, which flushes and closes them. If the disk is full, training goes
+    on, and what is not written is said once."""
 
     def __init__(self, run: Path, first: int, steps: int, tensorboard: bool) -> None:
         """The run starts after step `first` of `steps`. Lines of later steps, from before a crash, are removed."""
         run.mkdir(parents=True, exist_ok=True)
-        self._metrics = _reopened(run / "metrics.jsonl", first)
+        self._console = Console()
+        self._path, self._missing = run / "metrics.jsonl", 0  # lines that did not fit, since the last that did
+        if aside := _cut(self._path, first):
+            self.say(
+                f"{self._path} had lines that cannot be read: it is kept as {aside.name}, and the others go on here"
+            )
+        self._metrics = _Lines(self._path)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
-        self._console = Console()
         self._bar = _progress(self._console) if self._console.is_terminal else None
         self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
         self._steps = steps
@@ -51,15 +80,29 @@ class Sinks:
         if self._bar:
             self._bar.stop()
         self._metrics.close()
-        if self._board:
-            self._board.close()
+        self._to_board(lambda board: board.close())
 
     def write(self, step: int, values: Scalars, more: dict[str, Any] | None = None) -> None:
         """Write the scalars of a step; `more` goes to metrics.jsonl only."""
-        print(json.dumps({"step": step} | values | (more or {})), file=self._metrics, flush=True)
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        try:
+            self._metrics.append({"step": step} | values | (more or {}))
+        except OSError as error:
+            if self._missing == 0:
+                self.say(f"{self._path} cannot be written: {error.strerror}. Training goes on without it")
+            self._missing += 1
+        else:
+            if self._missing:
+                self.say(f"{self._path} is written again; {self._missing} lines are missing")
+            self._missing = 0
+        self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+
+    def _to_board(self, job: Callable[[Any], object]) -> None:
+        try:
+            if self._board:
+                job(self._board)
+        except OSError as error:  # of the writer's thread, which has ended
+            self._board = None
+            self.say(f"TensorBoard's files cannot be written: {error.strerror}. They end here until the next start")
 
     def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
         figures = " ".join(f"{short} {_short(values[name])}" for name, short in SHOWN.items() if name in values)
@@ -75,12 +118,31 @@ class Sinks:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _reopened(path: Path, first: int) -> TextIO:
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-        write_file(path, "".join(kept))
-    return path.open("a", encoding="utf-8")
+def _cut(path: Path, first: int) -> Path | None:
+    """Remove the lines of steps after `first`, and what a kill left of a last line. If other lines cannot be read, they
+    are removed too, and the file as it was is kept: returns its path."""
+    if not path.is_file():
+        return None
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+    steps = [_step_of(line) for line in whole]
+    kept = [line for line, step in zip(whole, steps, strict=True) if step is not None and step <= first]
+    aside = None
+    if None in steps:
+        aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
+        path.replace(aside)
+    if aside or len(kept) < len(lines):
+        write_file(path, b"".join(kept).decode())
+    return aside
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics, or None if it is not one."""
+    try:
+        step = json.loads(line.decode())["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _progress(console: Console) -> Progress:

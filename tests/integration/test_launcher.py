@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from infoxlm_ds.checkpoint.store import Store, damage_of
 from tests.corpus import EMBEDDED, ROOT
 from tests.distributed.ranks import run_ranks
 from tests.integration.commands import (
@@ -95,6 +97,44 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path, whole: 
     assert [row["lang"] for row in rows] == ["de", "ru"] and all(row["layer"] == 1 for row in rows)
     compared = infoxlm_here("eval", "compare", tmp_path / "r.json")
     assert compared.returncode == 0 and "home_assistant.dev" in compared.stdout
+
+
+def _started(corpus: Path, run: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A run of 4,000 steps that has made some, and its ranks."""
+    recipe = write_recipe(corpus, run, optimizer=LONG | {"steps": 4000})
+    process = subprocess.Popen(
+        [INFOXLM, "train", recipe], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(process, run, 4)
+    children = psutil.Process(process.pid).children(recursive=True)
+    return process, [child for child in children if "train.py" in " ".join(child.cmdline()) and not child.children()]
+
+
+def test_ranks_end_with_the_command_that_started_them(corpus: Path, tmp_path: Path) -> None:
+    process, ranks = _started(corpus, tmp_path / "run")
+    process.kill()
+    assert len(ranks) == 2
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    newest = Store(tmp_path / "run").at()  # they had saved
+    assert int(newest.name.removeprefix("step-")) >= 4 and damage_of(newest) == ""
+
+
+def test_ctrl_c_is_answered_and_a_second_one_ends_at_once(corpus: Path, tmp_path: Path) -> None:
+    process, ranks = _started(corpus, tmp_path / "run")
+    for rank in ranks:
+        rank.suspend()  # they cannot save
+    process.send_signal(signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert output.startswith("reading ") and "starting 2 ranks ..." in output and "saving, then stopping" in output
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    for checkpoint in Store(tmp_path / "run").steps():
+        assert damage_of(checkpoint) == ""
 
 
 def test_a_run_that_diverges_ends_with_one_line_and_code_1(
