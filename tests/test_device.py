@@ -276,8 +276,8 @@ def _everything_else(device: PretendedDevice, recipe: Recipe) -> tuple[list[str]
     report = state.momentum.follow(4)
     assert 0 < report["momentum/changed_share"] <= 1
     noted("follow")
-    for fragment, saved in [(f, f.values.cpu()) for f in state.momentum.shadow]:
-        fragment.values[:] = saved
+    for fragment, saved in [(f, f.values.cpu().clone()) for f in state.momentum.shadow]:
+        fragment.values[:] = saved + 1
     state.momentum.write()
     queue, other = state.queue, KeyQueue(state.queue.size, state.queue.vectors.shape[1], 3, device.device)
     noted("momentum's state")

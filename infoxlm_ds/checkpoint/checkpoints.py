@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from infoxlm_ds import dist
@@ -18,6 +19,7 @@ from infoxlm_ds.checkpoint.store import (
     FORMAT,
     INDEX,
     STATE,
+    OtherFormat,
     Store,
     damage_of,
     read_receipts,
@@ -84,6 +86,8 @@ class Checkpoints:
         for path in self._candidates():
             try:
                 state = read_state(path)
+            except OtherFormat:
+                raise
             except UserError as error:
                 if not self._resume.fallback:
                     raise UserError(f"{error}: {self._remedy()}") from None
@@ -128,9 +132,10 @@ class Checkpoints:
 
     def load(self, source: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
         """Load everything from a checkpoint that `find` returned. Any number of ranks may have written it, with any
-        engine. Collective."""
+        engine. Collective. UserError on all ranks if one of them cannot read it, or if a tensor has another shape."""
         path, state = source.path, source.state
-        read_pieces(path, Index.read(path), pieces_of(engine, momentum))
+        if problem := next(filter(None, dist.gather_objects(_fill(path, engine, momentum))), ""):
+            raise UserError(problem)
         engine.resume(state["counters"], state["step"])
         if momentum is not None:
             momentum.write()
@@ -225,6 +230,18 @@ class Checkpoints:
         older = [path.name for path in self.store.steps() if path != self.store.latest()]
         before = f"set resume.fallback=true to go on from the one before ({older[-1]}), or " if older else ""
         return f"restore the file, {before}remove {self.store.folder} to start anew"
+
+
+def _fill(path: Path, engine: Engine, momentum: MomentumEncoder | None) -> str:
+    """Fill this rank's fragments from a checkpoint. Returns why that is not possible; empty if it was done."""
+    try:
+        index = Index.read(path)
+        if difference := index.difference(engine, momentum):
+            return f"{path} is of another model: {difference}: use the recipe and the files that it began with"
+        read_pieces(path, index, pieces_of(engine, momentum))
+    except (UserError, OSError, SafetensorError) as error:
+        return str(error)
+    return ""
 
 
 def _other_cluster(state: dict[str, Any], identity: Identity) -> list[str]:

@@ -8,20 +8,21 @@ gap. So a rank that is to hold other fragments reads those that overlap its own,
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from infoxlm_ds import dist
-from infoxlm_ds.checkpoint.store import INDEX, read_json
-from infoxlm_ds.data.manifest import inside
+from infoxlm_ds.checkpoint.store import INDEX, changed, read_json, read_receipts
 from infoxlm_ds.engine.engine import MOMENTS, Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
 
@@ -54,8 +55,17 @@ class Stored:
 
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
-    starts: Sequence[int]
-    files: Sequence[int]
+    starts: list[int]
+    files: list[int]
+
+    def sound(self, files: int) -> bool:
+        """Whether the fragments follow each other and are in files that exist."""
+        rising = [0, *self.starts[1:], prod(self.shape)]
+        return (
+            len(self.files) == len(self.starts) > 0 == self.starts[0]
+            and all(low < high for low, high in itertools.pairwise(rising))
+            and all(0 <= file < files for file in self.files)
+        )
 
     def overlaps(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Of the fragments that hold values `start` to `end`: the file, where the fragment begins, and from where to
@@ -76,14 +86,34 @@ class Index:
     files: list[str]
     tied: dict[str, str]
 
+    dtype: Literal["float32"] = "float32"
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"dtype": "float32"}
+        return asdict(self)
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        tree = read_json(folder / INDEX)
-        stored = {name: Stored(**of_parameter) for name, of_parameter in tree["parameters"].items()}
-        return cls(stored, tree["files"], tree["tied"])
+        """The index of a committed folder. UserError if it is missing, or if it is not what a rank writes."""
+        written = {receipt.name for receipt in read_receipts(folder)}
+        try:
+            index = TypeAdapter(cls).validate_python(read_json(folder / INDEX))
+        except ValidationError:
+            raise changed(folder, INDEX) from None
+        stored = index.parameters.values()
+        if not {INDEX, *index.files} <= written or not all(of_one.sound(len(index.files)) for of_one in stored):
+            raise changed(folder, INDEX)
+        if not all(name in index.parameters for name in index.tied.values()):
+            raise changed(folder, INDEX)
+        return index
+
+    def difference(self, engine: Engine, momentum: MomentumEncoder | None) -> str:
+        """How a model differs from the one that was saved; empty if it has the same parameters."""
+        now = {name: (shape, kinds) for name, shape, kinds in _parameters(engine, momentum)}
+        then = {name: (of_one.shape, of_one.kinds) for name, of_one in self.parameters.items()}
+        for name in {**then, **now}:
+            if then.get(name) != now.get(name):
+                return f"{name} was {_told(then.get(name))} and is {_told(now.get(name))}"
+        return "" if self.tied == engine.tied else "other parameters are tied"
 
 
 def pieces_of(engine: Engine, momentum: MomentumEncoder | None) -> Iterator[Piece]:
@@ -127,9 +157,21 @@ def file_name(rank: int, number: int) -> str:
 
 def build_index(layouts: Sequence[Layout], engine: Engine, momentum: MomentumEncoder | None) -> Index:
     """The index of what all ranks write. RuntimeError if a parameter is not covered."""
-    followed = {id(p) for p in momentum.source} if momentum is not None else set()
-    kinds = {name: ("master", *MOMENTS, *("average",) * (id(p) in followed)) for name, p in engine.parameters.items()}
+    kinds = {name: of_one for name, _, of_one in _parameters(engine, momentum)}
     return index_of(layouts, engine.shapes, kinds, engine.tied)
+
+
+def _parameters(
+    engine: Engine, momentum: MomentumEncoder | None
+) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    """Name, shape and kinds of each parameter."""
+    followed = {id(p) for p in momentum.source} if momentum is not None else set()
+    for name, p in engine.parameters.items():
+        yield name, engine.shapes[name], ("master", *MOMENTS, *("average",) * (id(p) in followed))
+
+
+def _told(parameter: tuple[tuple[int, ...], tuple[str, ...]] | None) -> str:
+    return "not there" if parameter is None else f"{list(parameter[0])} with {', '.join(parameter[1])}"
 
 
 def index_of(
@@ -158,14 +200,14 @@ def index_of(
 
 
 def read_pieces(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
-    """Fill pieces with what a checkpoint holds. Opens each file that is needed once, and reads nothing else of it.
-    KeyError if the checkpoint lacks a parameter or a kind."""
+    """Fill pieces with what a checkpoint holds. Opens each file that is needed once, and reads nothing else of it. The
+    pieces must lie within the parameters. SafetensorError if a file is not what the index says."""
     needed: dict[int, list[tuple[Piece, int, int, int]]] = defaultdict(list)
     for piece in pieces:
         for file, first, low, high in index.parameters[piece.parameter].overlaps(piece.start, piece.start + len(piece)):
             needed[file].append((piece, first, low, high))
     for file, reads in sorted(needed.items()):
-        with safe_open(inside(folder, index.files[file]), "pt") as stored:
+        with safe_open(folder / index.files[file], "pt") as stored:
             for piece, first, low, high in reads:
                 for kind, values in piece.values.items():
                     fragment = stored.get_slice(f"{kind}/{piece.parameter}/{first}")

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.data.batch import N_TEXTS
 from infoxlm_ds.engine.config import precision_of, stage_of
 
 # Keys that may always change: no step depends on them, or only by rounding. A corpus is compared by content, not by
 # path; a preset by its values.
 FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
 # Keys that can never change, because the tensors would have other shapes.
-FIXED = ("model", "batch.lanes", "contrast.keys", "contrast.learn_temperature_within", "tokenizer", "tasks.xlco")
+FIXED = (
+    "model",
+    "batch.lanes",
+    "contrast.keys",
+    "contrast.learn_temperature_within",
+    "tokenizer",
+    "tasks.xlco",
+    "texts of a key",
+)
 # If one of these changes, a window of the data holds other items: a stream skips the rest of its current window.
 ORDER = ("corpus", "sampling", "seed", "contrast.same_text", "contrast.pairs_per_row", "contrast.mixup")
 
@@ -80,8 +89,10 @@ class Identity:
             r.model_dump(mode="json", exclude=FREE) | {"tasks": {"xlco": r.tasks["xlco"]}}
             for r in (saved_recipe, self.recipe)
         ]
-        for tree, saved in zip(trees, (state, self.as_json()), strict=True):
+        for tree, saved, r in zip(trees, (state, self.as_json()), (saved_recipe, self.recipe), strict=True):
             tree["contrast"].pop("queue")
+            if saved_recipe.contrast.uses_queue and self.recipe.contrast.uses_queue:
+                tree["texts of a key"] = N_TEXTS[r.contrast.mixup]
             tree |= {key: saved[key] for key in ("corpus", "tokenizer")}
         return trees
 

@@ -34,6 +34,15 @@ NAME = re.compile(r"step-\d{8,}")
 MANIFEST, STATE, INDEX = "manifest.json", "state.json", "index.json"
 
 
+# What a run that goes on takes from state.json.
+STATED = {"recipe", "engine", "zero_stage", "precision", "corpus", "tokenizer", "world_size"}
+STATED |= {"step", "consumed", "best", "cursors", "counters"}
+
+
+class OtherFormat(UserError):
+    """A checkpoint that another version of this program reads. It is not damaged."""
+
+
 @dataclass(frozen=True)
 class Receipt:
     """Size and hash of a file when it was written."""
@@ -89,7 +98,7 @@ class Store:
             kept = self._pointer.rename(self._pointer.with_name(f"latest.damaged-{os.getpid()}"))
             aside = f"; what was there is kept as {kept.name}"
         self.point_to(newest)
-        print(f"{self._pointer} was no file: it now names {newest.name}, the newest checkpoint{aside}", flush=True)
+        print(f"{self._pointer} was no file: it now names {newest.name}{aside}", flush=True)
 
     def steps(self) -> list[Path]:
         """Committed checkpoints, oldest first."""
@@ -97,12 +106,15 @@ class Store:
         return sorted((p for p in self._named() if latest is not None and step_of(p) <= step_of(latest)), key=step_of)
 
     def _named(self) -> list[Path]:
-        """Folders with a final name."""
+        """Folders with a final name, in no order."""
         return [p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name)]
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint; its folder may be gone. If there is no file `latest`, the newest that has
         its final name. UserError if `latest` holds no checkpoint's name."""
+        linked = self._pointer.resolve() if self._pointer.is_dir() else self._pointer
+        if linked in [path.resolve() for path in self._named()]:  # a user's own link
+            return self.folder / linked.name
         if not self._pointer.is_file():  # lost, or killed before the first was written; a named folder is whole
             return max(self._named(), key=step_of, default=None)
         name = self._pointer.read_text(errors="replace").strip()
@@ -185,16 +197,27 @@ def read_receipts(folder: Path) -> list[Receipt]:
     if files is None and STATE in tree:
         raise _other_format(folder, "1 or 2")
     if not isinstance(files, dict) or tree.get("sha256") != _hash_of(files):
-        raise UserError(f"{folder}: {MANIFEST} differs from what was written")
-    return [Receipt(name, **stated) for name, stated in files.items()]
+        raise changed(folder, MANIFEST)
+    try:
+        receipts = [Receipt(name, **stated) for name, stated in files.items()]
+    except TypeError:
+        raise changed(folder, MANIFEST) from None
+    if any(Path(receipt.name).name != receipt.name for receipt in receipts):
+        raise changed(folder, MANIFEST)
+    return receipts
+
+
+def changed(folder: Path, name: str) -> UserError:
+    """The error of a file that is not as it was written."""
+    return UserError(f"{folder}: {name} differs from what was written")
 
 
 def _hash_of(files: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _other_format(checkpoint: Path, form: object) -> UserError:
-    return UserError(
+def _other_format(checkpoint: Path, form: object) -> OtherFormat:
+    return OtherFormat(
         f"{checkpoint} has format {form}, and this version reads format {FORMAT}: go on with revision {BEFORE} of "
         "infoxlm_ds, or export the weights there and start another run with model.init"
     )
@@ -208,16 +231,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(checkpoint / STATE)
     if state.get("format") != FORMAT:
         raise _other_format(checkpoint, state.get("format"))
+    if not state.keys() >= STATED:
+        raise changed(checkpoint, STATE)
     return state
 
 
 def damage_of(folder: Path, part: slice = slice(None), seen: Callable[[int], None] = lambda _: None) -> str:
     """The first damage of a committed folder, or of a part of its files; empty if there is none. Calls `seen` with the
-    bytes of each file."""
+    bytes of each file. OtherFormat if another version wrote it."""
     if not folder.is_dir():
         return "the folder is gone"
     try:
         receipts = read_receipts(folder)
+    except OtherFormat:
+        raise
     except UserError as error:
         return str(error).removeprefix(f"{folder}: ")
     for receipt in receipts[part]:
@@ -238,5 +265,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path.parent}: {path.name} cannot be read ({error.strerror})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path.parent}: {path.name} differs from what was written")
+        raise changed(path.parent, path.name)
     return tree

@@ -46,7 +46,5 @@ def undamaged(run: Path, step: int | None = None) -> Path:
     if path.is_dir():
         read_state(path)
     if damage := damage_of(path):
-        raise UserError(
-            f"{path}: {damage}: restore the file, choose another step, or go on training with resume.fallback=true"
-        )
+        raise UserError(f"{path}: {damage}: restore it from a copy, or go on training with resume.fallback=true")
     return path

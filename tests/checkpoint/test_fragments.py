@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
+from torch import Tensor
 
-from infoxlm_ds.checkpoint.files import to_host, write_files, write_tensors
-from infoxlm_ds.checkpoint.fragments import Index, Layout, Piece, index_of, read_pieces
+from infoxlm_ds.checkpoint import fragments
+from infoxlm_ds.checkpoint.files import Contents, to_host, write_files, write_tensors
+from infoxlm_ds.checkpoint.fragments import Index, Layout, Piece, index_of, pack, read_pieces, to_write
+from infoxlm_ds.checkpoint.store import Store, damage_of
+from infoxlm_ds.config import UserError
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 # Shapes of parameters, what each rank wrote of them, and fragments of another cut: parameter, start, number of values.
@@ -103,19 +110,109 @@ def test_a_copy_for_a_thread_does_not_change_with_the_state() -> None:
     assert copy["a.safetensors"]["x"].tolist() == [0, 0, 0] and copy["state.json"] == {"step": 3}
 
 
-def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:
-    """Of three files, the second was removed: fragments that do not touch it are still read."""
+def _committed(folder: Path, files: Contents) -> None:
+    """Write a checkpoint's files and its manifest."""
+    step = Store(folder).begin(1)
+    Store(folder).publish(step, write_files(step, files))
+
+
+def _three_files(folder: Path, index: dict[str, Any] | None = None) -> tuple[Path, Tensor]:
+    """A checkpoint of one parameter in three files. Its folder and the parameter."""
     whole = torch.arange(30.0)
     layouts: list[Layout] = [[(0, 10 * i, 10, 0)] for i in range(3)]
-    index = index_of(layouts, {"weight": (5, 6)}, {"weight": ("master",)}, {})
-    for i, file in enumerate(index.files):
-        write_files(tmp_path, {file: {f"master/weight/{10 * i}": whole[10 * i : 10 * i + 10]}})
-    write_files(tmp_path, {"index.json": index.as_json()})
-    (tmp_path / index.files[1]).unlink()
-    index = Index.read(tmp_path)
+    made = index_of(layouts, {"weight": (5, 6)}, {"weight": ("master",)}, {})
+    files: Contents = {
+        file: {f"master/weight/{10 * i}": whole[10 * i : 10 * i + 10]} for i, file in enumerate(made.files)
+    }
+    _committed(folder, files | {"index.json": index if index is not None else made.as_json()})
+    return folder / "checkpoints" / "step-00000001", whole
+
+
+def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:
+    """Of three files, the second was removed: fragments that do not touch it are still read."""
+    folder, whole = _three_files(tmp_path)
+    index = Index.read(folder)
+    (folder / index.files[1]).unlink()
     for start, size in ((0, 10), (3, 4), (20, 10), (29, 1)):
         piece = Piece("weight", start, {"master": torch.zeros(size)})
-        read_pieces(tmp_path, index, [piece])
+        read_pieces(folder, index, [piece])
         assert torch.equal(piece.values["master"], whole[start : start + size])
     with pytest.raises(FileNotFoundError):
-        read_pieces(tmp_path, index, [Piece("weight", 5, {"master": torch.zeros(10)})])
+        read_pieces(folder, index, [Piece("weight", 5, {"master": torch.zeros(10)})])
+
+
+WEIGHT: dict[str, Any] = {"shape": [5, 6], "kinds": ["master"], "starts": [0, 10, 20], "files": [0, 1, 2]}
+NAMES = [f"state-0000{rank}-00.safetensors" for rank in range(3)]
+GOOD: dict[str, Any] = {"parameters": {"weight": WEIGHT}, "files": NAMES, "tied": {}, "dtype": "float32"}
+WRONG: list[dict[str, Any]] = [
+    {"shape": "ab"},
+    {"shape": [5]},
+    {"starts": []},
+    {"starts": [3, 10, 20]},
+    {"starts": [0, 20, 10]},
+    {"starts": [0, 10, "x"]},
+    {"files": [0, 1, 3]},
+    {"files": [0, 1]},
+    {"files": [0, -1, 2]},
+    {"kinds": 3},
+]
+HOSTILE: list[dict[str, Any]] = [
+    {},
+    {key: value for key, value in GOOD.items() if key != "parameters"},
+    GOOD | {"dtype": "float16"},
+    GOOD | {"files": ["../outside.safetensors", *NAMES[1:]]},
+    GOOD | {"files": ["/outside.safetensors", *NAMES[1:]]},
+    GOOD | {"files": NAMES[:2]},
+    GOOD | {"tied": {"alias": "nothing"}},
+    *(GOOD | {"parameters": {"weight": WEIGHT | wrong}} for wrong in WRONG),
+]
+
+
+@pytest.mark.parametrize("index", HOSTILE, ids=range(len(HOSTILE)))
+def test_an_index_that_no_rank_writes_is_refused_though_its_hash_is_right(
+    tmp_path: Path, index: dict[str, Any]
+) -> None:
+    assert Index.read(_three_files(tmp_path / "good", GOOD)[0]).as_json() == index_json(GOOD)
+    folder, _ = _three_files(tmp_path / "run", index)
+    assert damage_of(folder) == ""
+    with pytest.raises(UserError, match=r"index\.json differs from what was written"):
+        Index.read(folder)
+
+
+def index_json(tree: dict[str, Any]) -> dict[str, Any]:
+    """What `as_json` gives, whose shapes and kinds are tuples until they are written."""
+    weight = {key: tuple(x) if key in ("shape", "kinds") else x for key, x in WEIGHT.items()}
+    return tree | {"parameters": {"weight": weight}}
+
+
+@pytest.mark.parametrize("entry", [{}, {"bytes": 3, "sha256": "", "more": 1}, 3, None])
+def test_a_manifest_that_no_rank_writes_is_refused_though_its_hash_is_right(tmp_path: Path, entry: object) -> None:
+    folder, _ = _three_files(tmp_path)
+    files = {"index.json": entry}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"sha256": digest, "files": files}))
+    assert damage_of(folder) == "manifest.json differs from what was written"
+
+
+def test_long_fragments_are_cut_and_full_files_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a large model does, with small limits."""
+    monkeypatch.setattr(fragments, "LONGEST", 7)
+    monkeypatch.setattr(fragments, "FULL", 100)
+    monkeypatch.setattr(fragments, "AT_ONCE", 3)
+    shapes = {"a": (5, 9), "b": (4,), "c": ()}
+    state = {name: {kind: torch.randn(prod(shape)) for kind in KINDS} for name, shape in shapes.items()}
+    engine: Any = SimpleNamespace(
+        sharded=True, parameters=shapes, state=lambda: ((name, 0, of_one) for name, of_one in state.items())
+    )
+    tensors, layout = pack(to_write(engine, None), list(shapes))
+    assert all(1 <= size <= 7 for _, _, size, _ in layout) and len(tensors) > 3
+    assert all(sum(x.nbytes for x in of_file.values()) <= 100 + 3 * 7 * 4 for of_file in tensors.values())
+    index = index_of([layout], shapes, dict.fromkeys(shapes, KINDS), {})
+    _committed(tmp_path, tensors | {"index.json": index.as_json()})
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    for name, shape in shapes.items():
+        for start in range(0, prod(shape), 4):
+            piece = Piece(name, start, {kind: torch.zeros(min(4, prod(shape) - start)) for kind in KINDS})
+            read_pieces(folder, Index.read(folder), [piece])
+            for kind, x in piece.values.items():
+                assert torch.equal(x, state[name][kind][start : start + len(x)])

@@ -58,7 +58,9 @@ def checkpointed_state(state: TrainState) -> dict[str, Tensor]:
     for kind, parts in fragments.items():
         tensors = whole(parts, parameters, state.engine.sharded)
         out |= {f"{kind}.{name}": x for name, x in zip(names, tensors, strict=True)}
-    return out
+    steps = [moments["step"] for moments in state.engine.optimizer.state.values()]
+    assert all(torch.equal(step, steps[0]) for step in steps)
+    return out | {"applied steps": steps[0].cpu()}
 
 
 def _whole_queue(queue: KeyQueue) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infoxlm_ds import dist
 from infoxlm_ds.build import agreed_inputs, build, check_inputs
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.consolidate import consolidate
@@ -120,6 +121,7 @@ def test_damage_is_named_by_all_ranks_and_the_checkpoint_before_is_used_where_th
         (["seed=9", "resume.allow_change=[optimizer]"], ["seed 1 -> 9"]),
         (["model.layers=3", "resume.allow_change=[model]"], ["model.layers 2 -> 3", "infoxlm export"]),
         (["batch.lanes=8", "resume.allow_change=[batch]"], ["batch.lanes 4 -> 8", "infoxlm export"]),
+        (["contrast.mixup=paper", "resume.allow_change=[contrast]"], ["texts of a key 3 -> 6", "infoxlm export"]),
         (["weights.xlco=0", "resume.allow_change=[weights]"], ["tasks.xlco True -> False", "infoxlm export"]),
         (["resume.mode=never"], ["step-00000002", "resume.mode is never"]),
     ],
@@ -163,9 +165,39 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_the_way_over(corpus: Pa
         lambda: export(half_way, half_way / "out"),
         lambda: consolidate(half_way, half_way / "out"),
     ):
-        with pytest.raises(UserError, match=r"format 1 or 2, .* format 3: .* revision 570d66d .* model\.init"):
+        with pytest.raises(UserError, match=r"format 1 or 2, .* format 3: .* revision 570d66d .* model\.init$"):
             run()
-    assert not (half_way / "out").exists()
+    for message in run_ranks(_refused, 2, small_recipe(corpus, half_way, "resume.fallback=true")):
+        assert message.endswith("model.init")
+    assert newest.is_dir() and not (half_way / "out").exists()
+
+
+def _refused_with_another_init(rank: int, world: int, recipe: Recipe, other: Recipe) -> str:
+    start_ranks()
+    state = build(agreed_inputs(recipe))
+    train_step(state)
+    save(state, None)
+    state.loader.close()
+    assert recipe.model.init is not None
+    if rank == 0:
+        shutil.rmtree(recipe.model.init)
+        shutil.copytree(str(other.model.init), recipe.model.init)
+    dist.barrier()
+    with pytest.raises(UserError) as caught:
+        build(agreed_inputs(recipe))
+    return str(caught.value)
+
+
+def test_a_model_whose_shape_changed_behind_its_name_is_refused(corpus: Path, tmp_path: Path) -> None:
+    recipes = []
+    for name, width in (("one", 32), ("other", 64)):
+        recipe = small_recipe(corpus, tmp_path / name, "weights.xlco=0", f"model.width={width}")
+        run_ranks(stop_after_two, 1, recipe)
+        export(tmp_path / name, tmp_path / f"{name}-model")
+        init = f"model.init={tmp_path}/{name}-model"
+        recipes.append(small_recipe(corpus, tmp_path / "run", "weights.xlco=0", init))
+    for message in run_ranks(_refused_with_another_init, 2, *recipes):
+        assert "another model" in message and ", 64] with" in message and ", 32] with" in message
 
 
 def test_every_bit_of_a_manifest_counts(half_way: Path) -> None:
@@ -193,24 +225,33 @@ def _folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "instead",
-    [lambda path: None, lambda path: path.symlink_to("gone"), lambda path: path.symlink_to(path.name), _folder],
-    ids=["nothing", "dangling", "loop", "folder"],
+    ("instead", "step"),
+    [
+        (lambda path: None, 2),
+        (lambda path: path.symlink_to("gone"), 2),
+        (lambda path: path.symlink_to(path.name), 2),
+        (_folder, 2),
+        (lambda path: path.symlink_to("step-00000001"), 1),
+    ],
+    ids=["nothing", "dangling", "loop", "folder", "link to a step"],
 )
-def test_a_lost_pointer_is_mended_from_the_newest_checkpoint(
-    corpus: Path, half_way: Path, instead: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+def test_a_lost_pointer_is_mended(
+    corpus: Path, half_way: Path, instead: Callable[[Path], None], step: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """From the newest checkpoint, or from the one that a link of the user names."""
     pointer = half_way / "checkpoints" / "latest"
     pointer.unlink()
     instead(pointer)
     recipe = small_recipe(corpus, half_way)
     assert not check_inputs(recipe, 0, 2).finished
     Checkpoints(recipe).lock()
-    assert pointer.read_text() == "step-00000002" and not pointer.is_symlink()
-    assert "step-00000002, the newest checkpoint" in capsys.readouterr().out
+    assert pointer.read_text() == f"step-{step:08d}" and not pointer.is_symlink()
+    assert f"was no file: it now names step-{step:08d}" in capsys.readouterr().out
     kept = list(pointer.parent.glob("latest.damaged-*"))
-    assert [(path / "file").read_text() for path in kept if path.is_dir()] == ["kept"] * (instead is _folder)
-    assert run_ranks(_positions, 2, recipe)[0][0] == 3
+    assert [(path / "file").read_text() for path in kept if path.is_dir() and not path.is_symlink()] == ["kept"] * (
+        instead is _folder
+    )
+    assert run_ranks(_positions, 2, recipe)[0][0] == step + 1
 
 
 def test_a_finished_run_is_finished_on_any_number_of_ranks(corpus: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,24 +125,48 @@ Setting = tuple[str, int]  # an engine configuration, and ranks
 ENGINES = ["zero0_fp32", *(f"zero{n}_{p}" for n in (1, 2, 3) for p in ("fp32", "bf16", "fp16"))]
 ENGINES += ["zero2_bf16_offload", "zero3_bf16_offload"]
 SETTINGS = list(itertools.product(ENGINES, (1, 2, 4)))
-# Each stage goes to each other, each precision to each other, each number of ranks to each other, with offloading and
-# without.
+# Each value of stage, precision, offloading and number of ranks with each other value, of both sides: all pairs.
 SUITE: dict[Setting, list[Setting]] = {
-    ("zero0_fp32", 2): [("zero1_bf16", 4), ("zero2_bf16_offload", 2), ("zero3_fp16", 1), ("zero0_fp32", 4)],
-    ("zero1_fp16", 4): [("zero0_fp32", 1), ("zero2_fp32", 2), ("zero3_bf16", 4), ("zero1_fp16", 4)],
-    ("zero2_fp32", 1): [("zero1_fp16", 2), ("zero2_bf16", 4), ("zero3_bf16_offload", 1), ("zero0_fp32", 1)],
-    ("zero3_bf16_offload", 2): [("zero0_fp32", 4), ("zero1_fp32", 2), ("zero2_fp16", 1), ("zero2_bf16_offload", 1)],
-    ("zero3_bf16", 4): [("zero1_bf16", 2), ("zero2_fp16", 4), ("zero3_fp32", 2), ("zero0_fp32", 4)],
+    ("zero1_fp16", 2): [("zero2_bf16_offload", 2), ("zero3_fp16", 4), ("zero1_bf16", 1)],
+    ("zero2_bf16_offload", 4): [("zero2_fp32", 4)],
+    ("zero0_fp32", 1): [("zero1_fp32", 1), ("zero2_fp16", 2)],
+    ("zero3_bf16_offload", 1): [("zero3_bf16_offload", 2), ("zero2_bf16_offload", 4)],
+    ("zero3_fp16", 4): [("zero0_fp32", 1), ("zero1_fp16", 2)],
+    ("zero2_bf16_offload", 2): [("zero1_fp16", 1), ("zero0_fp32", 2)],
+    ("zero2_fp32", 4): [("zero3_bf16_offload", 4)],
+    ("zero1_bf16", 1): [("zero0_fp32", 4), ("zero2_fp32", 1)],
+    ("zero0_fp32", 2): [("zero0_fp32", 2), ("zero3_bf16_offload", 1), ("zero1_bf16", 4)],
+    ("zero2_fp16", 1): [("zero3_fp32", 2)],
+    ("zero3_fp32", 2): [("zero3_bf16", 2)],
+    ("zero1_fp32", 4): [("zero2_fp32", 1)],
+    ("zero0_fp32", 4): [("zero2_bf16", 1)],
 }
 
 
-def _loaded(rank: int, world: int, recipe: Recipe, configs: list[str]) -> list[dict[str, Tensor]]:
+def test_the_suite_has_all_pairs_of_values() -> None:
+    def pairs(then: Setting, now: Setting) -> set[Any]:
+        values = [
+            (side, *value)
+            for side, (engine, ranks) in (("then", then), ("now", now))
+            for value in (("stage", engine[4]), ("in", engine[6:10]), ("offload", engine[10:]), ("ranks", ranks))
+        ]
+        return set(itertools.combinations(sorted(values, key=str), 2))
+
+    everything = set().union(*(pairs(then, now) for then, now in itertools.product(SETTINGS, SETTINGS)))
+    chosen = set().union(*(pairs(then, now) for then, of_one in SUITE.items() for now in of_one))
+    assert chosen == everything
+
+
+Loaded = tuple[dict[str, Tensor], dict[str, Any]]  # a run's tensors, and its counters
+
+
+def _loaded(rank: int, world: int, recipe: Recipe, configs: list[str]) -> list[Loaded]:
     """The state that each of these engines has when it begins."""
     start_ranks()
     states = []
     for config in configs:
         state = build(agreed_inputs(recipe.model_copy(update={"engine": ROOT / "ds_configs" / f"{config}.json"})))
-        states.append(checkpointed_state(state))
+        states.append((checkpointed_state(state), state.engine.counters()))
         state.loader.close()
         _computes_with_its_masters(state)
     return states
@@ -169,32 +194,40 @@ def test_a_checkpoint_loads_bit_by_bit_into_any_engine_on_any_number_of_ranks(
     """Masters, moments, averages, queue, learned temperature. `make torture` goes from everything to everything."""
     overrides = ("contrast.learn_temperature_within=[0.05, 0.3]", "contrast.queue.sharded=true")
     recipe = small_recipe(corpus, tmp_path / "run", _engine(then[0]), *overrides)
-    saved = run_ranks(_saved, then[1], recipe)[0]
+    saved, counters = run_ranks(_saved, then[1], recipe)[0]
     assert len(saved) > 150
     for world in (1, 2, 4):
         if configs := [config for config, ranks in into if ranks == world]:
             for of_rank in run_ranks(_loaded, world, recipe, configs, timeout=600):
-                for config, state in zip(configs, of_rank, strict=True):
+                for config, (state, counted) in zip(configs, of_rank, strict=True):
                     assert state.keys() == saved.keys()
                     different = [name for name, x in saved.items() if not torch.equal(x, state[name])]
                     assert not different, f"{config} on {world} ranks: {different}"
+                    assert (counted["steps"], counted["skipped"]) == (counters["steps"], counters["skipped"])
+                    if "fp16" in config and "fp16" in then[0]:
+                        assert counted["loss_scale"] == counters["loss_scale"] == SCALE
 
 
-def _saved(rank: int, world: int, recipe: Recipe) -> dict[str, Tensor]:
+SCALE = {"cur_scale": 512.0, "cur_iter": 77, "last_overflow_iter": 33, "cur_hysteresis": 1}  # as none begins
+
+
+def _saved(rank: int, world: int, recipe: Recipe) -> Loaded:
     start_ranks()
     state = build(agreed_inputs(recipe))
     while state.step < 2:  # the queue of 40 is full
         train_step(state)
+    if state.engine.adapts_loss_scale:
+        state.engine.resume(state.engine.counters() | {"loss_scale": SCALE}, state.step)
     save(state, None)
     state.loader.close()
-    return checkpointed_state(state)
+    return checkpointed_state(state), state.engine.counters()
 
 
 @pytest.mark.slow
 def test_the_documented_reader_reads_what_four_ranks_wrote(corpus: Path, tmp_path: Path) -> None:
     """The program in docs/checkpoints.md, which needs neither torch nor this package."""
     recipe = small_recipe(corpus, tmp_path / "run", _engine("zero1_bf16"))
-    saved = run_ranks(_saved, 4, recipe)[0]
+    saved, _ = run_ranks(_saved, 4, recipe)[0]
     text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(import json.*?)```", text, re.DOTALL)
     assert len(program.splitlines()) <= 20
@@ -204,7 +237,7 @@ def test_the_documented_reader_reads_what_four_ranks_wrote(corpus: Path, tmp_pat
     subprocess.run([sys.executable, tmp_path / "read.py", Store(recipe.run).at()], check=True, timeout=60)
     state = {name.replace("/", ".", 1): torch.from_numpy(x) for name, x in np.load(tmp_path / "out.npz").items()}
     read = {name: x for name, x in state.items() if not name.startswith("average.")}
-    assert read.keys() == {name for name in saved if not name.startswith(("key.", "queue."))}
+    assert read.keys() == {name for name in saved if not name.startswith(("key.", "queue.", "applied"))}
     assert all(torch.equal(x, saved[name]) for name, x in read.items())
     averages = [x for name, x in state.items() if name.startswith("average.")]
     keys = [x for name, x in saved.items() if name.startswith("key.")]
