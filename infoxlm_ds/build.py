@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.checkpoints import Checkpoints
@@ -18,12 +20,15 @@ from infoxlm_ds.engine.config import check_device, dtype_of, load_engine_config,
 from infoxlm_ds.engine.engine import Engine
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.attention import why_not_varlen
+from infoxlm_ds.model.checksums import write_checksums
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model, check_fit, head_width
 from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective
 from infoxlm_ds.state import TrainState
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,29 @@ class Inputs:
 
 
 def agreed_inputs(recipe: Recipe) -> Inputs:
-    """Run `check_inputs` on every rank. If one rank finds a mistake, all ranks raise UserError: a host may lack
-    what others have. Collective."""
-    inputs, mistake = None, ""
-    try:
+    """Run `check_inputs` on every rank. UserError on all of them if one finds a mistake. Collective."""
+
+    def checked() -> Inputs:
         inputs = check_inputs(recipe, dist.rank(), dist.world_size())
         check_device(inputs.identity.engine)
         compiles(recipe, inputs.identity.engine)
+        return inputs
+
+    return _agreed(checked)
+
+
+def _agreed(job: Callable[[], T]) -> T:
+    """The result of a job that is not collective. If one rank finds a mistake, all ranks raise UserError: a host may
+    lack what others have. Collective."""
+    result, mistake = None, ""
+    try:
+        result = job()
     except UserError as error:
         mistake = f"rank {dist.rank()} on {failures.here().host}: {error}" if dist.rank() else str(error)
     if mistakes := [text for text in dist.gather_objects(mistake) if text]:
         raise UserError(mistakes[0])
-    assert inputs is not None
-    return inputs
+    assert result is not None
+    return result
 
 
 def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
@@ -71,6 +86,9 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     identity = Identity(recipe, engine_config, corpus.manifest.sha256, hashes)
     finished = rank == 0 and checkpoints.check(identity)
     probe = RetrievalProbe(recipe.probe, tokenizer, positions) if recipe.probe else None
+    if rank == 0:
+        for key, why in without_effect(recipe, corpus):
+            print(f"{key} has no effect: {why}", flush=True)
     if finished:
         print(f"{recipe.run}: finished at step {recipe.optimizer.steps}, nothing to do")
     return Inputs(identity, corpus, loader, checkpoints, finished, probe)
@@ -86,17 +104,18 @@ def build(inputs: Inputs) -> TrainState:
         state.step, state.consumed, state.best = saved.step, saved.consumed, saved.best
         _check_filling(state)
         inputs.loader.restore(saved.consumed, saved.cursors)
-    elif dist.rank() == 0:
-        # An export needs these files beside the weights.
-        shutil.copytree(recipe.corpus / "tokenizer", recipe.run / "model", dirs_exist_ok=True)
-        state.objective.model.lm.config.save_pretrained(recipe.run / "model")
+    if dist.rank() == 0:  # an export needs these files beside the weights; a start mends them
+        folder = recipe.run / "model"
+        shutil.copytree(recipe.corpus / "tokenizer", folder, dirs_exist_ok=True)
+        state.objective.model.lm.config.save_pretrained(folder)
+        write_checksums(folder)
     return state
 
 
 def _from_scratch(inputs: Inputs) -> TrainState:
     recipe, contrast = inputs.identity.recipe, inputs.identity.recipe.contrast
     tokenizer = inputs.corpus.manifest.tokenizer
-    model = build_model(recipe.model, tokenizer.vocab_size, recipe.seed, tokenizer.special_ids)
+    model = _agreed(partial(build_model, recipe.model, tokenizer.vocab_size, recipe.seed, tokenizer.special_ids))
     if recipe.memory.activation_checkpointing:  # ZeRO 2 and 3 fail with the reentrant kind
         model.lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.compiled = compiles(recipe, inputs.identity.engine)
@@ -122,6 +141,20 @@ def _from_scratch(inputs: Inputs) -> TrainState:
         checkpoints=inputs.checkpoints,
         probe=inputs.probe,
     )
+
+
+def without_effect(recipe: Recipe, corpus: Corpus) -> Iterator[tuple[str, str]]:
+    """Keys that the user has set though nothing reads them, and why."""
+    contrast, model, pivot = recipe.contrast, recipe.model, recipe.sampling.pivot
+    if contrast.keys == "gradient" and "momentum" in contrast.model_fields_set:
+        yield "contrast.momentum", "contrast.keys is gradient, so there is no key encoder"
+    if not contrast.uses_queue and "queue" in contrast.model_fields_set:
+        yield "contrast.queue", "contrast.negatives is in_batch"
+    if model.init is not None:
+        for key in sorted(model.model_fields_set & {"type", "layers", "width", "heads", "feed_forward", "positions"}):
+            yield f"model.{key}", "model.init has its own shape"
+    if pivot is not None and not any(s.kind == "nway" and pivot in s.languages for s in corpus.sources):
+        yield "sampling.pivot", f"the corpus has no n-way rows with {pivot}"
 
 
 def compiles(recipe: Recipe, engine: dict[str, Any]) -> bool:

@@ -298,6 +298,9 @@ class Recipe(Section):
             )
         if self.model.init is None and self.model.width % self.model.heads:
             raise ValueError(f"model.width {self.model.width} is not a multiple of model.heads {self.model.heads}")
+        for path in self.resume.allow_change:
+            if not _names(self.model_dump(mode="json") | {"tokenizer": None}, path):
+                raise ValueError(f"resume.allow_change: {path} is no key or section of a recipe: correct its spelling")
         if self.optimizer.warmup >= self.optimizer.steps:
             raise ValueError("optimizer.warmup must be below optimizer.steps")
         pairs = self.batch.lanes * self.batch.xlco_pairs * self.optimizer.steps
@@ -316,6 +319,15 @@ class Recipe(Section):
         """Which of the three losses are used: those with a weight and a batch size above 0."""
         sizes = {"mmlm": self.batch.mmlm_tokens, "tlm": self.batch.tlm_tokens, "xlco": self.batch.xlco_pairs}
         return {task: bool(size and getattr(self.weights, task)) for task, size in sizes.items()}
+
+
+def _names(tree: dict[str, Any], path: str) -> bool:
+    """Whether a path names a key of the tree, or one below a key without a value."""
+    key, _, below = path.partition(".")
+    if key not in tree:
+        return False
+    value = tree[key]
+    return not below or value is None or (isinstance(value, dict) and _names(value, below))
 
 
 # `infoxlm`: the paper's contrast; `strong`: the contrast of later encoders (docs/contrast.md).

@@ -44,9 +44,11 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
         reporting.log(state, sinks, (time.monotonic() - started) / (state.step - first))
         logged = state.step
 
-    while state.step < recipe.optimizer.steps and not stop.agreed():
-        while not train_step(state):
+    # A step that failed only because of the loss scale is made first: its data would be lost.
+    while state.step < recipe.optimizer.steps and (state.again is not None or not stop.agreed()):
+        if not train_step(state):
             reporting.tell_of_skip(state, sinks)
+            continue
         reporting.tell_of_save(state, sinks, state.checkpoints.poll())
         if state.step == first + 1:
             dist.set_timeout(recipe.timeout.step)

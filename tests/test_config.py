@@ -78,6 +78,8 @@ def test_a_preset_lies_below_the_recipe(tmp_path: Path) -> None:
         (["contrast.pairs_per_row=2"], ["pairs_per_row", "same_text: positive"]),
         (["contrast.queue.size=0"], ["contrast.queue.size", "greater than 0"]),
         (["preset=infoxml"], ["preset", "infoxlm"]),
+        (["resume.allow_change=[optimiser]"], ["resume.allow_change", "optimiser is no key"]),
+        (["resume.allow_change=[optimizer.rate]"], ["optimizer.rate is no key"]),
         (["seed.deep=1"], ["seed is a value"]),
         (["resume=never"], ["resume: {mode: never}", "resume.mode=never"]),
     ],

@@ -65,6 +65,7 @@ class Checkpoints:
     def __init__(self, recipe: Recipe) -> None:
         self.store = Store(recipe.run)
         self._settings, self._resume = recipe.checkpoint, recipe.resume
+        self._measured = _measured(recipe.model_dump(mode="json")["probe"])
         self._under_way: Save | None = None
         self._index: dict[str, Any] | None = None  # the same in each save of this process; empty but on the first rank
 
@@ -101,7 +102,10 @@ class Checkpoints:
         another process trains in the folder."""
         holder = on_first_rank(self.store.acquire)
         if isinstance(holder, Failed):
-            raise UserError(f"{self.store.run} cannot be written to ({holder.why}): correct `run`, or its permissions")
+            raise UserError(
+                f"{self.store.run} cannot be written to or locked ({holder.why}): correct `run` or its permissions, or "
+                "take a file system with locks"
+            )
         if holder:
             raise UserError(f"{holder} trains in {self.store.run}: wait for it, or take another run folder")
 
@@ -147,7 +151,8 @@ class Checkpoints:
             task: {int(lane): (window + 1, 0) if skipped else (window, offset) for lane, (window, offset) in at.items()}
             for task, at in state["cursors"].items()
         }
-        best = Best(**state["best"]) if state["best"] else None
+        comparable = _measured(state["recipe"]["probe"]) == self._measured
+        best = Best(**state["best"]) if state["best"] and comparable else None
         return Saved(state["step"], state["consumed"], cursors, best)
 
     def save(
@@ -242,6 +247,11 @@ def _fill(path: Path, engine: Engine, momentum: MomentumEncoder | None) -> str:
     except (UserError, OSError, SafetensorError) as error:
         return str(error)
     return ""
+
+
+def _measured(probe: dict[str, Any] | None) -> dict[str, Any]:
+    """What the values of two probes must have in common to be compared."""
+    return {key: value for key, value in (probe or {}).items() if key != "every"}
 
 
 def _other_cluster(state: dict[str, Any], identity: Identity) -> list[str]:

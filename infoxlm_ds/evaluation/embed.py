@@ -24,6 +24,7 @@ from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch
 from infoxlm_ds.data.upload import to_device
 from infoxlm_ds.model.attention import FLAT_ATTENTION
+from infoxlm_ds.model.checksums import CHANGED, check_checksums
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import family_of, positions_of
 from infoxlm_ds.model.heads import pool
@@ -135,6 +136,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         problem = "has no config.json" if folder.is_dir() else "is not there"
         raise UserError(f"model folder {folder} {problem}: give one that `infoxlm export` wrote")
+    check_checksums(folder, CHANGED)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

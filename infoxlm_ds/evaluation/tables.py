@@ -1,7 +1,7 @@
 """Retrieval results: a table for each file, and JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -39,31 +39,58 @@ def read_json(path: Path) -> list[RetrievalRow]:
         raise UserError(f"{path} is not a result of `infoxlm eval retrieval --json`: {error}") from error
 
 
-def print_comparison(results: dict[str, Sequence[RetrievalRow]], console: Console) -> None:
-    """Print one table of several models on the same files, a column for each model: accuracy@1, mean of both directions
-    and of all languages."""
+def print_comparison(results: Mapping[str, Sequence[RetrievalRow]], console: Console) -> None:
+    """Print one table of several models, a column for each: accuracy@1, mean of both directions and of the languages
+    that all models have. A file has one row if each model has one layer, which may differ; else a row for each layer
+    that all have. UserError if models have nothing in common, or other pairs of a language."""
     table = Table(title="mean accuracy@1, both directions", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("data", "languages"):
+    for heading in ("data", "layer", "languages"):
         table.add_column(heading, no_wrap=True)
     for heading in (*results, "trigrams", "chance"):
         table.add_column(heading, justify="right")
-    first = next(iter(results.values()))
-    for data in dict.fromkeys(row.data for row in first):
-        for only_cross in (False, True):
-            parts = [
-                [r for r in rows if r.data == data and (r.cross_script or not only_cross)] for rows in results.values()
-            ]
-            if all(parts):
-                _compare(table, Path(data).name.split(".jsonl")[0], parts, only_cross)
+    for data in dict.fromkeys(row.data for rows in results.values() for row in rows):
+        for layer, parts in _comparable(data, results):
+            for only_cross in (False, True):
+                chosen = [[row for row in rows if row.cross_script or not only_cross] for rows in parts]
+                if chosen[0]:
+                    _compare(table, Path(data).name.split(".jsonl")[0], layer, chosen, only_cross)
+    if not table.row_count:
+        raise UserError(f"{', '.join(results)} have no file, layer and language in common: evaluate on the same data")
     console.print(table)
 
 
-def _compare(table: Table, data: str, parts: list[list[RetrievalRow]], only_cross: bool) -> None:
+def _comparable(
+    data: str, results: Mapping[str, Sequence[RetrievalRow]]
+) -> Iterator[tuple[str, list[list[RetrievalRow]]]]:
+    """What models have in common of a file: layers, and the rows of each model, with the same languages in order."""
+    by_layer: list[dict[int, dict[str, RetrievalRow]]] = []
+    for of_model in results.values():
+        by_layer.append({})
+        for row in of_model:
+            if row.data == data:
+                by_layer[-1].setdefault(row.layer, {})[row.lang] = row
+    if all(len(layers) == 1 for layers in by_layer):
+        choices = [[next(iter(layers)) for layers in by_layer]]
+    else:
+        choices = [[layer] * len(by_layer) for layer in by_layer[0] if all(layer in layers for layers in by_layer)]
+    for chosen in choices:
+        models = [layers[layer] for layers, layer in zip(by_layer, chosen, strict=True)]
+        common = [lang for lang in models[0] if all(lang in rows for rows in models)]
+        for lang in common:
+            if len({rows[lang].n for rows in models}) > 1:
+                counts = ", ".join(f"{name} {rows[lang].n}" for name, rows in zip(results, models, strict=True))
+                raise UserError(f"{data}, {lang}: not the same pairs ({counts}): evaluate on the same file")
+        if common:
+            label = "/".join(map(str, dict.fromkeys(chosen)))
+            yield label, [[rows[lang] for lang in common] for rows in models]
+
+
+def _compare(table: Table, data: str, layer: str, parts: list[list[RetrievalRow]], only_cross: bool) -> None:
     models = [fmean(fmean((row.forward, row.backward)) for row in rows) for rows in parts]
     trigrams = fmean(fmean((row.trigram_forward, row.trigram_backward)) for row in parts[0])
     chance = fmean(row.chance for row in parts[0])
     label = f"{len(parts[0])}" + (" cross-script" if only_cross else "")
-    table.add_row(data, label, *(f"{value:.3f}" for value in (*models, trigrams, chance)))
+    table.add_row(data, layer, label, *(f"{value:.3f}" for value in (*models, trigrams, chance)))
 
 
 def _table(data: str, layers: list[list[RetrievalRow]]) -> Table:

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from infoxlm_ds import dist
 from infoxlm_ds.config import Model, UserError
 from infoxlm_ds.model.attention import FLAT_ATTENTION
+from infoxlm_ds.model.checksums import CHANGED, check_checksums
 from infoxlm_ds.model.embedding import TiedEmbedding
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
@@ -120,6 +121,7 @@ def init_config(init: str) -> PreTrainedConfig:
             raise UserError(f"model.init {init}: no config.json there: give a Hugging Face folder")
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise UserError(f"model.init {init}: no *.safetensors and no *.bin there: give a whole model folder")
+        check_checksums(folder, CHANGED)
     try:
         config = AutoConfig.from_pretrained(init, trust_remote_code=False)
     except (OSError, ValueError) as error:

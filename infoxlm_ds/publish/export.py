@@ -16,7 +16,9 @@ from infoxlm_ds.checkpoint.store import read_state
 from infoxlm_ds.checkpoint.weights import Weights, undamaged
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.data.flat_batch import flat_batch
+from infoxlm_ds.model.checksums import check_checksums, write_checksums
 from infoxlm_ds.model.encoder import InfoXLM
+from infoxlm_ds.model.families import positions_of
 from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
 
 # Of hidden states of order 1, in fp32: attention on padded and on flat batches adds up in different orders.
@@ -41,10 +43,12 @@ def export(run: Path, out: Path) -> None:
         raise UserError(f"{out} exists: remove it or export to another folder")
     latest = undamaged(run)
     recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
+    check_checksums(run / "model", f"train once more with run={run}, which writes {run / 'model'} anew")
     model = _trained(recipe, run, latest)
     disable_progress_bar()  # small files need no progress bars
     with new_folder(out) as folder:
         _write(model, recipe, run / "model", folder)
+        write_checksums(folder)
         difference = _difference(model, folder)
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{out}: hidden states differ by {difference:.1e} from the trained ones")
@@ -64,7 +68,9 @@ def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> Non
     lm = model.lm
     lm.config.universal_layer, lm.config.sentence_pooling = recipe.model.universal_layer, recipe.model.pooling
     lm.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
+    own = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    own.model_max_length = positions_of(lm.config)  # with it, truncation cuts a longer text, which would crash
+    own.save_pretrained(folder)
     if model.head.projection is not None:
         save_file({"weight": model.head.projection.weight.detach().contiguous()}, folder / PROJECTION)
 

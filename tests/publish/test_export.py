@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaForMaskedLM, pipeline
 
-from infoxlm_ds.build import agreed_inputs, build
+from infoxlm_ds.build import agreed_inputs, build, check_inputs
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.model.checksums import check_checksums
 from infoxlm_ds.publish.export import SAMPLE, export
 from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe
@@ -62,3 +65,55 @@ def test_no_checkpoint_and_an_existing_folder_are_the_users_mistakes(tmp_path: P
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists"):
         export(tmp_path, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def exported(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with its export beside it."""
+    run = tmp_path_factory.mktemp("exported") / "run"
+    run_ranks(_train, 1, small_recipe(corpus, run, "optimizer.steps=2"))
+    export(run, run.parent / "out")
+    return run.parent / "out"
+
+
+def test_a_text_that_is_too_long_is_cut_and_does_not_crash(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.model_max_length == 128
+    long = "one two three four five " * 200
+    assert len(tokenizer(long, truncation=True)["input_ids"]) == 128
+    settings = {"model": str(exported), "tokenizer": tokenizer}
+    features = pipeline("feature-extraction", tokenize_kwargs={"truncation": True}, **settings)(long)
+    assert len(features[0]) == 128
+    masked = pipeline("fill-mask", tokenizer_kwargs={"truncation": True}, **settings)
+    assert len(masked(f"{tokenizer.mask_token} {long}")) == 5
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_export_is_refused(exported: Path, corpus: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name} differs from what was written: .*checksums\.json"):
+        SentenceEmbedder(folder)
+    with pytest.raises(UserError, match=rf"{name} differs from what was written"):
+        check_inputs(small_recipe(corpus, tmp_path / "run", f"model.init={folder}"), 0, 1)
+    (folder / name).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        check_checksums(folder, "")
+
+
+def test_a_damaged_model_folder_of_a_run_is_named_and_mended(exported: Path, corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exported.parent / "run", run)
+    (run / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json differs from what was written: train once more"):
+        export(run, tmp_path / "out")
+    run_ranks(_start, 1, small_recipe(corpus, run, "optimizer.steps=3", "resume.allow_change=[optimizer]"))
+    export(run, tmp_path / "out")
+
+
+def _start(rank: int, world: int, recipe: Recipe) -> None:
+    start_ranks()
+    build(agreed_inputs(recipe)).loader.close()
