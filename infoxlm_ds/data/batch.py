@@ -74,6 +74,12 @@ class JointBatch:
         return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of its text, with special tokens. Each side of a pair counts once, whichever encoder reads it."""
+        other_side = self.keys.layout.tokens if self.keys is not None and 0 in self.sides else 0
+        return self.tokens.layout.tokens + other_side
+
+    @property
     def queries_alone(self) -> FlatBatch:
         """The queries as a batch of their own. Their layout has dense groups only if they get a pass of their own."""
         return FlatBatch(self.tokens.ids[self.trunk.tokens :], self.queries)

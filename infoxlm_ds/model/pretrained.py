@@ -113,8 +113,13 @@ def head_width(model: Model) -> int:
     return int(config.hidden_size // config.num_attention_heads)
 
 
+class NoModel(UserError):
+    """`model.init` is no folder, and no name that the hub gives now."""
+
+
 def init_config(init: str) -> PreTrainedConfig:
-    """The configuration of `model.init`. UserError if there is none, or if its encoder cannot run on a flat batch."""
+    """The configuration of `model.init`. UserError if its encoder cannot run on a flat batch, NoModel if there is no
+    configuration."""
     folder = Path(init)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -126,7 +131,7 @@ def init_config(init: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(init, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.init {init}: neither a model folder nor a name that the hub gives: {reason}") from None
+        raise NoModel(f"model.init {init}: neither a model folder nor a name that the hub gives: {reason}") from None
     family_of(config, f"model.init {init}")
     return config
 

@@ -102,6 +102,7 @@ def wire(s: Setting) -> dict[str, float]:
 
 
 def tokens_per_step(s: Setting) -> float:
-    """Tokens of text in a step, both sides of each pair, with special tokens."""
+    """Tokens of text in a step, both sides of each pair, with special tokens: the mean of what `speed/tokens` counts
+    (`JointBatch.text_tokens`)."""
     pairs = s.recipe.batch.xlco_pairs * s.recipe.tasks["xlco"]
     return s.recipe.batch.lanes * (s.trunk + 2 * pairs * s.text.mean)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.manifest import NAME, Tokenizer, load_manifest
 from infoxlm_ds.engine.config import offloaded, precision_of, summed_in, zero_settings
-from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, init_config, outline
+from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, NoModel, init_config, outline
 
 XLM_R = Tokenizer(name="XLM-R", vocab_size=250_002, special_ids={}, files=())
 ASSUMED_SENTENCE = 62  # pieces of a sentence, if there is no corpus
@@ -138,7 +138,7 @@ def _published(init: str | None) -> PreTrainedConfig | None:
     """The configuration of `model.init`; None if it is a name that cannot be read from the hub now."""
     try:
         return init_config(init) if init else None
-    except UserError:
+    except NoModel:
         if init and Path(init).is_dir():
             raise
         return None

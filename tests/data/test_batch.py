@@ -51,7 +51,7 @@ def test_order_counts_and_labels(corpus: Path, tmp_path: Path) -> None:
     batch = _build(recipe)
     special = set(Corpus(corpus).manifest.tokenizer.special_ids.values())
     # Without masking, the same keys give the same rows unchanged.
-    plain = _build(small_recipe(corpus, tmp_path / "plain", "masking.probability=0"))
+    plain = _build(small_recipe(corpus, tmp_path / "plain", "masking.probability=1e-12"))
     restored = batch.tokens.ids.clone()
     restored[batch.rows] = batch.labels
     assert (restored == plain.tokens.ids).all() and len(plain.rows) == 0
@@ -84,6 +84,13 @@ def test_queries_and_keys_are_the_sides_of_the_same_pairs(corpus: Path, tmp_path
     assert both[:pairs] == _queries(single)
     assert both[pairs:] == _split(single.keys)
     assert all(a != b for a, b in zip(both[:pairs], both[pairs:], strict=True))
+
+
+@pytest.mark.parametrize("overrides", [[], ["contrast.symmetric=false"], ["contrast.keys=gradient"]])
+def test_each_text_counts_once_whichever_encoder_reads_it(corpus: Path, tmp_path: Path, overrides: list[str]) -> None:
+    batch = _build(small_recipe(corpus, tmp_path / "run", *overrides))
+    pairs = _build(small_recipe(corpus, tmp_path / "all", "contrast.keys=gradient"))
+    assert batch.text_tokens == batch.trunk.tokens + pairs.queries.tokens
 
 
 def test_a_micro_batch_is_a_function_of_lane_and_step(corpus: Path, tmp_path: Path) -> None:

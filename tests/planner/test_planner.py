@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,13 @@ def test_plan_prints_what_it_writes(corpus: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--mfu", "0.3", *options])
     assert "assuming an MFU of 0.3" in result.output
     assert json.loads(out.read_text(encoding="utf-8"))["days"] > 0
+
+
+def test_a_model_of_the_hub_that_cannot_run_is_not_planned_as_another(
+    corpus: Path, tmp_path: Path, hub_cache: Callable[[str], Path]
+) -> None:
+    folder = hub_cache("some/decoder")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="some/decoder"):
+        _setting(small_recipe(corpus, tmp_path / "run", "model.init=some/decoder"), 1)
+    assert _setting(small_recipe(corpus, tmp_path / "run", "model.init=not/there"), 1).shape.own
