@@ -1,4 +1,4 @@
-# make demo | ablation | test | torture | check | same | gpu | release-check | lock | wheelhouse | clean
+# make demo | ablation | test | torture | fuzz | check | same | gpu | release-check | lock | wheelhouse | clean
 # Each target except gpu first makes .venv from the pinned list; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +19,7 @@ PARALLEL := -n 2 --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture check same gpu release-check lock wheelhouse clean
+.PHONY: install demo ablation test torture fuzz check same gpu release-check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,11 @@ endif
 torture: $(INSTALLED)
 	$(CPU_ONLY) $(BIN)/python -m pytest -m 'torture or kills' --kills 25 -s
 
+# So many times the made-up inputs of the suite; 100 takes hours.
+FUZZ ?= 100
+fuzz: $(INSTALLED)
+	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) --timeout 100000 --fuzz $(FUZZ) tests/fuzz
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,7 +77,12 @@ else
 endif
 
 # What a release promises beside the suite: an installation from wheels alone.
-release-check: $(INSTALLED)
+release-# So many times the made-up inputs of the suite; 100 takes hours.
+FUZZ ?= 100
+fuzz: $(INSTALLED)
+	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) --timeout 100000 --fuzz $(FUZZ) tests/fuzz
+
+check: $(INSTALLED)
 	$(CPU_ONLY) $(BIN)/python -m pytest -m release
 
 # Writes the installed versions to the pinned list, without torch's local build tag and without its GPU packages.

@@ -21,6 +21,7 @@ ASKED_FOR = ("torture", "release")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="how often test_torture.py kills a run")
+    parser.addoption("--fuzz", type=int, default=1, help="how many times as many made-up inputs test_fuzz.py tries")
     parser.addoption("--device", default="cuda", help="where tests marked gpu run; cpu checks all but the kernels")
     parser.addoption("--no-skip", action="append", default=[], metavar="MARK", help="fail where such a test is skipped")
 

@@ -1,0 +1,260 @@
+"""Made-up recipes, engine files, corpus descriptions and damaged files: each is read, or refused by one line.
+
+`make test` tries some, `make fuzz` many (`--fuzz`). Pin a case that failed in tests/test_reading.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.description import load_description
+from infoxlm_ds.build import check_inputs
+from infoxlm_ds.checkpoint.checkpoints import Checkpoints
+from infoxlm_ds.checkpoint.fragments import Index
+from infoxlm_ds.checkpoint.store import Store, damage_of
+from infoxlm_ds.checkpoint.weights import Weights, undamaged
+from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.data.batch import BatchBuilder
+from infoxlm_ds.data.corpus import Corpus
+from infoxlm_ds.engine.config import load_engine_config
+from infoxlm_ds.monitor.sinks import Sinks
+from tests.corpus import ROOT, small_recipe
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_checkpoint import stop_after_two
+
+NASTY: list[Any] = [None, True, "", "x", "0", "../..", "/", "\0", "é" * 50, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308]
+NASTY += [float("nan"), float("inf"), [], [[]], {}, {"": ""}, {"a": [1, {"b": None}]}]
+values = st.one_of(
+    st.sampled_from(NASTY),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
+
+
+Fuzz = Callable[[int], settings]
+
+
+@pytest.fixture(scope="module")
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """Settings for so many examples, times `--fuzz`. Each may take ten seconds."""
+    times, quiet = request.config.getoption("fuzz"), list(HealthCheck)
+    return lambda n: settings(max_examples=n * times, deadline=10_000, suppress_health_check=quiet, database=None)
+
+
+def _one_line(job: Callable[[], object]) -> bool:
+    """Run a job. Whether it was done; a refusal must be one line."""
+    try:
+        job()
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message.strip() and 0 < len(message) < 3000, message
+        return False
+    return True
+
+
+def _paths(tree: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if not isinstance(tree, dict | list) or not tree:
+        return [prefix]
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return [prefix, *(path for key, below in pairs for path in _paths(below, (*prefix, key)))][:500]
+
+
+def _changed(tree: Any, changes: list[tuple[int, str, Any]]) -> Any:
+    """A copy with some values replaced, removed or added."""
+    tree = copy.deepcopy(tree)
+    for number, how, value in changes:
+        paths = [path for path in _paths(tree) if path]
+        if not paths:
+            return value
+        *above, last = paths[number % len(paths)]
+        place = tree
+        for key in above:
+            place = place[key]
+        if how == "replace":
+            place[last] = value
+        elif how == "remove":
+            del place[last]
+        elif isinstance(place, dict):
+            place[str(value)[:20]] = value
+    return tree
+
+
+changes = st.lists(
+    st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "replace", "replace", "remove", "add"]), values),
+    min_size=1,
+    max_size=3,
+)
+
+
+def test_no_recipe_ends_in_a_traceback(corpus: Path, tmp_path: Path, fuzz: Fuzz) -> None:
+    small_recipe(corpus, tmp_path / "run")
+    path = tmp_path / "run.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["probe"] = {"data": str(ROOT / "data_prep/embedded/home_assistant.dev.jsonl.xz"), "languages": ["de"]}
+    tree["resume"] = {"allow_change": ["optimizer"]}
+
+    @fuzz(60)
+    @given(changes)
+    def run(made: list[tuple[int, str, Any]]) -> None:
+        path.write_text(yaml.safe_dump(_changed(tree, made)), encoding="utf-8")
+        _one_line(lambda: check_inputs(load_recipe(path), 0, 2))
+
+    run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_override_ends_in_a_traceback(corpus: Path, tmp_path: Path, fuzz: Fuzz) -> None:
+    small_recipe(corpus, tmp_path / "run")
+    keys = [
+        "optimizer.eps",
+        "model.width",
+        "contrast.momentum",
+        "batch",
+        "seed",
+        "a.b",
+        "",
+        ".",
+        "corpus",
+        "probe.data",
+    ]
+
+    @fuzz(100)
+    @given(st.sampled_from(keys), st.text(max_size=30) | values.map(str))
+    def run(key: str, text: str) -> None:
+        _one_line(lambda: load_recipe(tmp_path / "run.yaml", [f"{key}={text}"]))
+
+    run()
+
+
+def test_no_engine_file_ends_in_a_traceback(tmp_path: Path, fuzz: Fuzz) -> None:
+    trees = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+    everything: dict[str, Any] = {"communication_data_type": "fp32", "wall_clock_breakdown": False}
+    everything |= {"comms_logger": {"enabled": False}}
+    path = tmp_path / "engine.json"
+
+    @fuzz(100)
+    @given(st.sampled_from(trees), changes)
+    def run(tree: dict[str, Any], made: list[tuple[int, str, Any]]) -> None:
+        path.write_text(json.dumps(_changed(everything | tree, made)), encoding="utf-8")
+        _one_line(lambda: load_engine_config(path))
+
+    run()
+
+
+def test_no_corpus_description_ends_in_a_traceback(tmp_path: Path, fuzz: Fuzz) -> None:
+    tree = yaml.safe_load((ROOT / "data_prep" / "embedded" / "corpus.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "corpus.yaml"
+
+    @fuzz(100)
+    @given(changes)
+    def run(made: list[tuple[int, str, Any]]) -> None:
+        path.write_text(yaml.safe_dump(_changed(tree, made)), encoding="utf-8")
+        _one_line(lambda: load_description(path))
+
+    run()
+
+
+damages = st.tuples(
+    st.sampled_from(["flip", "cut", "zero", "more", "empty", "text"]), st.floats(0, 1), st.integers(0, 7)
+)
+
+
+def _harmed(data: bytes, damage: tuple[str, float, int]) -> bytes:
+    kind, where, bit = damage
+    at = min(int(where * len(data)), max(0, len(data) - 1))
+    match kind:
+        case "flip":
+            return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :] if data else b"\0"
+        case "cut":
+            return data[:at]
+        case "zero":
+            return data[:at] + bytes(len(data) - at)
+        case "more":
+            return data + b"\0" * (bit + 1)
+        case "empty":
+            return b""
+    return b"no such file\n"
+
+
+def test_a_damaged_corpus_is_refused_or_read_as_it_was(corpus: Path, tmp_path: Path, fuzz: Fuzz) -> None:
+    """Every kind of file. The same batch comes out, or one line."""
+    copied = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    recipe = small_recipe(copied, tmp_path / "run")
+    files = sorted(path for path in copied.rglob("*") if path.is_file())
+
+    def read() -> bytes:
+        check_inputs(recipe, 0, 1)
+        builder = BatchBuilder(recipe, Corpus(copied), [0])
+        return b"".join(builder.build(0, step).tokens.ids.numpy().tobytes() for step in range(3))
+
+    whole = read()
+
+    @fuzz(40)
+    @given(st.sampled_from(files), damages)
+    def run(path: Path, damage: tuple[str, float, int]) -> None:
+        before = path.read_bytes()
+        path.write_bytes(_harmed(before, damage))
+        try:
+            got: list[bytes] = []
+            if _one_line(lambda: got.append(read())):
+                assert got == [whole], f"{path.name} was damaged and read as something else"
+        finally:
+            path.write_bytes(before)
+
+    run()
+
+
+def _weights(checkpoint: Path) -> dict[str, bytes]:
+    weights = Weights(checkpoint)
+    return {name: weights[name].numpy().tobytes() for name in weights}
+
+
+def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(corpus: Path, tmp_path: Path, fuzz: Fuzz) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run")
+    run_ranks(stop_after_two, 2, recipe)
+    folder = Store(recipe.run).at()
+    files = [*sorted(folder.iterdir()), recipe.run / "checkpoints" / "latest", recipe.run / "metrics.jsonl"]
+    (recipe.run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    weights = _weights(folder)
+    whole = {path: path.read_bytes() for path in files}
+
+    def read() -> dict[str, bytes]:
+        Checkpoints(recipe)
+        check_inputs(recipe, 0, 2)
+        path = undamaged(recipe.run)
+        assert path == folder or whole[files[-2]] != files[-2].read_bytes()
+        Index.read(path)
+        return _weights(path)
+
+    @fuzz(60)
+    @given(st.sampled_from(files), damages)
+    def run(path: Path, damage: tuple[str, float, int]) -> None:
+        path.write_bytes(_harmed(whole[path], damage))
+        try:
+            Sinks(recipe.run, 1, 9, tensorboard=False).__exit__(None, None, None)
+            got: list[dict[str, bytes]] = []
+            if _one_line(lambda: got.append(read())) and path.parent == folder:
+                assert got == [weights], f"{path.name} was damaged and read as something else"
+        finally:
+            path.write_bytes(whole[path])
+            for kept in recipe.run.rglob("*.damaged-*"):
+                kept.unlink()
+
+    run()
+    assert damage_of(folder) == ""
