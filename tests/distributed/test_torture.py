@@ -63,7 +63,7 @@ def _life(recipe: Recipe, may_be_killed: Callable[[float], bool]) -> bool:
 def _moment(chance: random.Random, store: Store) -> tuple[str, Callable[[float], bool]]:
     """A moment to be killed at, and its name: in this life's first save, or in its second."""
     which = chance.choice(["start", "between", "files", "files", "manifest", "named", "pointer"])
-    delay, number, second = chance.uniform(0, 2.0), chance.randint(1, 8), chance.random() < 0.5
+    delay, number, second = chance.uniform(0, 2.0), chance.randint(1, 4), chance.random() < 0.5
     newest: list[Path | None] = [store.latest()]  # as this life saw it change
     named = {p.name for p in store.folder.glob("step-????????")}
     since: list[float] = []
