@@ -26,6 +26,10 @@ T = TypeVar("T", bound=BaseModel)
 class UserError(Exception):
     """A mistake of the user: one line that says what is wrong, where, and what to do. The commands exit with code 2."""
 
+    def __init__(self, message: str) -> None:
+        """Line breaks and control characters, which may stand in what the user wrote, are escaped."""
+        super().__init__("".join(x if x.isprintable() else ascii(x)[1:-1] for x in message))
+
 
 class Section(BaseModel):
     """Base of all models: unknown keys are errors, numbers are finite, values are frozen."""

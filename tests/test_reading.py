@@ -127,6 +127,16 @@ def test_engine_and_host_files_that_are_no_text_are_told(tmp_path: Path, data: b
             assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "config", [{"\n": 1}, {"zero_optimization": {"0\n": 1}}, {"zero_optimization": {"stage": "\n"}}]
+)
+def test_a_message_is_one_line_whatever_the_user_wrote(tmp_path: Path, config: dict[str, object]) -> None:
+    (tmp_path / "engine.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"\\n") as caught:
+        load_engine_config(tmp_path / "engine.json")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("\ufeffone\n\ufefftwo\n".encode())
