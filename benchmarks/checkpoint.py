@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import statistics
@@ -46,7 +45,9 @@ from benchmarks.processes import Group
 from infoxlm_ds import dist
 from infoxlm_ds.atomic import sync
 from infoxlm_ds.build import build, check_inputs
+from infoxlm_ds.checkpoint.files import write_files
 from infoxlm_ds.checkpoint.fragments import LONGEST, Index, Layout, index_of
+from infoxlm_ds.checkpoint.store import INDEX, Receipt, Store
 from infoxlm_ds.engine.engine import start_ranks
 
 WAYS = ("ours", "ours, without hashes", "ours, asynchronous", "DeepSpeed", "torch", "torch, asynchronous")
@@ -223,10 +224,13 @@ def simulate(world: int, stage: int, then: int) -> str:
     index = index_of(_layouts(shapes, world, stage), shapes, kinds, {})
     built = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "index.json"
-        path.write_text(json.dumps(index.as_json()))
+        store = Store(Path(folder))
+        step = store.begin(1)
+        receipts = write_files(step, {INDEX: index.as_json()})
+        path = store.publish(step, [*receipts, *(Receipt(name, 0, "") for name in index.files)]) / INDEX
         start = time.process_time()
         read = Index.read(path.parent)
+        parsed = time.process_time() - start
         fewer = _layouts(shapes, world // 2, then)
         names, opened, planned = list(shapes), [], []
         for layout in (fewer[0], fewer[len(fewer) // 2], fewer[-1]):
@@ -237,7 +241,6 @@ def simulate(world: int, stage: int, then: int) -> str:
             planned.append(time.process_time() - begun)
             opened.append(len(needed))
         size = path.stat().st_size
-        parsed = time.process_time() - start - sum(planned)
     cells = stage, then, f"{size / 1e6:.1f}", len(index.files), built, parsed, max(planned), max(opened)
     return "| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells) + " |"
 

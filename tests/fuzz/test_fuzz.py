@@ -32,27 +32,8 @@ from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import stop_after_two
 
-NASTY: list[Any] = [
-    None,
-    True,
-    "",
-    "x",
-    "0",
-    "../..",
-    "/",
-    "\0",
-    "é" * 50,
-    -1,
-    0,
-    1,
-    2**31,
-    2**63,
-    10**30,
-    0.5,
-    -0.0,
-    1e308,
-]
-NASTY += [float("nan"), float("inf"), [], [[]], {}, {"": ""}, {"a": [1, {"b": None}]}]
+NASTY: list[Any] = [None, True, "", "x", "0", "../..", "/", "\0", "\n", "é" * 50, -1, 0, 1, 2**31, 2**63, 10**30]
+NASTY += [0.5, -0.0, 1e308, float("nan"), float("inf"), [], [[]], {}, {"": ""}, {"a": [1, {"b": None}]}]
 values = st.one_of(
     st.sampled_from(NASTY),
     st.integers(),
