@@ -33,14 +33,14 @@ def pairs_with_pivot(
     """
     with_pivot = [row for row in rows if pivot in row]
     if not with_pivot:
-        raise UserError(f"{source}: no row has the pivot language {pivot!r}: choose another language with --pivot")
+        raise UserError(f"{source}: no row has the pivot language {pivot!r}: choose another (--pivot, or probe.pivot)")
     counts = Counter(code for row in with_pivot for code in row if code != pivot and _wanted(code, languages))
     enough = sorted(code for code, count in counts.items() if count >= min_pairs)
     if not enough:
         best = ", ".join(f"{code} {count}" for code, count in counts.most_common(3)) or "none"
         raise UserError(
             f"{source}: no requested language has {min_pairs} pairs with {pivot!r} (most: {best}): "
-            "lower --min-pairs or change --languages"
+            "lower --min-pairs, or change --languages (in a recipe: probe.languages)"
         )
     return [_pairs(with_pivot, pivot, code) for code in enough]
 

@@ -23,6 +23,7 @@ from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 
 WAIT = 5.0  # seconds that a rank has to write its cause
+MESSAGE = 2**16  # bytes of disk that a cause needs, at most
 
 
 class Place(NamedTuple):
@@ -91,7 +92,7 @@ def _tell_of_others(error: Exception, run: Path, where: Sequence[Place], newest:
         time.sleep(0.5)
     silent = reports.silent(len(where))
     why = [f"rank {f.rank} failed: {f.cause}" for f in reports.causes]
-    why += [f"{names} {_fate(error)}" for names in _names(silent, where)]
+    why += [f"{names} {_fate(error, run)}" for names in _names(silent, where)]
     hosts = sorted({place.host for place in where})
     if not why and len(hosts) > 1:
         why = [f"all ranks are alive but lost each other: the network between {', '.join(hosts)} is broken"]
@@ -114,10 +115,12 @@ def _names(ranks: Sequence[int], where: Sequence[Place]) -> Iterable[str]:
             yield from (f"rank {rank} (process {where[rank].process} on {host})" for rank in of_host)
 
 
-def _fate(error: Exception) -> str:
+def _fate(error: Exception, run: Path) -> str:
     if "timed out" in str(error).lower():
         return "does not answer (timeout.step sets how long to wait): the rank or its host hangs"
-    return "is gone without a message: it was killed, perhaps for lack of memory (see the kernel's log on that host)"
+    if run.is_dir() and shutil.disk_usage(run).free < MESSAGE:
+        return f"is gone without a message: there is no space for one, because the disk of {run} is full"
+    return "is gone without a message: it was killed (if memory ran out, the kernel's log on that host says so)"
 
 
 def _leave(run: Path, kind: str, text: str) -> None:
@@ -136,5 +139,13 @@ def _read(run: Path) -> _Reports:
     except OSError:
         paths = []
     lost = frozenset(int(path.stem.removeprefix("rank-")) for path in paths if path.suffix == ".lost")
-    causes = [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.suffix == ".json"]
+    causes = [cause for path in paths if path.suffix == ".json" and (cause := _cause(path)) is not None]
     return _Reports(lost, tuple(sorted(causes, key=lambda failure: failure.rank)))
+
+
+def _cause(path: Path) -> Failure | None:
+    """What a rank wrote; None if it cannot be read."""
+    try:
+        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,15 @@ def test_hosts_that_lost_each_other_say_so_each(
             said.append(capsys.readouterr().err)
     assert said[1] == said[3] == ""
     assert all("the network between a, b is broken. Newest: 7" in said[rank] for rank in (0, 2))
+
+
+def test_a_full_disk_is_named_and_memory_is_not_guessed(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "rank", lambda group=None: 0)
+    (small_disk / "failures").mkdir()
+    (small_disk / "failures" / "rank-00001.json").write_text('{"rank": 1, "cau')  # half of a cause
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    assert failures.end(Gone(), small_disk, WHERE, "") == 1
+    line = capsys.readouterr().err
+    assert f"because the disk of {small_disk} is full" in line and "memory" not in line
