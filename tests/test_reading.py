@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -24,6 +25,8 @@ from infoxlm_ds.data.manifest import load_manifest
 from infoxlm_ds.data.packs import read_pack
 from infoxlm_ds.data.text import lines
 from infoxlm_ds.engine.config import load_engine_config
+from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.model.pretrained import init_config
 from tests.corpus import ROOT, small_recipe
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"b{i}: &b{i} [{', '.join(['*a'] * 9)}]\n" for i in range(30))
@@ -238,3 +241,19 @@ def test_plan_writes_below_a_file_are_told(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1 and str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_code_beside_a_model_is_not_run(model_folder: Path, tmp_path: Path) -> None:
+    """transformers would run the class that `auto_map` names, or ask whether to."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Any: pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        tree = json.loads((folder / name).read_text())
+        names = ("AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoTokenizer")
+        tree["auto_map"] = dict.fromkeys(names, "code.Any") | {"AutoTokenizer": ["code.Any", None]}
+        (folder / name).write_text(json.dumps(tree))
+    SentenceEmbedder(folder)
+    init_config(str(folder))
+    assert not ran.exists()
