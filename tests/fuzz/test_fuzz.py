@@ -31,6 +31,7 @@ from infoxlm_ds.monitor.sinks import Sinks
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import stop_after_two
+from tests.integration.commands import infoxlm_here
 
 NASTY: list[Any] = [None, True, "", "x", "0", "../..", "/", "\0", "\n", "é" * 50, -1, 0, 1, 2**31, 2**63, 10**30]
 NASTY += [0.5, -0.0, 1e308, float("nan"), float("inf"), [], [[]], {}, {"": ""}, {"a": [1, {"b": None}]}]
@@ -258,3 +259,54 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(corpus: Path, tmp_pat
 
     run()
     assert damage_of(folder) == ""
+
+
+COMMANDS = [
+    "plan {} --gpus 2",
+    "plan {} --gpus 2 --json {}",
+    "export {} {}",
+    "checkpoint list {}",
+    "checkpoint verify {}",
+    "checkpoint consolidate {} {}",
+    "checkpoint prune {} --dry-run",
+    "eval retrieval --model {} --data {} --min-pairs 2",
+    "eval compare {} {}",
+    "prep build {} {}",
+    "prep verify {}",
+    "prep stat {}",
+]
+
+
+def test_no_command_line_ends_in_a_traceback(
+    corpus: Path, model_folder: Path, tmp_path: Path, fuzz: Fuzz, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every command with every kind of path in every place."""
+    run_ranks(stop_after_two, 1, small_recipe(corpus, tmp_path / "run"))
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\0\1" * 20)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": {"en": "a", "de": "b"}}\n' * 3)
+    (tmp_path / "rows.json").write_text("[1, {}]")
+    places = [corpus, model_folder, ROOT / "data_prep" / "embedded" / "corpus.yaml", Path("/"), Path("/dev/null")]
+    places += [tmp_path / name for name in ("run", "run.yaml", "bytes", "empty", "rows.jsonl", "rows.json", "gone")]
+    places += [tmp_path / "bytes" / "below", tmp_path / "a" / "b", Path("/proc/version"), Path("x" * 300), Path()]
+
+    @fuzz(60)
+    @given(st.sampled_from(COMMANDS), st.lists(st.sampled_from(places), min_size=2, max_size=2), st.integers(0, 10**9))
+    def run(command: str, paths: list[Path], number: int) -> None:
+        words = command.split()
+        if command.startswith(("export", "checkpoint consolidate", "prep build")):
+            paths[1] = (tmp_path / "out", tmp_path / "bytes", tmp_path / "empty", Path("/proc"))[number % 4] / str(
+                number
+            )
+            if paths[0].suffix == ".yaml" and "prep" in command:  # it would work, and take minutes
+                return
+        filled = [str(paths.pop(0)) if word == "{}" else word for word in words]
+        done = infoxlm_here(*filled)
+        said = done.stderr + capfd.readouterr().err
+        assert done.returncode in (0, 1, 2), (filled, said)
+        assert "Traceback" not in said, (filled, said)
+        if done.returncode == 2:
+            assert said.strip() and len([line for line in said.splitlines() if line.startswith("infoxlm: ")]) <= 1
+        assert not list(tmp_path.rglob("*.partial"))
+
+    run()
