@@ -289,15 +289,14 @@ def test_no_command_line_ends_in_a_traceback(
     places = [corpus, model_folder, ROOT / "data_prep" / "embedded" / "corpus.yaml", Path("/"), Path("/dev/null")]
     places += [tmp_path / name for name in ("run", "run.yaml", "bytes", "empty", "rows.jsonl", "rows.json", "gone")]
     places += [tmp_path / "bytes" / "below", tmp_path / "a" / "b", Path("/proc/version"), Path("x" * 300), Path()]
+    targets = [tmp_path / "out", tmp_path / "bytes", tmp_path / "empty", Path("/proc")]
 
     @fuzz(60)
     @given(st.sampled_from(COMMANDS), st.lists(st.sampled_from(places), min_size=2, max_size=2), st.integers(0, 10**9))
     def run(command: str, paths: list[Path], number: int) -> None:
         words = command.split()
         if command.startswith(("export", "checkpoint consolidate", "prep build")):
-            paths[1] = (tmp_path / "out", tmp_path / "bytes", tmp_path / "empty", Path("/proc"))[number % 4] / str(
-                number
-            )
+            paths[1] = targets[number % 4] / str(number)
             if paths[0].suffix == ".yaml" and "prep" in command:  # it would work, and take minutes
                 return
         filled = [str(paths.pop(0)) if word == "{}" else word for word in words]
