@@ -375,13 +375,22 @@ def read_yaml(path: Path, name: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that are given twice, of which YAML would silently take the last, and aliases, with which a few
-    lines can stand for more than any memory holds."""
+    """Refuses keys that are given twice, of which YAML would silently take the last, and aliases within what an alias
+    stands for, with which a few lines can stand for more than any memory holds."""
+
+    _anchored = 0  # anchors around the node that is read
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "write the value instead of an alias", self.get_event().start_mark)  # type: ignore[no-untyped-call]
-        return super().compose_node(parent, index)
+        anchored = 0
+        if not self.check_event(yaml.AliasEvent):
+            anchored = int(getattr(self.peek_event(), "anchor", None) is not None)  # type: ignore[no-untyped-call]
+        elif self._anchored:
+            mark = self.get_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(None, None, "write the value: an alias must not stand for other aliases", mark)
+        self._anchored += anchored
+        node = super().compose_node(parent, index)
+        self._anchored -= anchored
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

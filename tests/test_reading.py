@@ -59,6 +59,13 @@ def test_yaml_that_is_none_is_told_in_one_short_line(tmp_path: Path, text: str) 
         read_yaml(path, "recipe")
 
 
+def test_aliases_stand_for_values_but_not_for_other_aliases() -> None:
+    """As a program writes them that dumps a value twice."""
+    assert parse_yaml("a: &x {b: [1]}\nc: *x\nd: [*x, *x]") == {"a": {"b": [1]}, "c": {"b": [1]}, "d": [{"b": [1]}] * 2}
+    with pytest.raises(ValueError, match="alias must not stand for other aliases"):
+        parse_yaml("a: &x [1]\nb: &y [*x]")
+
+
 @given(st.binary(max_size=200))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bytes_end_in_anything_but_one_line(tmp_path: Path, data: bytes) -> None:
