@@ -77,12 +77,7 @@ else
 endif
 
 # What a release promises beside the suite: an installation from wheels alone.
-release-# So many times the made-up inputs of the suite; 100 takes hours.
-FUZZ ?= 100
-fuzz: $(INSTALLED)
-	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) --timeout 100000 --fuzz $(FUZZ) tests/fuzz
-
-check: $(INSTALLED)
+release-check: $(INSTALLED)
 	$(CPU_ONLY) $(BIN)/python -m pytest -m release
 
 # Writes the installed versions to the pinned list, without torch's local build tag and without its GPU packages.
