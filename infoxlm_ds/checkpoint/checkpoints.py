@@ -192,9 +192,7 @@ class Checkpoints:
     ) -> Contents:
         """This rank's files of a checkpoint. Collective."""
         rank = dist.rank()
-        contents: Contents = {}
-        tensors, layout = pack(to_write(engine, momentum), list(engine.parameters))
-        contents |= tensors
+        contents, layout = pack(to_write(engine, momentum), list(engine.parameters))
         if queue is not None:
             queue.verify()
             if queue.sharded or rank == 0:

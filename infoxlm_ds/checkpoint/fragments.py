@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from infoxlm_ds import dist
+from infoxlm_ds.checkpoint.files import Contents
 from infoxlm_ds.checkpoint.store import INDEX, changed, read_json, read_receipts
 from infoxlm_ds.engine.engine import MOMENTS, Engine
 from infoxlm_ds.model.momentum import MomentumEncoder
@@ -85,7 +86,6 @@ class Index:
     parameters: dict[str, Stored]
     files: list[str]
     tied: dict[str, str]
-
     dtype: Literal["float32"] = "float32"
 
     def as_json(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def to_write(engine: Engine, momentum: MomentumEncoder | None) -> Iterator[Piece
             yield own.part(low, low + LONGEST)
 
 
-def pack(pieces: Iterable[Piece], names: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], Layout]:
+def pack(pieces: Iterable[Piece], names: Sequence[str]) -> tuple[Contents, Layout]:
     """Distribute pieces over this rank's files. Returns the tensors of each file, and what lies where."""
     files: list[dict[str, Tensor]] = []
     layout: Layout = []

@@ -112,15 +112,21 @@ class Store:
     def latest(self) -> Path | None:
         """The newest committed checkpoint; its folder may be gone. If there is no file `latest`, the newest that has
         its final name. UserError if `latest` holds no checkpoint's name."""
-        linked = self._pointer.resolve() if self._pointer.is_dir() else self._pointer
-        if linked in [path.resolve() for path in self._named()]:  # a user's own link
-            return self.folder / linked.name
-        if not self._pointer.is_file():  # lost, or killed before the first was written; a named folder is whole
-            return max(self._named(), key=step_of, default=None)
+        if not self._pointer.is_file():
+            return self._without_pointer()
         name = self._pointer.read_text(errors="replace").strip()
         if not NAME.fullmatch(name):
             raise UserError(f"{self._pointer} holds {name!r}: write the name of a checkpoint beside it, step-NNNNNNNN")
         return self.folder / name
+
+    def _without_pointer(self) -> Path | None:
+        """What counts as the newest if `latest` is no file: the step to which a user has linked it, or else the newest
+        folder with a final name, which is whole."""
+        named = self._named()
+        linked = self._pointer.resolve() if self._pointer.is_dir() else self._pointer
+        if linked in [path.resolve() for path in named]:
+            return self.folder / linked.name
+        return max(named, key=step_of, default=None)
 
     def advice(self) -> str:
         """One line for a run that failed: its newest checkpoint, and how to go on."""

@@ -273,7 +273,8 @@ class Engine:
         values of that moment. Stage 3 needs no collective, because the copy is cut into the same shards."""
         if self.stage < 3:
             return WriteWhole(parameters, fragments, self.sharded)
-        return partial(_copy_into_shards, parameters, fragments)
+        shards = _shards(parameters, fragments)
+        return partial(torch._foreach_copy_, shards, [f.values for f in fragments]) if shards else lambda: None
 
     def state(self) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
         """This rank's fragments of the state of all parameters: a parameter's name, where the fragment begins in the
@@ -314,17 +315,17 @@ class Engine:
             self._engine.optimizer.update_lp_params()
         elif self.stage == 3:
             parameters = list(self.parameters.values())
-            _copy_into_shards(parameters, self._fragments(parameters))
+            fragments = self._fragments(parameters)
+            for shard, fragment in zip(_shards(parameters, fragments), fragments, strict=True):
+                shard.copy_(fragment.values)
             if persistent := self._engine.optimizer.persistent_parameters:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
 
 
-def _copy_into_shards(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> None:
-    """Set this rank's shards of parameters at stage 3 from its fragments."""
-    shards = [parameters[f.parameter].ds_tensor.data[: len(f.values)] for f in fragments]  # type: ignore[attr-defined]
-    if shards:
-        torch._foreach_copy_(shards, [f.values for f in fragments])
+def _shards(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -> list[Tensor]:
+    """Where this rank's shards of parameters at stage 3 hold these fragments."""
+    return [parameters[f.parameter].ds_tensor.data[: len(f.values)] for f in fragments]  # type: ignore[attr-defined]
 
 
 def schedule(step: int, recipe: Optimizer) -> float:
