@@ -63,8 +63,8 @@ def _agreed(job: Callable[[], T]) -> T:
         result = job()
     except UserError as error:
         mistake = f"rank {dist.rank()} on {failures.here().host}: {error}" if dist.rank() else str(error)
-    if mistakes := [text for text in dist.gather_objects(mistake) if text]:
-        raise UserError(mistakes[0])
+    if first := dist.first_problem(mistake):
+        raise UserError(first)
     assert result is not None
     return result
 

@@ -158,6 +158,11 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def first_problem(mine: str) -> str:
+    """The text of the first rank whose text is not empty; empty if all are. Collective."""
+    return next(filter(None, gather_objects(mine)), "")
+
+
 def from_first_rank(value: object) -> object:
     """Rank 0's value, on every rank."""
     if world_size() == 1:

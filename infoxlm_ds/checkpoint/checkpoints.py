@@ -138,7 +138,7 @@ class Checkpoints:
         """Load everything from a checkpoint that `find` returned. Any number of ranks may have written it, with any
         engine. Collective. UserError on all ranks if one of them cannot read it, or if a tensor has another shape."""
         path, state = source.path, source.state
-        if problem := next(filter(None, dist.gather_objects(_fill(path, engine, momentum))), ""):
+        if problem := dist.first_problem(_fill(path, engine, momentum)):
             raise UserError(problem)
         engine.resume(state["counters"], state["step"])
         if momentum is not None:
@@ -261,7 +261,7 @@ def _other_cluster(state: dict[str, Any], identity: Identity) -> list[str]:
 def _damage_seen_by_any(path: Path) -> str:
     """What is wrong with a committed folder; empty if nothing is. Each rank reads a part of the files. Collective."""
     part = slice(dist.rank(), None, dist.world_size())
-    return next((str(damage) for damage in dist.gather_objects(damage_of(path, part)) if damage), "")
+    return dist.first_problem(damage_of(path, part))
 
 
 def _merge(everyone: list[Cursors]) -> Cursors:
