@@ -28,9 +28,7 @@ Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
     *,
     hostfile: Hostfile = None,
 ) -> None:
@@ -44,9 +42,7 @@ def train(
 @app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
     *,
     hostfile: Hostfile = None,
     json: Annotated[Path | None, typer.Option(help="Also write the findings here.")] = None,
@@ -67,9 +63,7 @@ def doctor(
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Change the recipe.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
     *,
     gpus: Annotated[int, typer.Option(min=1, help="Number of ranks; it must divide batch.lanes.")],
     gpu_memory: Annotated[
@@ -217,14 +211,23 @@ def compare(
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 the user's mistake, 75 stopped on request, 130 ^C."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         _end(str(error), 2)
+    except typer.Abort:
+        sys.exit(130)
     except OSError as error:  # each command says what it does with files; here is what the system refused
         place = f"{error.filename}: " if error.filename is not None else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         _end(f"{place}{error.strerror or error}{': free some space and run the command again' * full}", 1)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer does not publish the types of its errors
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if hasattr(error, "format_message"):  # of a command line
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "infoxlm"
+            _end(f"{error.format_message().rstrip('.')}: see `{command} --help`", 2)
         if type(error).__name__ != "SafetensorError":  # its own type for what the system refuses
             raise
         _end(str(error), 1)

@@ -65,8 +65,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
         ("eval", "retrieval", "--data", "x", "--model", "y", "--pooling", "max"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
     assert _run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("infoxlm: ") and error.count("\n") == 1 and "--help`" in error
+
+
+def test_a_group_of_verbs_alone_shows_its_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, "prep") == 2
+    assert "verify" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,10 @@ def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None
         return _on_hosts(hostfile, list(slots), recipe.run, rank_command)
     check_device(inputs.identity.engine)
     print(f"starting {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
-    return _here(ranks, rank_command)
+    return _here(ranks, recipe.run, rank_command)
 
 
-def _here(ranks: int, rank_command: Sequence[str]) -> int:
+def _here(ranks: int, run: Path, rank_command: Sequence[str]) -> int:
     environment = dict(os.environ) | {LAUNCHER: str(os.getpid())}
     environment.setdefault("PYTHONUNBUFFERED", "1")
     if not torch.cuda.is_available():
@@ -72,14 +72,14 @@ def _here(ranks: int, rank_command: Sequence[str]) -> int:
     command = [DEEPSPEED, *(chosen or ["--num_accelerators", str(ranks)])]
     command += ["--log_level", "critical", "--master_port", str(free_port_here()), "--no_local_rank", *rank_command]
 
-    def stop(launcher: psutil.Process) -> bool:
+    def send(number: signal.Signals, launcher: psutil.Process) -> bool:
         """Signal only the ranks. A signal to DeepSpeed's launcher would leave them only 30 seconds to save."""
         ranks = [child for child in launcher.children(recursive=True) if not child.children()]
         for leaf in ranks or [launcher]:
-            leaf.send_signal(signal.SIGTERM)
+            leaf.send_signal(number)
         return True
 
-    return _wait(command, environment, stop)
+    return _wait(command, environment, send, run)
 
 
 def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Sequence[str]) -> int:
@@ -99,13 +99,13 @@ def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Seq
 
     ranks = re.escape(" ".join([sys.executable, "-u", *rank_command])).replace("%", "%%")
 
-    def stop(launcher: psutil.Process) -> bool:
+    def send(number: signal.Signals, launcher: psutil.Process) -> bool:
         """Signal only the ranks: DeepSpeed's launcher on each host waits for them."""
-        ask = ["pdsh", "-S", "-f", "1024", "-w", ",".join(hosts), f"pkill -TERM -f {shlex.quote('^' + ranks)}"]
+        ask = ["pdsh", "-S", "-f", "1024", "-w", ",".join(hosts), f"pkill -{number} -f {shlex.quote('^' + ranks)}"]
         return subprocess.run(ask, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
     environment = dict(os.environ) | keys | {"PDSH_RCMD_TYPE": "ssh"}
-    return _wait(command, environment, stop)
+    return _wait(command, environment, send, run)
 
 
 def environment_lines(environment: Mapping[str, str]) -> list[str]:
@@ -134,9 +134,14 @@ def _for_a_shell(word: str) -> str:
     return quoted.replace("%", "%%")
 
 
-def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable[[psutil.Process], bool]) -> int:
-    """Run a launcher and return the exit code. Forwards SIGINT, SIGTERM and SIGHUP to the ranks: calls `stop` until it
-    returns True. A second SIGINT kills all of them here: what they were saving does not count."""
+def _wait(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    send: Callable[[signal.Signals, psutil.Process], bool],
+    run: Path,
+) -> int:
+    """Run a launcher and return the exit code. Forwards SIGINT, SIGTERM and SIGHUP to the ranks: calls `send` until it
+    returns True. A second SIGINT kills all of them: what they were saving does not count."""
     # In a session of its own, the launcher does not get ^C from the terminal.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     requested, delivered = False, True
@@ -144,6 +149,7 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal requested, delivered
         if requested and number == signal.SIGINT:
+            send(signal.SIGKILL, psutil.Process(process.pid))
             for child in reversed(psutil.Process(process.pid).children(recursive=True)):
                 child.kill()
             process.kill()
@@ -160,10 +166,27 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Callable
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=1)
         if code is None and not delivered:
-            delivered = stop(psutil.Process(process.pid))
+            delivered = send(signal.SIGTERM, psutil.Process(process.pid))
     if requested and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # stopped before the ranks had anything to save
         return STOPPED_ON_REQUEST
+    if code < 0 or code > 128:
+        _tell_of_silent_death(256 - code if code > 128 else -code, run)
     return code if code in (0, 2, STOPPED_ON_REQUEST) else 1  # a rank that died by a signal gives other codes
+
+
+def _tell_of_silent_death(number: int, run: Path) -> None:
+    """If all ranks died by a signal, none of them can say so."""
+    if any((run / "failures").glob("*")):
+        return
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"exit code {256 - number}"
+    cause = {
+        "SIGABRT": "on GPUs, NCCL ends ranks that wait longer than timeout.step for another one: see its lines above",
+        "SIGKILL": "if memory ran out, the kernel's log says so",
+    }.get(name, "see their lines above")
+    print(f"infoxlm: the ranks died without a message ({name}): {cause}. {Store(run).advice()}", file=sys.stderr)
 
 
 def _agrees_to_fall_back(recipe: Recipe) -> bool:

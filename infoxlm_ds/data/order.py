@@ -60,6 +60,13 @@ class Plan:
         key = _number(*self._key, size.name, epoch)
         return Draw(source, epoch, permuted(place, size.packs, key))
 
+    def passes(self, draws: int) -> float:
+        """The most passes over a source that so many draws make."""
+        return max(
+            draws * count / SLOTS / source.packs
+            for count, source in zip(self._counts.tolist(), self._sources, strict=True)
+        )
+
     def window(self, lane: int, k: int, lanes: int, packs: int) -> list[Draw]:
         """The draws of window k of a lane. Windows of `packs` draws go to the lanes in turn."""
         first = (k * lanes + lane) * packs

@@ -2,6 +2,10 @@
 
 A lane is one micro-batch of a step. A pack is 512 tokenised rows, and a window is a few packs that one lane draws.
 
+Each lane has windows of its own, so a rank reads only what its lanes take; but a lane that takes its windows faster
+comes to a pass over a source before the others. In a small corpus, where that would be passes ahead, all lanes take
+from the same windows, one lane after the other, and every rank reads all of these.
+
 Legend: n items, s sides (1 monolingual, 2 a pair), T ids.
 """
 
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +24,8 @@ from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
 
 # The kinds of sources that each stream reads.
 KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}
+
+ROUNDS = 4  # if all lanes together read a corpus in fewer windows each, they share windows
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,21 @@ class Grouping:
         return self.pairs_per_row if sides > 2 else 1
 
 
+class Amount(NamedTuple):
+    """What a lane takes: so many items, or as many as fit into `tokens`, each counting its length plus `overhead`."""
+
+    items: int | None = None
+    tokens: int | None = None
+    overhead: int = 0
+
+
 class StreamReader:
-    """One stream of items, for some of the lanes. The state of each lane is two integers: window and offset."""
+    """One stream of items, for some of the lanes. The state of each lane is two integers: window and offset.
+
+    In each step every lane takes once, in the order of lanes, and all take as much. `shared`: they take from the same
+    windows, which hold at most one pass over a source (or one pack). Then a pass begins only in a window that holds the
+    end of the last one, or after it.
+    """
 
     def __init__(
         self,
@@ -102,7 +122,7 @@ class StreamReader:
         pivot_share: float = 0.0,
         grouping: Grouping = Grouping(),
     ) -> None:
-        self._corpus, self._key, self._lanes, self._packs = corpus, (seed, stream), lanes, window_packs
+        self._corpus, self._key, self._lanes = corpus, (seed, stream), lanes
         self._numbers = [i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream] and source.items]
         sources = [corpus.sources[i] for i in self._numbers]
         if not sources:
@@ -119,12 +139,32 @@ class StreamReader:
         self.tokens = sum(s.tokens for s in sources)
         self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], alpha, seed, stream)
         self._pivot, self._pivot_share, self._grouping = pivot, pivot_share, grouping
-        self._at = dict.fromkeys(own_lanes, (0, 0))
+        self.shared = lanes > 1 and sum(s.packs for s in sources) < ROUNDS * lanes * window_packs
+        most = int(1 / self._plan.passes(1))  # packs of a window
+        self._packs = max(1, min(window_packs, most)) if self.shared else window_packs
+        self._own, self._turn, self._last = tuple(own_lanes), 0, Amount()
+        self._at = dict.fromkeys([0] if self.shared else own_lanes, (0, 0))
         self._windows: dict[int, tuple[int, Rows]] = {}
 
     def take(self, lane: int, *, items: int | None = None, tokens: int | None = None, overhead: int = 0) -> Rows:
         """The lane's next `items`, or as many as fit into `tokens` (at least one). Each counts
         its length plus `overhead`."""
+        amount = Amount(items, tokens, overhead)
+        if not self.shared:
+            return self._take(lane, amount)
+        self._last = amount
+        self._pass_over(lane)
+        self._turn = (lane + 1) % self._lanes
+        return self._take(0, amount)
+
+    def _pass_over(self, lane: int) -> None:
+        """Take for the lanes whose turn comes before this one's: other ranks have them."""
+        while self._turn != lane:
+            self._take(0, self._last)
+            self._turn = (self._turn + 1) % self._lanes
+
+    def _take(self, lane: int, amount: Amount) -> Rows:
+        items, tokens, overhead = amount
         assert (items is None) != (tokens is None)
         parts: list[Rows] = []
         left = items if items is not None else tokens
@@ -148,18 +188,23 @@ class StreamReader:
         return Rows.concatenate(parts)
 
     def state(self) -> dict[int, tuple[int, int]]:
-        return dict(self._at)
+        """The positions of the own lanes after the step."""
+        if not self.shared:
+            return dict(self._at)
+        self._pass_over(0)
+        return dict.fromkeys(self._own, self._at[0])
 
     def restore(self, state: dict[int, tuple[int, int]]) -> None:
-        assert state.keys() == self._at.keys()
-        self._at = dict(state)
+        assert state.keys() == set(self._own)
+        self._at, self._turn = ({0: next(iter(state.values()))} if self.shared else dict(state)), 0
 
     def _window(self, lane: int, k: int) -> Rows:
         if lane not in self._windows or self._windows[lane][0] != k:
-            draws = self._plan.window(lane, k, self._lanes, self._packs)
+            lanes = 1 if self.shared else self._lanes
+            draws = self._plan.window(lane, k, lanes, self._packs)
             parts, groups = zip(*(self._rows(draw) for draw in draws), strict=True)
             sizes = np.concatenate(groups)
-            order = keyed_generator(*self._key, "window", k * self._lanes + lane).permutation(len(sizes))
+            order = keyed_generator(*self._key, "window", k * lanes + lane).permutation(len(sizes))
             items = runs((np.cumsum(sizes) - sizes)[order], sizes[order])
             self._windows[lane] = (k, Rows.concatenate(parts).select(items))
         return self._windows[lane][1]

@@ -28,6 +28,7 @@ from infoxlm_ds.model.checksums import CHANGED, check_checksums
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import family_of, positions_of
 from infoxlm_ds.model.heads import pool
+from infoxlm_ds.model.loading import loading
 
 Vectors = npt.NDArray[np.float32]
 BATCH = 128  # sentences
@@ -139,7 +140,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     check_checksums(folder, CHANGED)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
+    with loading(f"model folder {folder} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model, report = AutoModel.from_pretrained(
             folder,
@@ -150,8 +151,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
             output_loading_info=True,
         )
         family_of(model.config, f"model folder {folder}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model folder {folder} cannot be loaded: {' '.join(str(error).split())}") from error
     # An XLM-R tokenizer loads even without its file. It then has only special tokens.
     vocabulary_files = tokenizer.vocab_files_names.values()
     if not any((folder / name).is_file() for name in vocabulary_files):

@@ -20,6 +20,7 @@ from infoxlm_ds.model.embedding import TiedEmbedding
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
 from infoxlm_ds.model.heads import SentenceHead
+from infoxlm_ds.model.loading import loading
 
 PROJECTION = "projection.safetensors"  # beside the weights of a Hugging Face folder
 VOCABULARY_MULTIPLE = 64  # matrices of other heights miss the GPU's fast kernels
@@ -39,7 +40,8 @@ def build_model(model: Model, vocabulary: int, seed: int, special_ids: Mapping[s
         lm.set_input_embeddings(TiedEmbedding.of(words))
     projection = Path(model.init) / PROJECTION if model.init else None
     if projection is not None and projection.is_file() and built.head.projection is not None:
-        built.head.projection.load_state_dict(load_file(projection))
+        with loading(f"model.init {model.init} has a {PROJECTION} that does not load"):
+            built.head.projection.load_state_dict(load_file(projection))
     return built.train()
 
 
@@ -127,11 +129,8 @@ def init_config(init: str) -> PreTrainedConfig:
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise UserError(f"model.init {init}: no *.safetensors and no *.bin there: give a whole model folder")
         check_checksums(folder, CHANGED)
-    try:
+    with loading(f"model.init {init}: neither a model folder nor a name that the hub gives", NoModel):
         config = AutoConfig.from_pretrained(init, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise NoModel(f"model.init {init}: neither a model folder nor a name that the hub gives: {reason}") from None
     family_of(config, f"model.init {init}")
     return config
 
@@ -171,9 +170,9 @@ def _load(init: str) -> PreTrainedModel:
     LM head starts at random, and a message says so."""
     if dist.rank() > 0:
         disable_progress_bar()
-    lm, report = AutoModelForMaskedLM.from_pretrained(
-        init, trust_remote_code=False, attn_implementation=FLAT_ATTENTION, dtype=torch.float32, output_loading_info=True
-    )
+    options = {"attn_implementation": FLAT_ATTENTION, "dtype": torch.float32, "output_loading_info": True}
+    with loading(f"model.init {init} has weights that do not load"):
+        lm, report = AutoModelForMaskedLM.from_pretrained(init, trust_remote_code=False, **options)
     missing = sorted(report["missing_keys"])
     if lost := [name for name in missing if name.startswith(lm.base_model_prefix + ".")]:
         raise UserError(f"model.init {init} lacks {len(lost)} weights of its encoder, such as {lost[0]}")
@@ -205,9 +204,6 @@ def _resize(lm: PreTrainedModel, rows: int) -> PreTrainedModel:
 
 
 def _tokenizer_of(init: str) -> dict[str, int]:
-    try:
+    with loading(f"model.init {init} has no tokenizer that loads"):
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(init, trust_remote_code=False).get_vocab()
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.init {init} has no tokenizer that loads: {reason}") from None
     return vocabulary

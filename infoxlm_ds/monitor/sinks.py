@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,13 +28,19 @@ SHOWN = {
 
 
 class _Lines:
-    """A file of JSON lines. A line that the disk has no space for is left out whole."""
+    """A file of JSON lines. A line that the disk has no space for is left out whole. A file that was removed is begun
+    again."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
+        self._path, self._descriptor = path, _opened(path)
 
     def append(self, row: dict[str, Any]) -> None:
         """OSError if the line does not fit; nothing of it stays then."""
+        if not os.fstat(self._descriptor).st_nlink:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = _opened(self._path)
+            self.close()
+            self._descriptor = new
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
         data = f"{json.dumps(row)}\n".encode()
         try:
@@ -44,6 +52,10 @@ class _Lines:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
 
 
 class Sinks:
@@ -64,6 +76,7 @@ class Sinks:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = partial(_of_a_thread, threading.excepthook)
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
         self._bar = _progress(self._console) if self._console.is_terminal else None
         self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
@@ -116,6 +129,12 @@ class Sinks:
     def say(self, text: str) -> None:
         """Print a line that the progress bar does not overwrite."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _of_a_thread(others: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer raises its thread's error again where it is used: here it would only be a traceback."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        others(args)
 
 
 def _cut(path: Path, first: int) -> Path | None:

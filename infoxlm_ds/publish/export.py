@@ -43,7 +43,10 @@ def export(run: Path, out: Path) -> None:
         raise UserError(f"{out} exists: remove it or export to another folder")
     latest = undamaged(run)
     recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
-    check_checksums(run / "model", f"train once more with run={run}, which writes {run / 'model'} anew")
+    advice = f"train once more with run={run}, which writes {run / 'model'} anew"
+    if not (run / "model" / "config.json").is_file():
+        raise UserError(f"{run / 'model'} is missing: {advice}")
+    check_checksums(run / "model", advice)
     model = _trained(recipe, run, latest)
     disable_progress_bar()  # small files need no progress bars
     with new_folder(out) as folder:

@@ -10,8 +10,10 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer
 from infoxlm_ds.data.packs import ROWS, Pack, write_source
-from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
+from infoxlm_ds.data.stream import ROUNDS, Grouping, Rows, StreamReader
 
 ID = 1000
 SOURCES: dict[str, tuple[Literal["mono", "para", "nway"], tuple[str, ...], int]] = {
@@ -84,6 +86,11 @@ def reader(corpus: Corpus, stream: str, lanes: int = 1, own: list[int] | None = 
     return StreamReader(corpus, stream, lanes=lanes, own_lanes=own or list(range(lanes)), **settled)
 
 
+def lanes_share_below(rounds: int) -> AbstractContextManager[Any]:
+    """Lanes share windows if a corpus has fewer rounds of them; 0: never."""
+    return patch("infoxlm_ds.data.stream.ROUNDS", rounds)
+
+
 def content(rows: Rows) -> list[tuple[Any, ...]]:
     """Each item's ids, text ids, languages and place: everything that a batch can depend on."""
     starts, lengths = rows.starts, rows.lengths
@@ -99,9 +106,14 @@ def content(rows: Rows) -> list[tuple[Any, ...]]:
 
 
 def whole_windows(corpus: Corpus, stream: str, lanes: int, windows: int, **how: Any) -> np.ndarray:
-    """`where` [3, n] of all items of the first windows of each lane."""
+    """`where` [3, n] of all items of the first windows."""
     stream_reader = reader(corpus, stream, lanes, **how)
     found = []
+    if stream_reader.shared:
+        while stream_reader.state()[0][0] < windows:
+            found += [stream_reader.take(lane, items=1).where for lane in range(lanes)]
+        left = stream_reader.state()[0][1]
+        return np.concatenate(found, axis=1)[:, : -left or None]
     for lane in range(lanes):
         while stream_reader.state()[lane][0] < windows:
             found.append(stream_reader.take(lane, items=1).where)
@@ -113,16 +125,36 @@ def whole_windows(corpus: Corpus, stream: str, lanes: int, windows: int, **how: 
     lanes=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 99),
     packs=st.integers(1, 3),
+    rounds=st.sampled_from([0, ROUNDS]),
 )
-@settings(max_examples=8, deadline=None)
-def test_every_item_comes_once_a_source_epoch(marked: Corpus, stream: str, lanes: int, seed: int, packs: int) -> None:
-    where = whole_windows(marked, stream, lanes, 4, seed=seed, window_packs=packs, alpha=0.5)
+@settings(max_examples=12, deadline=None)
+def test_every_item_comes_once_a_source_epoch(
+    marked: Corpus, stream: str, lanes: int, seed: int, packs: int, rounds: int
+) -> None:
+    with lanes_share_below(rounds):
+        where = whole_windows(marked, stream, lanes, 4, seed=seed, window_packs=packs, alpha=0.5)
     for number in MONO if stream == "mmlm" else PAIRS:
         rows = SOURCES[marked.sources[number].name][2]
         of_source = where[1:, where[0] == number]
         assert len(np.unique(of_source, axis=1).T) == of_source.shape[1]
         for epoch in range(int(of_source[0].max(initial=-1))):
             assert sorted(of_source[1, of_source[0] == epoch]) == list(range(rows))
+
+
+@pytest.mark.parametrize(("lanes", "packs"), [(4, 2), (2, 4), (8, 16)])
+def test_passes_over_a_small_corpus_do_not_overlap_by_more_than_a_window(
+    tmp_path: Path, lanes: int, packs: int
+) -> None:
+    """Three packs: lanes with windows of their own were 13 passes apart after 500."""
+    small = Corpus(write(tmp_path, ["mono.de"]))
+    rows, stream = SOURCES["mono.de"][2], reader(small, "mmlm", lanes, window_packs=packs)
+    left: Counter[int] = Counter()
+    for _ in range(1500):
+        begun = [int(epoch) for lane in range(lanes) for epoch in stream.take(lane, tokens=64, overhead=2).where[1]]
+        left.update(begun)
+        done = sum(read == rows for read in left.values())
+        assert max(begun) <= done + 1 and max(left.values()) <= rows
+    assert done > 10
 
 
 def test_an_item_is_what_was_written(marked: Corpus) -> None:
@@ -171,9 +203,11 @@ def batches(corpus: Corpus, world: int, steps: range, state: dict[str, dict[int,
     return [[batch[lane] for lane in range(lanes)] for batch in by_step]
 
 
+@pytest.mark.parametrize("rounds", [0, ROUNDS])
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_global_batches_are_the_same_for_every_world_size(marked: Corpus, world: int) -> None:
-    assert batches(marked, world, range(12), {}) == batches(marked, 1, range(12), {})
+def test_global_batches_are_the_same_for_every_world_size(marked: Corpus, world: int, rounds: int) -> None:
+    with lanes_share_below(rounds):
+        assert batches(marked, world, range(12), {}) == batches(marked, 1, range(12), {})
 
 
 @given(stop=st.integers(1, 29), worlds=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])))

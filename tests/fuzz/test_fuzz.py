@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -23,10 +24,13 @@ from infoxlm_ds.checkpoint.checkpoints import Checkpoints
 from infoxlm_ds.checkpoint.fragments import Index
 from infoxlm_ds.checkpoint.store import Store, damage_of
 from infoxlm_ds.checkpoint.weights import Weights, undamaged
+from infoxlm_ds.cluster.hosts import read_hostfile
 from infoxlm_ds.config import UserError, load_recipe
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.engine.config import load_engine_config
+from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.model.checksums import write_checksums
 from infoxlm_ds.monitor.sinks import Sinks
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
@@ -259,6 +263,48 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(corpus: Path, tmp_pat
 
     run()
     assert damage_of(folder) == ""
+
+
+def test_no_hostfile_ends_in_a_traceback(tmp_path: Path, fuzz: Fuzz) -> None:
+    path = tmp_path / "hostfile"
+    words = st.sampled_from(["node-1", "slots=2", "slots=0", "slots=", "=", "#", " ", "\t", "\n", "\r", "user@h", "1"])
+
+    @fuzz(100)
+    @given(st.lists(words | st.text(max_size=5), max_size=12).map("".join), st.none() | damages)
+    def run(text: str, damage: tuple[str, float, int] | None) -> None:
+        data = text.encode(errors="surrogatepass")
+        path.write_bytes(data if damage is None else _harmed(data, damage))
+        _one_line(lambda: read_hostfile(path))
+
+    run()
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_damaged_model_folder_is_refused_or_read_as_it_was(
+    model_folder: Path, corpus: Path, tmp_path: Path, fuzz: Fuzz, hashes: bool
+) -> None:
+    """Without hashes, as in folders of others, damaged weights load; nothing ends in a traceback."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    if hashes:
+        write_checksums(folder)
+    recipe = small_recipe(corpus, tmp_path / "run", f"model.init={folder}")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    whole = SentenceEmbedder(folder).embed(["a lamp", "лампа"])
+
+    @fuzz(30)
+    @given(st.sampled_from(files), damages)
+    def run(path: Path, damage: tuple[str, float, int]) -> None:
+        before = path.read_bytes()
+        path.write_bytes(_harmed(before, damage))
+        try:
+            _one_line(lambda: check_inputs(recipe, 0, 1))
+            got: list[np.ndarray] = []
+            if _one_line(lambda: got.append(SentenceEmbedder(folder).embed(["a lamp", "лампа"]))) and hashes:
+                assert np.array_equal(got[0], whole), f"{path.name} was damaged and read as something else"
+        finally:
+            path.write_bytes(before)
+
+    run()
 
 
 COMMANDS = [

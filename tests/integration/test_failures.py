@@ -70,6 +70,24 @@ def test_a_rank_that_is_killed_alone_is_named_by_the_others(corpus: Path, tmp_pa
     assert newest.name in line and "Traceback" not in stderr
 
 
+def test_ranks_that_all_die_at_once_are_told_by_who_started_them(corpus: Path, tmp_path: Path) -> None:
+    """As when NCCL's watchdog ends each of them."""
+    run = tmp_path / "run"
+    process = _start(write_recipe(corpus, run, optimizer=LONG))
+    wait_for_steps(process, run, 5)
+    ranks = _ranks(process)
+    for rank in ranks:
+        rank.suspend()  # so that none has time to see that another is gone
+    for rank in ranks:
+        rank.send_signal(signal.SIGABRT)
+    for rank in ranks:
+        rank.resume()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    line = _told(stderr)
+    assert "the ranks died without a message (SIGABRT)" in line and "run the same command again" in line
+
+
 def test_a_rank_that_does_not_answer_is_named_when_the_time_is_up(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = _start(write_recipe(corpus, run, optimizer=LONG, timeout={"start": 60, "step": 5}))

@@ -47,6 +47,17 @@ def test_no_flipped_bit_stops_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
             kept.unlink()
 
 
+def test_a_folder_that_is_removed_in_mid_run_is_begun_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with Sinks(run, 0, 10, tensorboard=True) as sinks:
+        sinks.write(1, {"loss": 0.5})
+        shutil.rmtree(run)
+        sinks.write(2, {"loss": 0.5})
+    assert [row["step"] for row in _rows(run / "metrics.jsonl")] == [2]
+    said = capfd.readouterr()
+    assert "TensorBoard's files cannot be written: No such file" in said.out and "Traceback" not in said.err
+
+
 def test_a_full_disk_is_said_once_and_its_end_too(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ballast = small_disk / "ballast"
     with Sinks(small_disk, 0, 10, tensorboard=True) as sinks:

@@ -76,6 +76,13 @@ def exported(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.parent / "out"
 
 
+def test_a_run_without_its_model_folder_is_told_what_to_do(exported: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(exported.parent / "run", tmp_path / "run"))
+    shutil.rmtree(run / "model")
+    with pytest.raises(UserError, match="is missing: train once more"):
+        export(run, tmp_path / "out")
+
+
 def test_a_text_that_is_too_long_is_cut_and_does_not_crash(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.model_max_length == 128
