@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +22,18 @@ from tokenizers import Tokenizer
 
 from data_prep.clean import clean
 from data_prep.description import NAME, CorpusDescription, SourceDescription, load_description
-from data_prep.sources import moses, text, tsv
+from data_prep.rows import Document, Fault, Notice, Row
+from data_prep.sources import READERS
+from data_prep.sources.files import raw
 from data_prep.tokenizer import describe_tokenizer, load_fast, make_tokenizer
 from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
 from infoxlm_ds.data.packs import ROWS, Pack, content_id, text_id, write_source
-from infoxlm_ds.data.text import read_nway
 
 CHUNK = 20_000  # texts tokenised in one call
+BLOCK = 2**26  # bytes
 
 
 class Texts(NamedTuple):
@@ -134,19 +137,11 @@ def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out
 def _read_parallel(
     source: SourceDescription, description: CorpusDescription, base: Path, counts: Counter[str]
 ) -> Texts:
-    rows: Iterable[dict[str, str]]
-    if source.format == "jsonl":
-        assert source.path is not None
-        rows = read_nway(base / source.path)
-    elif source.format == "tsv":
-        assert source.path is not None
-        rows = tsv.read(base / source.path, source.languages)
-    else:
-        rows = moses.read({language: base / path for language, path in source.paths.items()})
     kept: list[dict[str, str]] = []
-    for row in rows:
+    for row in _read(source, base):
+        assert isinstance(row, Row)
         kept.append({})
-        for code, side in row.items():
+        for code, side in row.texts.items():
             language, cleaned = description.language(code), clean(side)
             if language is None or not cleaned:
                 continue
@@ -163,6 +158,19 @@ def _read_parallel(
     return Texts(source.name, source.kind, languages, [tuple(row.get(x, "") for x in languages) for row in kept])
 
 
+def _read(source: SourceDescription, base: Path) -> Iterator[Row | Document]:
+    """All of a source. UserError at the first fault."""
+    reader = READERS[source.format]
+    for block in reader.blocks(source, base, BLOCK):
+        for item in reader.read(source, block):
+            if isinstance(item, Fault):
+                raise UserError(f"{item.place}: {item.what}: correct the file")
+            if isinstance(item, Notice):
+                Console(stderr=True, soft_wrap=True).print(f"{item.place}: {item.what}", highlight=False, markup=False)
+            else:
+                yield item
+
+
 def _check_code(source: SourceDescription, language: str) -> None:
     if not re.fullmatch(NAME, language):
         raise UserError(f"source {source.name}: {language!r} cannot be a language code: give it another one in rename")
@@ -175,12 +183,13 @@ def _read_documents(description: CorpusDescription, base: Path, parallel: list[T
     by_name = {texts.name: texts for texts in parallel}
     for source in description.sources:
         if source.kind == "mono":
-            assert source.path is not None
-            language = description.language(source.languages[0])
-            if language is not None:
-                _check_code(source, language)
-                cleaned = ([c for c in map(clean, document) if c] for document in text.read(base / source.path))
-                documents.setdefault(language, []).extend(document for document in cleaned if document)
+            for document in _read(source, base):
+                assert isinstance(document, Document)
+                language = description.language(document.language)
+                cleaned = [sentence for sentence in map(clean, document.sentences) if sentence]
+                if language is not None and cleaned:
+                    _check_code(source, language)
+                    documents.setdefault(language, []).append(cleaned)
         elif source.mono:
             texts = by_name[source.name]
             for column, language in enumerate(texts.languages):
@@ -274,13 +283,22 @@ def _flat(parts: list[np.ndarray]) -> np.ndarray:
 def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:
     """The sha256 of every input file, by path. UserError if one is missing."""
     folder = description.tokenizer.path
-    paths = [path for s in description.sources for path in (s.path, *s.paths.values()) if path is not None]
+    blocks = (READERS[source.format].blocks(source, base, BLOCK) for source in description.sources)
+    paths = dict.fromkeys(part.file for block in itertools.chain.from_iterable(blocks) for part in block.parts)
     if folder is not None:  # for a name on the hub, the manifest has the hashes of the copy
-        paths += [Path(folder) / path.name for path in sorted((base / folder).glob("*token*"))]
+        paths |= dict.fromkeys(str(base / folder / path.name) for path in sorted((base / folder).glob("*token*")))
     try:
-        return {str(path): sha256_of(base / path) for path in paths}
+        return {path if "://" in path else os.path.relpath(path, base): _sha256(path) for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: correct the path in the corpus description") from None
+
+
+def _sha256(file: str) -> str:
+    digest = hashlib.sha256()
+    with raw(file) as opened:
+        while chunk := opened.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _file(out: Path, path: Path) -> File:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,28 @@ from infoxlm_ds.config import Section, check, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # corpus, sources and languages: they become names of folders
 Name = Annotated[str, Field(pattern=NAME)]
-KEYS = {"jsonl": ("path",), "text": ("path", "languages"), "moses": ("paths",), "tsv": ("path", "languages")}
+
+
+class Format(NamedTuple):
+    """Which kinds of source a format is for, and which keys it has. `needs`: one key of each group."""
+
+    kinds: tuple[str, ...]
+    needs: tuple[tuple[str, ...], ...]
+    allows: tuple[str, ...] = ()
+
+
+PARALLEL, ALL = ("para", "nway"), ("mono", "para", "nway")
+FORMATS = {
+    "jsonl": Format(ALL, (("path",),), allows=("languages",)),
+    "text": Format(("mono",), (("path",), ("languages",)), allows=("documents",)),
+    "moses": Format(PARALLEL, (("paths",),)),
+    "tsv": Format(PARALLEL, (("path",), ("languages",))),
+    "parquet": Format(ALL, (("path",), ("languages", "columns"))),
+    "opus": Format(PARALLEL, (("path",),)),
+    "tmx": Format(PARALLEL, (("path",),)),
+    "gettext": Format(PARALLEL, (("path", "paths"), ("languages",))),
+}
+KEYS = ("path", "paths", "languages", "columns", "documents")
 
 
 class TokenizerDescription(Section):
@@ -31,34 +52,73 @@ class TokenizerDescription(Section):
 
 
 class SourceDescription(Section):
-    """One source of texts. `format` decides which of `path`, `paths` and `languages` it needs, see
-    data_prep/sources."""
+    """One source of texts. `format` decides which keys it needs, see FORMATS and data_prep/sources."""
 
-    name: Name
-    kind: Literal["mono", "para", "nway"]  # nway: a row holds the same sentence in more than two languages
-    format: Literal["jsonl", "text", "moses", "tsv"]
-    path: Path | None = None
-    paths: dict[str, Path] = Field(default_factory=dict)
-    languages: tuple[str, ...] = ()
-    mono: bool = False  # each side of each row also becomes monolingual text, mono.<language>
+    name: Name = Field(description="starts with the kind and a dot, such as para.books")
+    kind: Literal["mono", "para", "nway"] = Field(
+        description="mono: monolingual text. para: pairs. nway: the same sentence in more than two languages"
+    )
+    format: Literal["jsonl", "text", "moses", "tsv", "parquet", "opus", "tmx", "gettext"] = Field(
+        description="the form of the files"
+    )
+    path: str | None = Field(
+        default=None,
+        description="a file, a pattern such as books/*.txt, a folder (all files in it) or a URL such as s3://bucket/x; "
+        "gettext: a pattern with {language} in it",
+    )
+    paths: dict[str, str] = Field(default_factory=dict, description="the path of each language")
+    languages: tuple[str, ...] = Field(
+        default=(),
+        description="text: the language. tsv: the language of each column. gettext: the language of the msgids. "
+        "parquet: the columns; with kind mono, the language. jsonl of kind mono: the language of lines that name none",
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="the name of each language's column")
+    documents: Literal["blank_line", "line", "file"] | None = Field(
+        default=None, description="what ends a document of text: a blank line (if not set), each line, or the file"
+    )
+    mono: bool = Field(default=False, description="each side of each row also becomes monolingual text")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if not self.name.startswith(f"{self.kind}."):
-            raise ValueError(f"source {self.name}: the name of a {self.kind} source must start with {self.kind}.")
-        for key in ("path", "paths", "languages"):
-            if bool(getattr(self, key)) != (key in KEYS[self.format]):
-                verb = "does not use" if getattr(self, key) else "needs"
-                raise ValueError(f"source {self.name}: format {self.format} {verb} {key}")
-        if (self.kind == "mono") != (self.format == "text"):
-            raise ValueError(f"source {self.name}: format text is for kind mono, the others are for para and nway")
-        if self.mono and self.kind == "mono":
-            raise ValueError(f"source {self.name}: kind mono does not use mono")
-        if self.format == "text" and len(self.languages) != 1:
-            raise ValueError(f"source {self.name}: monolingual text has one language")
-        if self.kind == "para" and self.format != "jsonl" and len(self.paths or self.languages) != 2:
-            raise ValueError(f"source {self.name}: kind para has two languages")
+        problem = self._wrong_name() or self._wrong_keys() or self._wrong_languages()
+        if problem:
+            raise ValueError(f"source {self.name}: {problem}")
         return self
+
+    def _wrong_name(self) -> str:
+        if not self.name.startswith(f"{self.kind}."):
+            return f"the name of a {self.kind} source must start with {self.kind}."
+        kinds = FORMATS[self.format].kinds
+        if self.kind not in kinds:
+            return f"format {self.format} is for kind {' or '.join(kinds)}"
+        return "kind mono does not use mono" if self.mono and self.kind == "mono" else ""
+
+    def _wrong_keys(self) -> str:
+        form, given = FORMATS[self.format], [key for key in KEYS if getattr(self, key)]
+        for group in form.needs:
+            if sum(key in given for key in group) != 1:
+                return f"format {self.format} needs {'one of ' * (len(group) > 1)}{' and '.join(group)}"
+        known = {*form.allows, *(key for group in form.needs for key in group)}
+        unknown = [key for key in given if key not in known]
+        if unknown:
+            return f"format {self.format} does not use {unknown[0]}"
+        if self.format == "gettext" and self.path is not None and "{language}" not in self.path:
+            return "the path of format gettext needs {language} in it, such as po/{language}.po"
+        return ""
+
+    def _wrong_languages(self) -> str:
+        if len(set(self.languages)) != len(self.languages):
+            return "languages names a language twice"
+        named = self.paths or self.columns or self.languages
+        if (self.kind == "mono" and len(named) > 1) or (self.format == "text" and len(named) != 1):
+            return "monolingual text has one language"
+        if self.kind != "mono" and self.format == "jsonl" and self.languages:
+            return f"format jsonl does not use languages with kind {self.kind}"
+        if self.format == "gettext" and len(self.languages) != 1:
+            return "languages of format gettext is the one language of the msgids"
+        if self.kind == "para" and self.format in ("moses", "tsv", "parquet") and len(named) != 2:
+            return "kind para has two languages"
+        return ""
 
 
 class CorpusDescription(Section):
@@ -68,10 +128,12 @@ class CorpusDescription(Section):
     languages: tuple[str, ...] = ()  # keep only these; empty: all
     rename: dict[str, str] = Field(default_factory=dict)  # language codes of the data to codes of the corpus
     tokenizer: TokenizerDescription
-    sources: tuple[SourceDescription, ...] = Field(min_length=1)
+    sources: tuple[SourceDescription, ...]
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
+    def _sources_differ(self) -> Self:
+        if not self.sources:
+            raise ValueError("sources: the list is empty: name at least one source of texts")
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError("two sources have the same name")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """Bytes `start` to `end` of a file, a path or URL; `line` lines, or records, stand before it. A compressed file is
-    one part."""
+    """Bytes `start` to `end` of a file, a path or URL; `line` lines stand before it. A compressed file is one part. Of
+    a Parquet file, `start` and `end` are numbers of row groups, and `line` of rows."""
 
     file: str
     start: int
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     place: str
     texts: dict[str, str]
-    negatives: dict[str, list[str]] = {}
+    negatives: dict[str, list[str]] = {}  # noqa: RUF012 - nobody changes it
 
 
 class Document(NamedTuple):
@@ -50,3 +50,13 @@ class Fault(NamedTuple):
 
     place: str
     what: str
+
+
+class Notice(NamedTuple):
+    """What the user should know about a file that can be used."""
+
+    place: str
+    what: str
+
+
+Item = Row | Document | Fault | Notice

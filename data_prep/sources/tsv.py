@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from infoxlm_ds.config import UserError
-from infoxlm_ds.data.text import lines
+from data_prep.description import SourceDescription
+from data_prep.rows import Block, Fault, Item, Row
+from data_prep.sources import lines
 
 
-def read(path: Path, languages: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    for number, line in lines(path):
-        cells = line.split("\t")
-        if len(cells) != len(languages):
-            raise UserError(
-                f"{path} line {number}: {len(cells)} columns, expected {len(languages)} ({', '.join(languages)})"
-            )
-        yield {language: cell for language, cell in zip(languages, cells, strict=True) if cell.strip()}
+def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:
+    return lines.blocks(source, base, size)
+
+
+def read(source: SourceDescription, block: Block) -> Iterator[Item]:
+    ((part,), languages) = block.parts, source.languages
+    for number, line in enumerate(lines.lines(part), part.line + 1):
+        if isinstance(line, Fault):
+            yield line
+            continue
+        place, cells = f"{part.file} line {number}", line.split("\t")
+        if len(cells) == len(languages):
+            yield Row(place, {code: cell for code, cell in zip(languages, cells, strict=True) if cell.strip()})
+        else:
+            yield Fault(place, f"{len(cells)} columns, expected {len(languages)} ({', '.join(languages)})")

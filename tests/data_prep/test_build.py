@@ -160,11 +160,11 @@ def test_a_source_of_which_nothing_is_left_is_left_out_whole(corpus: Path, tmp_p
         prepare(tmp_path / "none", corpus, [source | {"path": f"../{source['path']}"} for source in sources[1:]])
 
 
-def test_half_a_surrogate_pair_is_dropped_and_the_rest_of_the_text_kept(corpus: Path, tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_refused_with_its_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"text": {"en": "x \\ud83d y", "de": "eins"}}\n', encoding="utf-8")
     source = {"name": "nway.r", "kind": "nway", "format": "jsonl", "path": "r.jsonl"}
-    (row,) = stored(prepare(tmp_path, corpus, [source]), "nway.r")
-    assert row["en"][1] == text_id("x y")
+    with pytest.raises(UserError, match=r"r\.jsonl line 1: the sentence of 'en' has half a surrogate pair"):
+        prepare(tmp_path, corpus, [source])
 
 
 def test_packs_are_full_but_the_last_and_plain_webdataset_reads_them(corpus: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from data_prep.description import load_description
-from data_prep.sources import moses, text, tsv
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.text import lines, read_nway
 
@@ -36,17 +35,28 @@ def test_the_embedded_description_is_right() -> None:
         ({"max_tokens": 70_000}, "max_tokens: "),
         ({"tokenizer": {}}, "set either path"),
         ({"tokenizer": {"vocab_size": 9, "path": "x"}}, "set either path"),
-        ({"sources": []}, "sources: "),
+        ({"sources": []}, "sources: the list is empty: name at least one source of texts"),
         ({"sources": [SOURCE, SOURCE]}, "two sources have the same name"),
         ({"sources": [SOURCE | {"colour": 1}]}, "sources.0.colour is not a known key"),
         ({"sources": [SOURCE | {"path": None}]}, "format jsonl needs path"),
-        ({"sources": [SOURCE | {"format": "text"}]}, "format text needs languages"),
+        ({"sources": [MONO | {"languages": []}]}, "format text needs languages"),
+        ({"sources": [MONO | {"languages": ["en", "de"]}]}, "monolingual text has one language"),
+        ({"sources": [MONO | {"documents": "page"}]}, "sources.0.documents: "),
+        ({"sources": [SOURCE | {"documents": "line"}]}, "format jsonl does not use documents"),
+        ({"sources": [SOURCE | {"format": "text"}]}, "format text is for kind mono"),
+        ({"sources": [SOURCE | {"format": "parquet"}]}, "format parquet needs one of languages and columns"),
+        ({"sources": [SOURCE | {"format": "gettext", "languages": ["en"]}]}, "needs {language} in it"),
+        ({"sources": [SOURCE | {"format": "tsv", "languages": ["en", "en"]}]}, "languages names a language twice"),
+        ({"sources": [{"name": "nway.a"}]}, "sources.0.format is missing: set it"),
         ({"sources": [SOURCE | {"paths": {"en": "b"}}]}, "format jsonl does not use paths"),
-        ({"sources": [SOURCE | {"languages": ["en"]}]}, "format jsonl does not use languages"),
+        ({"sources": [SOURCE | {"languages": ["en"]}]}, "format jsonl does not use languages with kind nway"),
         ({"sources": [MONO | {"mono": True}]}, "kind mono does not use mono"),
         ({"sources": [SOURCE | {"name": "../etc"}]}, "name: "),
         ({"sources": [SOURCE | {"name": "tokenizer"}]}, "the name of a nway source must start with nway."),
-        ({"sources": [SOURCE | {"kind": "mono", "name": "mono.a"}]}, "format text is for kind mono"),
+        (
+            {"sources": [SOURCE | {"kind": "mono", "name": "mono.a", "format": "tmx"}]},
+            "format tmx is for kind para or nway",
+        ),
         (
             {
                 "sources": [
@@ -81,24 +91,6 @@ def test_a_bad_json_line_is_named(tmp_path: Path, line: str) -> None:
         list(read_nway(tmp_path / "a.jsonl"))
 
 
-def test_a_row_with_too_few_columns_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text("one\teins\ntwo\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.tsv line 2: 1 columns, expected 2 \(en, de\)"):
-        list(tsv.read(tmp_path / "a.tsv", ("en", "de")))
-
-
-def test_aligned_files_of_different_length_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
-    (tmp_path / "a.de").write_text("eins\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.de: fewer lines"):
-        list(moses.read({"en": tmp_path / "a.en", "de": tmp_path / "a.de"}))
-
-
-def test_blank_lines_end_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n\na\nb\n \n\nc", encoding="utf-8")
-    assert list(text.read(tmp_path / "a.txt")) == [["a", "b"], ["c"]]
-
-
 GOOD_LINES = b"".join(b"line %d\n" % i for i in range(1, 50))
 
 
@@ -122,10 +114,3 @@ def test_a_file_that_cannot_be_decoded_is_named_with_the_line(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none: no such file"):
         list(lines(tmp_path / "none"))
-
-
-def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
-    (tmp_path / "a.en").write_bytes("one\rmore\ntw\u2028o\u0085\n".encode())
-    (tmp_path / "a.de").write_bytes(b"eins\r\nzwei\r\n")
-    rows = list(moses.read({"en": tmp_path / "a.en", "de": tmp_path / "a.de"}))
-    assert rows == [{"en": "one\rmore", "de": "eins"}, {"en": "tw\u2028o\u0085", "de": "zwei"}]

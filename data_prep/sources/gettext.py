@@ -1,0 +1,98 @@
+"""Catalogs of gettext, .po and .mo: a row holds a msgid and its translations in all files of a block.
+
+`path` is a pattern with {language} in it, such as `po/{language}.po` or `{language}/LC_MESSAGES/*.mo`; files whose
+paths differ only in the language are read together. Or `paths` names a file for each language. `languages` is the
+language of the msgids. Entries that are fuzzy, obsolete or not translated are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+import polib
+
+from data_prep.description import SourceDescription
+from data_prep.rows import Block, Fault, Item, Part, Row
+from data_prep.sources import files, lines
+from infoxlm_ds.config import UserError
+
+LONGEST = 2**28  # bytes of a catalog: it is read whole
+TOKEN = re.compile(r"\*\*/|\*|\?|\{language\}|.", re.DOTALL)
+
+
+def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:
+    """One block for each set of files that differ only in the language."""
+    if source.path is None:
+        sides = [files.find(path, base) for path in source.paths.values()]
+        for path, found in zip(source.paths.values(), sides, strict=True):
+            if len(found) != 1:
+                raise UserError(f"source {source.name}: {path} is {len(found)} files: use path with {{language}} in it")
+        yield Block(tuple(files.whole(found[0]) for found in sides))
+        return
+    together: dict[str, list[Part]] = {}
+    for file in files.find(source.path.replace("{language}", "*"), base):
+        match = _pattern(source.path).fullmatch(file)
+        if match:
+            start, end = match.span("language")
+            together.setdefault(f"{file[:start]}\0{file[end:]}", []).append(files.whole(file))
+    for parts in together.values():
+        yield Block(tuple(parts))
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """What the files of a path look like, whatever stands before it."""
+    wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]", "{language}": "(?P<language>[^/]+)"}
+    parts = []
+    for token in TOKEN.findall(path if "://" in path else str(PurePath(path))):
+        parts.append(wild.get(token) or re.escape(token))
+        if token == "{language}":
+            wild[token] = "(?P=language)"  # further on, the same language
+    return re.compile("(?:.*/)?" + "".join(parts), re.DOTALL)
+
+
+def read(source: SourceDescription, block: Block) -> Iterator[Item]:
+    if source.path is None:
+        languages = list(source.paths)
+    else:
+        pattern = _pattern(source.path)
+        languages = [match["language"] for part in block.parts if (match := pattern.fullmatch(part.file))]
+    (original,) = source.languages
+    rows: dict[tuple[str | None, str], Row] = {}
+    for language, part in zip(languages, block.parts, strict=True):
+        for place, entry in _entries(part):
+            text = entry.msgstr or entry.msgstr_plural.get(0, "")
+            if entry.fuzzy or entry.obsolete or not entry.msgid.strip() or not text.strip():
+                continue
+            problem = lines.bad_text(entry.msgid + text)
+            if problem:
+                yield Fault(place, f"the entry {problem}")
+                continue
+            row = rows.setdefault((entry.msgctxt, entry.msgid), Row(place, {original: entry.msgid}))
+            # Some projects write a key as msgid, and the text of its language into a file of that language.
+            if language == original or language not in row.texts:
+                row.texts[language] = text
+    yield from rows.values()
+
+
+def _entries(part: Part) -> Iterator[tuple[str, polib.POEntry]]:
+    with files.plain(part) as file:
+        try:
+            data = file.read(LONGEST + 1)
+            if len(data) > LONGEST:
+                raise ValueError(f"a catalog of more than {LONGEST:,} bytes")
+            catalog = _parse(data)
+        except Exception as error:  # polib tells damage by exceptions of many kinds
+            raise files.damage(part.file, error) from None
+    for number, entry in enumerate(catalog, 1):
+        yield f"{part.file} " + (f"line {entry.linenum}" if entry.linenum else f"entry {number}"), entry
+
+
+def _parse(data: bytes) -> polib.POFile | polib.MOFile:
+    if data[:4] in (b"\xde\x12\x04\x95", b"\x95\x04\x12\xde"):
+        return polib.mofile(data)
+    charset = re.search(rb"charset=([\w.:-]+)", data[:10_000])
+    encoding = charset[1].decode() if charset and charset[1] != b"CHARSET" else "utf-8"
+    # polib takes a text that is the path of a file for that file: no path ends in a line feed.
+    return polib.pofile(data.removeprefix(lines.MARK).decode(encoding) + "\n")
