@@ -95,12 +95,11 @@ def _open(file: str) -> IO[bytes]:
 
 
 @contextmanager
-def plain(part: Part) -> Iterator[IO[bytes]]:
-    """The bytes of a part, decompressed if the file is compressed: read(n) gives at most n."""
+def plain(part: Part) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a part, decompressed if the file is compressed."""
     with raw(part.file) as stored:
         if is_compressed(part.file):
-            with _decompressed(part.file, stored) as opened:
-                yield opened
+            yield _decompressed(part.file, stored)
         else:
             stored.seek(part.start)
             yield io.BufferedReader(_Range(stored, part.end - part.start), 2**20)
@@ -124,7 +123,7 @@ def _short(error: Exception) -> str:
     return text if len(text) < 200 else text[:200] + " ..."
 
 
-def _decompressed(file: str, stored: IO[bytes]) -> Any:
+def _decompressed(file: str, stored: IO[bytes]) -> io.BufferedIOBase:
     if file.endswith(".gz"):
         return gzip.GzipFile(fileobj=stored)
     if file.endswith(".xz"):
@@ -163,7 +162,7 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
             # A byte may stand for 30,000: few are read at a time, so that memory stays small.
-            data = self.file.read(4096)
+            data = self.file.read(1024)
             if not data:
                 if self.frame is not None:
                     raise EOFError("the compressed file ends too early")

@@ -8,6 +8,7 @@ language of the msgids. Entries that are fuzzy, obsolete or not translated are l
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
@@ -19,6 +20,7 @@ from data_prep.sources import files, lines
 from infoxlm_ds.config import UserError
 
 LONGEST = 2**28  # bytes of a catalog: it is read whole
+MO = (b"\xde\x12\x04\x95", b"\x95\x04\x12\xde")  # the first bytes of a .mo
 TOKEN = re.compile(r"\*\*/|\*|\?|\{language\}|.", re.DOTALL)
 
 
@@ -63,7 +65,7 @@ def read(source: SourceDescription, block: Block) -> Iterator[Item]:
     for language, part in zip(languages, block.parts, strict=True):
         for place, entry in _entries(part):
             text = entry.msgstr or entry.msgstr_plural.get(0, "")
-            if entry.fuzzy or entry.obsolete or not entry.msgid.strip() or not text.strip():
+            if not entry.msgid.strip() or not text.strip():
                 continue
             problem = lines.bad_text(entry.msgid + text)
             if problem:
@@ -76,23 +78,30 @@ def read(source: SourceDescription, block: Block) -> Iterator[Item]:
     yield from rows.values()
 
 
-def _entries(part: Part) -> Iterator[tuple[str, polib.POEntry]]:
+def _entries(part: Part) -> Iterator[tuple[str, polib.POEntry | polib.MOEntry]]:
     with files.plain(part) as file:
         try:
             data = file.read(LONGEST + 1)
             if len(data) > LONGEST:
-                raise ValueError(f"a catalog of more than {LONGEST:,} bytes")
+                raise ValueError(f"longer than {LONGEST:,} bytes")
             catalog = _parse(data)
         except Exception as error:  # polib tells damage by exceptions of many kinds
             raise files.damage(part.file, error) from None
     for number, entry in enumerate(catalog, 1):
-        yield f"{part.file} " + (f"line {entry.linenum}" if entry.linenum else f"entry {number}"), entry
+        if isinstance(entry, polib.MOEntry):
+            yield f"{part.file} entry {number}", entry
+        elif not (entry.fuzzy or entry.obsolete):
+            yield f"{part.file} line {entry.linenum}", entry
 
 
 def _parse(data: bytes) -> polib.POFile | polib.MOFile:
-    if data[:4] in (b"\xde\x12\x04\x95", b"\x95\x04\x12\xde"):
+    if data[:4] in MO:
         return polib.mofile(data)
-    charset = re.search(rb"charset=([\w.:-]+)", data[:10_000])
-    encoding = charset[1].decode() if charset and charset[1] != b"CHARSET" else "utf-8"
-    # polib takes a text that is the path of a file for that file: no path ends in a line feed.
-    return polib.pofile(data.removeprefix(lines.MARK).decode(encoding) + "\n")
+    # From a file, because polib splits a text at U+2028 too, and takes a text that is a path for the file there.
+    with tempfile.NamedTemporaryFile(suffix=".po") as copy:
+        copy.write(data.removeprefix(lines.MARK))
+        copy.flush()
+        try:
+            return polib.pofile(copy.name)
+        except OSError as error:
+            raise ValueError(str(error).replace(f" {copy.name}", "")) from None

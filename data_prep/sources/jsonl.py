@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.description import SourceDescription
 from data_prep.rows import Block, Document, Fault, Item, Row
 from data_prep.sources import lines
+from data_prep.sources.lines import bad_text
 
 
 def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:
@@ -43,44 +44,43 @@ def read(source: SourceDescription, block: Block) -> Iterator[Item]:
 
 def _row(place: str, tree: dict[str, Any]) -> Row:
     texts = _mapping(tree.get("text"), '"text"')
+    kept = {}
     for language, sentence in texts.items():
-        _check(sentence, f"the sentence of {language!r}")
-    kept = {language: sentence for language, sentence in texts.items() if sentence.strip()}
-    if "negatives" not in tree:
-        return Row(place, kept)
-    negatives = _mapping(tree["negatives"], '"negatives"')
+        if problem := bad_text(sentence):
+            raise ValueError(f"the sentence of {language!r} {problem}")
+        if sentence.strip():
+            kept[language] = sentence
+    return Row(place, kept, _negatives(tree["negatives"])) if "negatives" in tree else Row(place, kept)
+
+
+def _negatives(value: object) -> dict[str, list[str]]:
+    negatives = _mapping(value, '"negatives"')
     for language, wrong in negatives.items():
         if not isinstance(wrong, list):
             raise ValueError(f"the negatives of {language!r} are not a list")
-        for sentence in wrong:
-            _check(sentence, f"a negative of {language!r}")
-    return Row(place, kept, {language: [x for x in wrong if x.strip()] for language, wrong in negatives.items()})
+        if problem := next(filter(None, map(bad_text, wrong)), ""):
+            raise ValueError(f"a negative of {language!r} {problem}")
+    return {language: [text for text in wrong if text.strip()] for language, wrong in negatives.items()}
 
 
 def _mapping(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is missing or is not of the form {{language: ...}}")
-    for language in value:
-        _check(language, "a language code")
+    if problem := bad_text("".join(value)):
+        raise ValueError(f"a language code of {name} {problem}")
     return value
 
 
 def _document(place: str, tree: dict[str, Any], default: str | None) -> Document | None:
-    text = tree.get("text")
+    text, language = tree.get("text"), tree.get("language", default)
     if not isinstance(text, str | list):
         raise ValueError('"text" is missing or is neither a string nor a list of sentences')
-    sentences = text if isinstance(text, list) else text.split("\n")
-    for sentence in sentences:
-        _check(sentence, "a sentence")
-    language = tree.get("language", default)
     if language is None:
         raise ValueError('"language" is missing, and the source has no languages')
-    _check(language, '"language"')
+    sentences = text if isinstance(text, list) else text.split("\n")
+    if problem := next(filter(None, map(bad_text, sentences)), ""):
+        raise ValueError(f"a sentence {problem}")
+    if problem := bad_text(language):
+        raise ValueError(f'"language" {problem}')
     kept = [sentence for sentence in sentences if sentence.strip()]
     return Document(place, language, kept) if kept else None
-
-
-def _check(text: object, name: str) -> None:
-    problem = lines.bad_text(text)
-    if problem:
-        raise ValueError(f"{name} {problem}")

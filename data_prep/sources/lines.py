@@ -3,6 +3,7 @@ nowhere else: so aligned files match."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def lines(part: Part) -> Iterator[str | Fault]:
         yield from split(file, part.file, part.line)
 
 
-def split(file: IO[bytes], name: str, before: int = 0) -> Iterator[str | Fault]:
+def split(file: io.BufferedIOBase, name: str, before: int = 0) -> Iterator[str | Fault]:
     """The lines of an open file; `before` lines stand before it."""
     number = before
     pieces = _whole_lines(file)
@@ -43,10 +44,11 @@ def split(file: IO[bytes], name: str, before: int = 0) -> Iterator[str | Fault]:
         number += len(found)
 
 
-def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+def _whole_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
     """Pieces of a file that end at the end of a line. Of a line that is too long, only the start is kept."""
     kept = b""
-    while chunk := file.read(CHUNK):
+    # read1, not read: it gives what stands before damage to a compressed file.
+    while chunk := file.read1(CHUNK):
         head, end, tail = chunk.rpartition(b"\n")
         if end:
             yield kept + head + end
@@ -91,6 +93,8 @@ def bad_text(text: object) -> str:
         return "is not a string"
     if "\0" in text:
         return "has a NUL character"
+    if text.isascii():
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError:

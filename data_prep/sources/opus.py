@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_prep.description import SourceDescription
 from data_prep.rows import Block, Item
@@ -52,7 +53,7 @@ def _rows(archive: zipfile.ZipFile, file: str, languages: dict[str, str]) -> Ite
     names = [f"{file}/{member}" for member in languages.values()]
     with contextlib.ExitStack() as stack:
         try:
-            opened = [stack.enter_context(archive.open(member)) for member in languages.values()]
+            opened: list[Any] = [stack.enter_context(archive.open(member)) for member in languages.values()]
         except UNREADABLE as error:
             raise files.damage(names[0], error) from None
         sides = [lines.split(member, name) for member, name in zip(opened, names, strict=True)]
