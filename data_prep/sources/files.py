@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from infoxlm_ds.config import UserError
 
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 # What a damaged file raises when it is decompressed.
-DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
+DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
 
 
 def find(path: str, base: Path) -> list[str]:
@@ -69,7 +70,10 @@ def _remote(url: str) -> tuple[Any, str]:
 
 def size_of(file: str) -> int:
     with raw(file) as opened:
-        return opened.seek(0, os.SEEK_END)
+        try:
+            return opened.seek(0, os.SEEK_END)
+        except (OSError, ValueError):  # ValueError: fsspec, for a server that only streams
+            raise UserError(f"{file}: its server does not tell its size: download the file") from None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from infoxlm_ds.config import UserError
 
 MEMBER = re.compile(r"(?P<stem>.*\.(?P<one>[A-Za-z_]+)-(?P<two>[A-Za-z_]+))\.(?P<side>(?P=one)|(?P=two))", re.DOTALL)
 # Beside damage: RuntimeError for an encrypted member, NotImplementedError for an unknown compression.
-UNREADABLE = (zipfile.BadZipFile, RuntimeError, ValueError, *files.DAMAGED)
+UNREADABLE = (RuntimeError, ValueError, *files.DAMAGED)
 
 
 def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from data_prep.description import SourceDescription
 from data_prep.rows import Item
 from data_prep.sources import READERS
@@ -96,7 +98,14 @@ def mo(folder: Path) -> SourceDescription:
     return source("gettext", "para", paths={"de": "de.mo"}, languages=("en",))
 
 
-# All but Parquet, which needs a package that is an extra.
+def parquet(folder: Path) -> SourceDescription:
+    """Its package is an extra: a test that calls this is skipped without it."""
+    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"en": [en for en, _ in PAIRS], "de": [de for _, de in PAIRS]})
+    writer.write_table(table, folder / "a.parquet", row_group_size=2)
+    return source("parquet", "para", path="a.parquet", languages=("en", "de"))
+
+
 SMALL: dict[str, Callable[[Path], SourceDescription]] = {
-    one.__name__: one for one in (jsonl, mono_jsonl, text, tsv, moses, opus, tmx, po, mo)
+    one.__name__: one for one in (jsonl, mono_jsonl, text, tsv, moses, opus, tmx, po, mo, parquet)
 }

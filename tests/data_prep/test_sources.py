@@ -31,7 +31,7 @@ SIZES = (1, 2, 3, 5, 8, 13, 40, 10**9)
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".xz": lzma.compress,
-    ".bz2": bz2.compress,
+    ".bz2": lambda data: bz2.compress(data, 1),  # small blocks
     ".zst": zstandard.ZstdCompressor().compress,
 }
 
