@@ -30,7 +30,7 @@ def find(path: str, base: Path) -> list[str]:
     """The files that a path of a description names, by name: paths or URLs. UserError if there is none."""
     try:
         files = _find_remote(path) if "://" in path else _find_local(str(base / path))
-    except (OSError, ValueError) as error:  # ValueError: a null byte
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"{path}: cannot be read: {_short(error)}") from None
     if not files:
         raise UserError(f"{path}: no such file: correct the path in the corpus description")

@@ -33,25 +33,28 @@ def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:
                 raise UserError(f"source {source.name}: {path} is {len(found)} files: use path with {{language}} in it")
         yield Block(tuple(files.whole(found[0]) for found in sides))
         return
-    together: dict[str, list[Part]] = {}
+    together: dict[tuple[str, ...], list[Part]] = {}
+    pattern = _pattern(source.path)
     for file in files.find(source.path.replace("{language}", "*"), base):
-        match = _pattern(source.path).fullmatch(file)
-        if match:
-            start, end = match.span("language")
-            together.setdefault(f"{file[:start]}\0{file[end:]}", []).append(files.whole(file))
+        if match := pattern.fullmatch(file):
+            same = list(match.groups())
+            del same[pattern.groupindex["language"] - 1]
+            together.setdefault(tuple(same), []).append(files.whole(file))
+    if not together:
+        raise UserError(f"{source.path}: no such file: correct the path in the corpus description")
     for parts in together.values():
         yield Block(tuple(parts))
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    """What the files of a path look like, whatever stands before it."""
-    wild = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]", "{language}": "(?P<language>[^/]+)"}
+    """What the files of a path look like, whatever stands before it. All that may vary is in groups."""
+    wild = {"**/": "((?:.*/)?)", "*": "([^/]*)", "?": "([^/])", "{language}": "(?P<language>[^/]+)"}
     parts = []
     for token in TOKEN.findall(path if "://" in path else str(PurePath(path))):
         parts.append(wild.get(token) or re.escape(token))
         if token == "{language}":
             wild[token] = "(?P=language)"  # further on, the same language
-    return re.compile("(?:.*/)?" + "".join(parts), re.DOTALL)
+    return re.compile("((?:.*/)?)" + "".join(parts), re.DOTALL)
 
 
 def read(source: SourceDescription, block: Block) -> Iterator[Item]:

@@ -72,5 +72,6 @@ def _text(element: Any) -> str:
 def _forget(unit: Any) -> None:
     """Free the memory of a unit, and of what stands before it."""
     unit.clear(keep_tail=False)
-    while unit.getprevious() is not None:
-        del unit.getparent()[0]
+    parent = unit.getparent()
+    while parent is not None and parent[0] is not unit:
+        del parent[0]

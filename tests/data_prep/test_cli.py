@@ -36,7 +36,7 @@ def test_a_build_then_the_same_again_then_another_into_the_same_folder(corpus: P
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"max_token": 7}, "max_token is not a known key"), ({"sources": [SOURCE | {"path": "x"}]}, "No such file")],
+    [({"max_token": 7}, "max_token is not a known key"), ({"sources": [SOURCE | {"path": "x"}]}, "no such file")],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(
     corpus: Path, tmp_path: Path, change: dict[str, object], message: str

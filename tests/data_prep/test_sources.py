@@ -359,6 +359,8 @@ def test_faults_of_a_translation_memory_name_the_unit(tmp_path: Path) -> None:
         ("a.tmx unit 2", "a <tuv> has no xml:lang"),
         ("a.tmx unit 3", "the <tuv> of 'en' has no <seg>"),
     ]
+    (tmp_path / "a.tmx").write_text(f"<!-- c -->{good}")
+    assert len(read(source("tmx", "nway", path="a.tmx"), tmp_path)) == 1
     assert "a.tmx after unit 1: cannot be read: " in refusal(tmp_path, tmx_with(tmp_path, good + "<tu></seg>"))
 
 
@@ -412,6 +414,16 @@ msgstr ""
     expected = [{"en": "may", "de": "Mai", "fr": "mai"}, {"en": "may", "de": "darf"}, {"en": "file", "de": "Datei"}]
     assert [row.texts for row in rows if isinstance(row, Row)] == expected * 2
     assert rows[0].place == f"{tmp_path}/l/de/app.po line 10"
+
+
+def test_the_language_may_stand_in_a_path_twice(tmp_path: Path) -> None:
+    for code, other in (("de", "de"), ("fr", "fr"), ("fr", "de")):
+        (tmp_path / code).mkdir(exist_ok=True)
+        (tmp_path / code / f"app.{other}.po").write_text(f'{PO_HEAD}msgid "x"\nmsgstr "{code} {other}"\n')
+    one = source("gettext", "nway", path="{language}/*.{language}.po", languages=("en",))
+    (row,) = read(one, tmp_path)
+    assert isinstance(row, Row) and row.texts == {"en": "x", "de": "de de", "fr": "fr fr"}
+    assert "no such file" in refusal(tmp_path, one.model_copy(update={"path": "{language}/app.po"}))
 
 
 def test_a_catalog_that_is_none_is_refused(tmp_path: Path) -> None:
