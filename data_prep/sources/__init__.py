@@ -1,5 +1,5 @@
-"""Readers, one module for each format. A new format is a module with these two functions, a line here, and a line in
-FORMATS of data_prep/description.py."""
+"""Readers, one module for each format. A new format is a module with these two functions, a line here, and its name
+and keys in data_prep/description.py."""
 
 from __future__ import annotations
 

@@ -81,10 +81,10 @@ def raw(file: str) -> Iterator[IO[bytes]]:
     """The stored bytes of a path or URL. UserError if it cannot be opened."""
     try:
         opened = _open(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file: correct the path in the corpus description") from None
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file: correct the path in the corpus description") from None
     except Exception as error:  # the packages of protocols raise exceptions of their own
         raise UserError(f"{file}: cannot be opened: {_short(error)}") from None
     with opened:

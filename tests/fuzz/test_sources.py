@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.description import FORMATS, SourceDescription
 from data_prep.rows import Document, Fault, Notice, Row
 from data_prep.sources import files
-from infoxlm_ds.config import UserError
+from infoxlm_ds.config import UserError, check
 from tests.data_prep.source_files import SMALL, read
 from tests.data_prep.test_sources import COMPRESS
 from tests.fuzz.test_fuzz import Fuzz, fuzz  # noqa: F401 - a fixture
@@ -69,6 +71,41 @@ def test_no_damage_to_a_source_ends_in_a_traceback(tmp_path: Path, fuzz: Fuzz, n
             assert "\n" not in str(error) and 0 < len(str(error)) < 3000
         finally:
             path.write_bytes(whole[path])
+
+    run()
+
+
+PATHS = ["", ".", "*", "**", "a.txt", "a.tsv", "*.zip", "po/{language}.po", "{language}", "a.{language}", "a.tmx"]
+PATHS += ["/", "[", "x" * 300, "\0", "\ud800", "~", "://", "file:///dev/null", "memory://x", "zip://*::a.tmx"]
+codes = st.sampled_from(["en", "de", "", "\n", "../x"])
+keys: dict[str, st.SearchStrategy[Any]] = {
+    "path": st.sampled_from(PATHS),
+    "paths": st.dictionaries(codes, st.sampled_from(PATHS), max_size=3),
+    "languages": st.lists(codes, max_size=3),
+    "columns": st.dictionaries(codes, codes, max_size=3),
+    "documents": st.sampled_from(["line", "file", "blank_line", "page"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_description_of_a_source_ends_in_a_traceback(tmp_path: Path, fuzz: Fuzz, form: str) -> None:  # noqa: F811
+    for name, write in SMALL.items():
+        if name != "parquet":
+            write(tmp_path)
+    groups = FORMATS[form].needs
+    needed = {group[0]: keys[group[0]] for group in groups if len(group) == 1}
+    optional = {key: keys[key] for group in groups for key in group if len(group) > 1}
+    optional |= {key: keys[key] for key in FORMATS[form].allows}
+    descriptions = st.fixed_dictionaries(needed, optional=optional)
+
+    @fuzz(50)
+    @given(st.sampled_from(FORMATS[form].kinds), descriptions, st.sampled_from([1, 10**9]))
+    def run(kind: str, given_keys: dict[str, Any], size: int) -> None:
+        try:
+            one = check(SourceDescription, {"name": f"{kind}.x", "kind": kind, "format": form} | given_keys, "c.yaml")
+            read(one, tmp_path, size)
+        except UserError as error:
+            assert "\n" not in str(error) and 0 < len(str(error)) < 3000
 
     run()
 
