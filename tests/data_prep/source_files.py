@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import struct
 import zipfile
 from collections.abc import Callable
@@ -10,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from data_prep.description import SourceDescription
 from data_prep.rows import Item
 from data_prep.sources import READERS
 
 PAIRS = [("one", "eins"), ("two lamps", "zwei Lampen"), ("Küche\u2028here", "厨房"), ("4", "vier")]
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": lambda data: bz2.compress(data, 1),  # small blocks
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 
 
 def source(form: str, kind: str, **keys: Any) -> SourceDescription:

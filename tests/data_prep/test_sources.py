@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
-import lzma
 import random
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,15 +21,9 @@ from data_prep.rows import Document, Fault, Notice, Row
 from data_prep.sources import READERS, lines
 from data_prep.sources import text as text_module
 from infoxlm_ds.config import UserError
-from tests.data_prep.source_files import PAIRS, PO_HEAD, SMALL, mono_jsonl, read, source, text, tsv
+from tests.data_prep.source_files import COMPRESS, PAIRS, PO_HEAD, SMALL, mono_jsonl, read, source, text, tsv
 
 SIZES = (1, 2, 3, 5, 8, 13, 40, 10**9)
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".bz2": lambda data: bz2.compress(data, 1),  # small blocks
-    ".zst": zstandard.ZstdCompressor().compress,
-}
 
 
 def places(base: Path, one: SourceDescription, size: int = 10**9) -> list[tuple[str, str]]:

@@ -14,8 +14,7 @@ from data_prep.description import FORMATS, SourceDescription
 from data_prep.rows import Document, Fault, Notice, Row
 from data_prep.sources import files
 from infoxlm_ds.config import UserError, check
-from tests.data_prep.source_files import SMALL, read
-from tests.data_prep.test_sources import COMPRESS
+from tests.data_prep.source_files import COMPRESS, SMALL, read
 from tests.fuzz.test_fuzz import Fuzz, fuzz  # noqa: F401 - a fixture
 
 places = st.floats(0, 1, exclude_max=True)
