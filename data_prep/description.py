@@ -7,6 +7,8 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from data_prep.clean import Form
+from data_prep.filters.settings import FilterSettings
 from infoxlm_ds.config import Section, check, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # corpus, sources and languages: they become names of folders
@@ -127,6 +129,8 @@ class CorpusDescription(Section):
     seed: int = 1
     languages: tuple[str, ...] = ()  # keep only these; empty: all
     rename: dict[str, str] = Field(default_factory=dict)  # language codes of the data to codes of the corpus
+    normalise: Form = "nfc"  # nfkc also replaces compatible characters, such as full-width letters
+    filters: FilterSettings = FilterSettings()
     tokenizer: TokenizerDescription
     sources: tuple[SourceDescription, ...]
 
