@@ -1,84 +1,72 @@
-"""Turns raw text into a corpus folder: reads, cleans and tokenises (map), then drops duplicates, shuffles and writes
-packs (reduce).
+"""Turns raw text into a corpus folder: reads, cleans, filters and tokenises block by block (map), then drops
+duplicates, shuffles and writes packs range by range (reduce).
 
-Legend: n rows, s sides of a row, T ids. The same description and inputs always give the same bytes.
+The same description and inputs always give the same bytes, whatever runs the tasks. Tasks write to `OUT.work`, which is
+removed at the end: a build that ended early goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
-import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from tokenizers import Tokenizer
 
-from data_prep.clean import clean
-from data_prep.description import NAME, CorpusDescription, SourceDescription, load_description
-from data_prep.rows import Document, Fault, Notice, Row
+from data_prep.description import CorpusDescription, load_description
+from data_prep.encode import Encoder
+from data_prep.filters.report import Report
+from data_prep.map import MapTask, Setting, map_block
+from data_prep.reduce import ReduceTask, Target, read_reduced, reduce_shard, shards_of, targets_of
+from data_prep.rows import Block
+from data_prep.run import ONE, How, Stage, Task, run
+from data_prep.sample import LEAST, SampleTask, sample_block
 from data_prep.sources import READERS
-from data_prep.sources.files import raw
-from data_prep.tokenizer import describe_tokenizer, load_fast, make_tokenizer
-from infoxlm_ds.atomic import new_folder
+from data_prep.sources.files import is_compressed, raw, size_of
+from data_prep.table import read_footer
+from data_prep.texts import Texts, texts_of
+from data_prep.tokenizer import TokenizerTask, describe_tokenizer, make_tokenizer
+from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
-from infoxlm_ds.data.packs import ROWS, Pack, content_id, text_id, write_source
 
-CHUNK = 20_000  # texts tokenised in one call
-BLOCK = 2**26  # bytes
+LARGEST_BLOCK, SMALLEST_BLOCK, BLOCKS = 32 * 2**20, 2**20, 64  # bytes; how many there are of small inputs
+BUCKET = 32 * 2**20  # bytes of text
+EXPANSION = 6  # of compressed text, about
+TRIED = 2000  # texts of each source on which SentencePiece must agree with the tokenizer
+MOST_FAULTS = 0.01  # of rows and documents
+SAMPLES = "samples.json"  # texts that were dropped, by reason
 
 
-class Texts(NamedTuple):
-    """All texts of a source: `rows` with s sides each; a missing side is ""."""
+class Input(NamedTuple):
+    """A block of a source, and how many bytes of its file it stands for. `name`: of its tasks."""
 
+    source: int
+    block: Block
+    bytes: int
     name: str
-    kind: str
-    languages: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
-class Pieces(NamedTuple):
-    """A tokenizer and the id of its unknown piece."""
-
-    fast: Tokenizer
-    unk: int
-
-
-@dataclass
-class Table:
-    """Tokenised rows: `ids` uint32 [T], row after row; `lengths` [n, s]; `text_ids` [n, s]."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    text_ids: np.ndarray
-
-    def packs(self, order: np.ndarray) -> Iterator[Pack]:
-        """The rows in the given order, as packs of 512 rows."""
-        ends = np.cumsum(self.lengths.sum(1))
-        for start in range(0, len(order), ROWS):
-            rows = order[start : start + ROWS]
-            lengths = self.lengths[rows].T
-            ids = np.concatenate([self.ids[ends[r] - self.lengths[r].sum() : ends[r]] for r in rows])
-            yield Pack(ids, np.ascontiguousarray(lengths, np.uint16), np.ascontiguousarray(self.text_ids[rows].T))
-
-
-def build(description_path: Path, out: Path) -> None:
+def build(description_path: Path, out: Path, how: How = ONE) -> None:
     """Prepare the corpus of a description in the new folder `out`. If it exists already, do nothing.
 
     The folder gets its name after all files are written. UserError if the description is wrong, an input cannot be
     read, or `out` holds something else.
     """
     description = load_description(description_path)
-    base, console = description_path.parent, Console(stderr=True, soft_wrap=True)
-    prep = {"description": description.model_dump(mode="json"), "inputs": _hash_inputs(description, base)}
+    base, console = description_path.parent.absolute(), Console(stderr=True, soft_wrap=True)
+    say = partial(console.print, highlight=False, markup=False)
+    inputs = read_inputs(description, base)
+    prep = {"description": description.model_dump(mode="json"), "inputs": _hashes(description, base, inputs)}
     if out.exists():
         if not (out / manifests.NAME).is_file():
             raise UserError(f"{out} exists and holds no corpus: remove it or choose another folder")
@@ -86,206 +74,209 @@ def build(description_path: Path, out: Path) -> None:
             raise UserError(
                 f"{out} holds the corpus of another description or other inputs: remove it or choose another folder"
             )
-        console.print(f"{out}: prepared already", highlight=False)
+        say(f"{out}: prepared already")
         return
-    with new_folder(out) as folder:
-        _write(description, base, prep, folder, console)
-    console.print(f"{out}: done", highlight=False)
-
-
-def _write(description: CorpusDescription, base: Path, prep: dict[str, Any], out: Path, console: Console) -> None:
-    counts: Counter[str] = Counter()
-    console.print("reading", highlight=False)
-    parallel = [
-        _read_parallel(source, description, base, counts) for source in description.sources if source.kind != "mono"
-    ]
-    documents = _read_documents(description, base, parallel)
-    console.print("making the tokenizer", highlight=False)
-    every_side = itertools.chain(
-        (side for texts in parallel for row in texts.rows for side in row if side),
-        (sentence for of_language in documents.values() for document in of_language for sentence in document),
-    )
-    make_tokenizer(description.tokenizer, base, every_side, description.seed, out / "tokenizer")
-    files = tuple(_file(out, path) for path in sorted((out / "tokenizer").iterdir()))
-    described = describe_tokenizer(out / "tokenizer", files)
-    tokenizer = Pieces(load_fast(out / "tokenizer"), described.special_ids["unk"])
-    sources = []
-    for texts in parallel:
-        console.print(f"tokenising {texts.name}: {len(texts.rows):,} rows", highlight=False)
-        table = _parallel_table(texts, tokenizer, description.max_tokens, counts)
-        if len(table.lengths):
-            sources.append(_write_source(out, texts, table, description))
-    for language, of_language in sorted(documents.items()):
-        name = f"mono.{language}"
-        console.print(f"tokenising {name}: {len(of_language):,} documents", highlight=False)
-        table = _mono_table(of_language, tokenizer, description.max_tokens, counts)
-        if len(table.lengths):
-            sources.append(_write_source(out, Texts(name, "mono", (language,), []), table, description))
-    manifest = Manifest(
-        name=description.name,
-        max_tokens=description.max_tokens,
-        tokenizer=described,
-        sources=tuple(sources),
-        counts=dict(sorted(counts.items())),
-        prep=prep,
-    )
-    if not manifest.sources:
-        raise UserError("no row is left after cleaning: check the sources and languages of the description")
-    (out / manifests.NAME).write_text(manifest.render(), encoding="utf-8")
-
-
-def _read_parallel(
-    source: SourceDescription, description: CorpusDescription, base: Path, counts: Counter[str]
-) -> Texts:
-    kept: list[dict[str, str]] = []
-    for row in _read(source, base):
-        assert isinstance(row, Row)
-        kept.append({})
-        for code, side in row.texts.items():
-            language, cleaned = description.language(code), clean(side)
-            if language is None or not cleaned:
-                continue
-            if language in kept[-1]:
-                counts["sides_of_a_language_the_row_has"] += 1  # two codes were renamed to one
-            kept[-1].setdefault(language, cleaned)
-    languages = tuple(sorted({language for row in kept for language in row}))
-    for language in languages:
-        _check_code(source, language)
-    if source.kind == "para" and len(languages) > 2:
-        raise UserError(
-            f"source {source.name}: kind para has two languages, but the data has {len(languages)}: use kind nway"
-        )
-    return Texts(source.name, source.kind, languages, [tuple(row.get(x, "") for x in languages) for row in kept])
-
-
-def _read(source: SourceDescription, base: Path) -> Iterator[Row | Document]:
-    """All of a source. UserError at the first fault."""
-    reader = READERS[source.format]
-    for block in reader.blocks(source, base, BLOCK):
-        for item in reader.read(source, block):
-            if isinstance(item, Fault):
-                raise UserError(f"{item.place}: {item.what}: correct the file")
-            if isinstance(item, Notice):
-                Console(stderr=True, soft_wrap=True).print(f"{item.place}: {item.what}", highlight=False, markup=False)
+    work = out.with_name(f"{out.name}.work")
+    try:
+        _Build(description, base, inputs, work, how, console).write(out, prep)
+    except BaseException:
+        if work.is_dir():
+            if any(path.is_file() for path in work.rglob("*")):
+                say(f"{work} keeps what is done: run the same command again to go on, or remove it")
             else:
-                yield item
+                shutil.rmtree(work)
+        raise
+    if how.part[1] == 1:
+        shutil.rmtree(work, ignore_errors=True)
+        say(f"{out}: done")
+    else:
+        say(f"part {how.part[0]} of {how.part[1]}: done; when all parts have ended, {work} can be removed")
 
 
-def _check_code(source: SourceDescription, language: str) -> None:
-    if not re.fullmatch(NAME, language):
-        raise UserError(f"source {source.name}: {language!r} cannot be a language code: give it another one in rename")
-
-
-def _read_documents(description: CorpusDescription, base: Path, parallel: list[Texts]) -> dict[str, list[list[str]]]:
-    """Monolingual documents by language, from text files and from parallel sources with `mono`. Of a parallel source,
-    each different side is a document."""
-    documents: dict[str, list[list[str]]] = {}
-    by_name = {texts.name: texts for texts in parallel}
+def read_inputs(description: CorpusDescription, base: Path) -> list[Input]:
+    """All blocks, in the order of sources and files. How files are cut depends on their sizes alone."""
+    sizes: dict[str, int] = {}
     for source in description.sources:
-        if source.kind == "mono":
-            for document in _read(source, base):
-                assert isinstance(document, Document)
-                language = description.language(document.language)
-                cleaned = [sentence for sentence in map(clean, document.sentences) if sentence]
-                if language is not None and cleaned:
-                    _check_code(source, language)
-                    documents.setdefault(language, []).append(cleaned)
-        elif source.mono:
-            texts = by_name[source.name]
-            for column, language in enumerate(texts.languages):
-                sides = dict.fromkeys(row[column] for row in texts.rows if row[column])
-                documents.setdefault(language, []).extend([side] for side in sides)
-    return documents
+        for block in READERS[source.format].blocks(source, base, LARGEST_BLOCK):
+            sizes |= {part.file: size_of(part.file) for part in block.parts if part.file not in sizes}
+    size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, sum(sizes.values()) // BLOCKS))
+    inputs: list[Input] = []
+    for number, source in enumerate(description.sources):
+        blocks = list(READERS[source.format].blocks(source, base, size))
+        of_file = Counter(part.file for block in blocks for part in block.parts)
+        for block in blocks:
+            stated = [(part, sizes[part.file], _changed(part.file)) for part in block.parts]
+            name = hashlib.sha256(repr((source.model_dump(), stated)).encode()).hexdigest()[:16]
+            share = sum(sizes[part.file] // of_file[part.file] for part in block.parts)
+            inputs.append(Input(number, block, share, f"{source.name}-{len(inputs):06d}-{name}"))
+    return inputs
 
 
-def _parallel_table(texts: Texts, tokenizer: Pieces, longest: int, counts: Counter[str]) -> Table:
-    """The rows that have at least two sides of at most `longest` pieces, without duplicates."""
-    sides = len(texts.languages)
-    flat = _tokenise([side for row in texts.rows for side in row], tokenizer, counts)
-    shape = len(texts.rows), sides
-    lengths = np.array([len(ids) for ids in flat], np.int64).reshape(shape)
-    text_ids = np.array([text_id(side) if side else 0 for row in texts.rows for side in row], np.uint64).reshape(shape)
-    too_long = lengths > longest
-    counts["sides_too_long"] += int(too_long.sum())
-    lengths[too_long], text_ids[too_long] = 0, 0
-    (enough,) = np.nonzero((lengths > 0).sum(1) >= 2)
-    counts["rows_with_less_than_two_sides"] += len(lengths) - len(enough)
-    different = np.unique(text_ids[enough], axis=0, return_index=True)[1] if len(enough) else enough
-    counts["duplicate_rows"] += len(enough) - len(different)
-    kept = enough[np.sort(different)]
-    ids = [flat[row * sides + side] for row in kept for side in range(sides) if lengths[row, side]]
-    return Table(_flat(ids), lengths[kept], text_ids[kept])
+class _Build:
+    """The stages of a build."""
+
+    def __init__(
+        self, description: CorpusDescription, base: Path, inputs: list[Input], work: Path, how: How, console: Console
+    ) -> None:
+        self._description, self._base, self._inputs, self._how, self._console = description, base, inputs, how, console
+        settings = description.model_dump(mode="json", exclude={"sources"})
+        self._work = work / _short_hash(settings)
+        files = {part.file for one in inputs for part in one.block.parts}
+        text = sum(size_of(file) * (EXPANSION if _is_dense(file) else 1) for file in files)
+        self._buckets = 1 << (max(1, -(-text // BUCKET)) - 1).bit_length()
+
+    def write(self, out: Path, prep: dict[str, Any]) -> None:
+        """Run all stages, then give the corpus folder its name."""
+        tried = self._first_texts()  # before any work: what is wrong with the files often shows in their first lines
+        tokenizer = self._tokenizer()
+        unknown = describe_tokenizer(tokenizer, ()).special_ids["unk"]
+        setting = Setting(self._description, self._base, tokenizer, unknown, buckets=self._buckets)
+        setting = setting._replace(pieces=Encoder(tokenizer, unknown, pieces=True).agrees(tried))
+        mapped = self._map(setting)
+        folder = self._work / f"corpus-{_short_hash([path.name for path in mapped.spills])}"
+        reduced = self._reduce(mapped, folder)
+        if self._how.part[0] == 0:
+            self._finish(folder, mapped, reduced, prep)
+            folder.replace(out)
+
+    def _run(self, name: str, tasks: Sequence[Task], counts: Callable[[Path], Counter[str]] | None = None) -> None:
+        run(Stage(name, tasks, counts or (lambda _: Counter())), self._how, self._console)
+
+    def _tokenizer(self) -> Path:
+        description, folder, samples = self._description.tokenizer, self._work / "tokenizer", list[Path]()
+        if folder.is_dir():
+            return folder
+        if description.path is None:
+            most = max(LEAST, 4 * description.sentences // len(self._inputs))
+            tasks = [
+                Task(
+                    sample_block,
+                    SampleTask(self._description, self._base, one.source, one.block, most),
+                    self._work / "sample" / one.name,
+                    one.bytes,
+                )
+                for one in self._inputs
+            ]
+            self._run("choosing text for the tokenizer", tasks)
+            samples = [task.out for task in tasks]
+        argument = TokenizerTask(description, self._base, tuple(samples))
+        self._run("making the tokenizer", [Task(make_tokenizer, argument, folder, 0)])
+        return folder
+
+    def _first_texts(self) -> list[str]:
+        """Some texts of each source."""
+        tried: list[str] = []
+        for number, of_source in itertools.groupby(self._inputs, key=lambda one: one.source):
+            source = self._description.sources[number]
+            items = Texts(self._description, self._base, source, next(of_source).block)
+            tried += itertools.islice((text for item in items for text in texts_of(item)), TRIED)
+        return tried
+
+    def _map(self, setting: Setting) -> Mapped:
+        tasks = [
+            Task(map_block, MapTask(setting, one.source, one.block), self._work / "map" / one.name, one.bytes)
+            for one in self._inputs
+        ]
+        self._run("reading and encoding", tasks, lambda out: Counter(read_footer(out).notes["counts"]))
+        spills = tuple(task.out for task in tasks)
+        footers = [read_footer(spill) for spill in spills]
+        report = Report(self._description.seed)
+        for footer in footers:
+            report.merge(Report.of_tree(self._description.seed, footer.notes))
+        for notice in dict.fromkeys(notice for footer in footers for notice in footer.notes["notices"]):
+            self._console.print(notice, highlight=False, markup=False)
+        faults, read = report.counts["faults"], report.counts["rows"] + report.counts["documents"]
+        if faults > MOST_FAULTS * (read + faults):
+            first = report.samples["faults"][0]
+            raise UserError(
+                f"{faults:,} of {read + faults:,} rows or documents cannot be used, more than {MOST_FAULTS:.0%}; one "
+                f"of them: {first.place}: {first.texts['']}: correct the files"
+            )
+        targets = targets_of(footers, self._buckets)
+        if not targets:
+            raise UserError(
+                "no row is left after cleaning: check the sources, languages and filters of the description"
+            )
+        return Mapped(spills, report, targets)
+
+    def _reduce(self, mapped: Mapped, folder: Path) -> dict[str, list[Task]]:
+        tasks: dict[str, list[Task]] = {}
+        for name, target in mapped.targets.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            tasks[name] = []
+            for number, buckets in enumerate(shards_of(target.sizes)):
+                shard = folder / name / f"{name}-{number:05d}.tar"
+                argument = ReduceTask(shard, name, target.languages, mapped.spills, buckets)
+                size = int(target.sizes[slice(*buckets)].sum())
+                out = self._work / "reduce" / folder.name / f"{shard.stem}.json"
+                tasks[name].append(Task(reduce_shard, argument, out, size))
+        everything = [task for of_target in tasks.values() for task in of_target]
+        self._run("shuffling and writing", everything, lambda out: Counter(duplicates=read_reduced(out).duplicates))
+        return tasks
+
+    def _finish(self, folder: Path, mapped: Mapped, reduced: dict[str, list[Task]], prep: dict[str, Any]) -> None:
+        """Write indices, tokenizer, samples and manifest."""
+        shutil.copytree(self._work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        files = tuple(_file(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
+        counts = Counter(mapped.report.counts)
+        sources = []
+        for name, tasks in reduced.items():
+            source, duplicates = _source(folder, name, mapped.targets[name].languages, tasks)
+            sources.append(source)
+            counts[f"duplicate_{'blocks' if source.kind == 'mono' else 'rows'}"] += duplicates
+        order = [source.name for source in self._description.sources]
+        sources.sort(key=lambda source: (order.index(source.name) if source.name in order else len(order), source.name))
+        samples = mapped.report.tree()["samples"]
+        for sample in itertools.chain.from_iterable(samples.values()):  # the same wherever the files lie
+            sample["place"] = sample["place"].removeprefix(f"{self._base}{os.sep}")
+        write_file(folder / SAMPLES, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+        manifest = Manifest(
+            name=self._description.name,
+            max_tokens=self._description.max_tokens,
+            tokenizer=describe_tokenizer(folder / "tokenizer", files),
+            sources=tuple(sources),
+            samples=_file(folder, folder / SAMPLES),
+            counts=dict(sorted(counts.items())),
+            prep=prep,
+        )
+        write_file(folder / manifests.NAME, manifest.render(), durable=True)
 
 
-def _mono_table(documents: list[list[str]], tokenizer: Pieces, longest: int, counts: Counter[str]) -> Table:
-    """Blocks of at most `longest` pieces, without duplicates. A block holds whole consecutive sentences of one
-    document; a longer sentence is split."""
-    tokenised = iter(_tokenise([sentence for document in documents for sentence in document], tokenizer, counts))
-    blocks: list[np.ndarray] = []
-    for document in documents:
-        block: list[np.ndarray] = []
-        for ids in itertools.islice(tokenised, len(document)):
-            pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
-            counts["sentences_split"] += len(pieces) > 1
-            for piece in pieces:
-                if block and sum(map(len, block)) + len(piece) > longest:
-                    blocks.append(np.concatenate(block))
-                    block = []
-                block.append(piece)
-        if block:
-            blocks.append(np.concatenate(block))
-    different = list({block.tobytes(): block for block in blocks}.values())
-    counts["duplicate_blocks"] += len(blocks) - len(different)
-    names = np.array([content_id(block.tobytes()) for block in different], np.uint64)
-    lengths = np.array([len(block) for block in different], np.int64)
-    return Table(_flat(different), lengths.reshape(-1, 1), names.reshape(-1, 1))
+class Mapped(NamedTuple):
+    """What the map stage wrote and found."""
+
+    spills: tuple[Path, ...]
+    report: Report
+    targets: dict[str, Target]
 
 
-def _write_source(out: Path, texts: Texts, table: Table, description: CorpusDescription) -> Source:
-    # Sorting by a keyed hash of the row's texts shuffles the rows independently of the input's order.
-    key = hashlib.blake2b(f"{description.seed}/{texts.name}".encode(), digest_size=16).digest()
-    hashes = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in table.text_ids]
-    order = np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.int64)
-    shards, index = write_source(out / texts.name, texts.name, table.packs(order))
-    index_path = out / texts.name / f"{texts.name}.index.npy"
-    np.save(index_path, index)
-    return Source(
-        name=texts.name,
-        kind=texts.kind,  # type: ignore[arg-type]
-        languages=texts.languages,
-        items=len(order),
-        tokens=int(table.lengths.sum()),
+def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Task]) -> tuple[Source, int]:
+    """The manifest's entry of a source, after its index is written, and how many duplicates were dropped."""
+    shards, indices, written = [], [], [read_reduced(task.out) for task in tasks]
+    for number, (task, reduced) in enumerate(zip(tasks, written, strict=True)):
+        of_shard = np.array(reduced.packs, np.int64).reshape(-1, 5)
+        indices.append(np.insert(of_shard, 0, number, axis=1))
+        name_of_shard = str(task.argument.shard.relative_to(folder))
+        shards.append(Shard(name=name_of_shard, bytes=reduced.bytes, sha256=reduced.sha256, packs=len(of_shard)))
+    index, path = np.concatenate(indices), folder / name / f"{name}.index.npy"
+    np.save(path, index)
+    source = Source(
+        name=name,
+        kind=name.partition(".")[0],  # type: ignore[arg-type]
+        languages=languages,
+        items=sum(reduced.items for reduced in written),
+        tokens=int(index[:, 4].sum()),
         packs=len(index),
-        index=_file(out, index_path),
-        shards=tuple(Shard(packs=shard.packs, **_file(out, shard.path).model_dump()) for shard in shards),
+        index=_file(folder, path),
+        shards=tuple(shards),
     )
+    return source, sum(reduced.duplicates for reduced in written)
 
 
-def _tokenise(texts: list[str], tokenizer: Pieces, counts: Counter[str]) -> list[np.ndarray]:
-    """The ids of each text. If a text spells a special token, such as <mask>, it becomes <unk>: it is only text."""
-    added = tokenizer.fast.get_added_tokens_decoder()
-    special = [number for number, token in added.items() if token.special and number != tokenizer.unk]
-    out: list[np.ndarray] = []
-    for start in range(0, len(texts), CHUNK):
-        encoded = tokenizer.fast.encode_batch_fast(texts[start : start + CHUNK], add_special_tokens=False)
-        ids = np.array([number for encoding in encoded for number in encoding.ids], np.uint32)
-        spelled = np.isin(ids, special)
-        ids[spelled] = tokenizer.unk
-        counts["special_tokens_in_text"] += int(spelled.sum())
-        out += np.split(ids, np.cumsum([len(encoding) for encoding in encoded])[:-1])
-    return out
-
-
-def _flat(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.uint32), *parts])
-
-
-def _hash_inputs(description: CorpusDescription, base: Path) -> dict[str, str]:
+def _hashes(description: CorpusDescription, base: Path, inputs: list[Input]) -> dict[str, str]:
     """The sha256 of every input file, by path. UserError if one is missing."""
-    folder = description.tokenizer.path
-    blocks = (READERS[source.format].blocks(source, base, BLOCK) for source in description.sources)
-    paths = dict.fromkeys(part.file for block in itertools.chain.from_iterable(blocks) for part in block.parts)
-    if folder is not None:  # for a name on the hub, the manifest has the hashes of the copy
+    paths = dict.fromkeys(part.file for one in inputs for part in one.block.parts)
+    if (folder := description.tokenizer.path) is not None:  # a copy of a name on the hub has its hashes in the manifest
         paths |= dict.fromkeys(str(base / folder / path.name) for path in sorted((base / folder).glob("*token*")))
     try:
         return {path if "://" in path else os.path.relpath(path, base): _sha256(path) for path in paths}
@@ -299,6 +290,19 @@ def _sha256(file: str) -> str:
         while chunk := opened.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _changed(file: str) -> int:
+    """When a local file was changed last: together with its size, a sign that it is the same."""
+    return 0 if "://" in file else Path(file).stat().st_mtime_ns
+
+
+def _is_dense(file: str) -> bool:
+    return is_compressed(file) or file.endswith((".parquet", ".zip"))
+
+
+def _short_hash(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file(out: Path, path: Path) -> File:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data.manifest import Manifest
 
 app = typer.Typer(help="Prepare a corpus.", no_args_is_help=True)
 CorpusFolder = Annotated[Path, typer.Argument(help="A prepared corpus.")]
@@ -15,11 +21,18 @@ CorpusFolder = Annotated[Path, typer.Argument(help="A prepared corpus.")]
 def build_command(
     description: Annotated[Path, typer.Argument(help="A corpus description in YAML.")],
     out: Annotated[Path, typer.Argument(help="The corpus folder to write.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    on: Annotated[Literal["pool", "ray"], typer.Option(help="What runs the tasks.")] = "pool",
+    part: Annotated[
+        str,
+        typer.Option(metavar="I/N", help="Do part I = 0 ... N - 1 of the tasks: others, on a common disk, the rest."),
+    ] = "0/1",
 ) -> None:
-    """Tokenise text into packs of 512 rows. Does nothing if the corpus exists already."""
+    """Tokenise text into packs of 512 rows. Goes on where a build ended early; does nothing if the corpus is there."""
     from data_prep.build import build
+    from data_prep.run import How
 
-    build(description, out)
+    build(description, out, How(workers or len(os.sched_getaffinity(0)), on == "ray", _part(part)))
 
 
 @app.command("verify")
@@ -36,14 +49,19 @@ def verify_command(corpus: CorpusFolder) -> None:
 
 
 @app.command("stat")
-def stat_command(corpus: CorpusFolder) -> None:
-    """Show sources, languages, items and tokens of a corpus."""
+def stat_command(
+    corpus: CorpusFolder,
+    samples: Annotated[str | None, typer.Option(metavar="REASON", help="Show texts left out for a reason.")] = None,
+) -> None:
+    """Show sources, languages, items and tokens of a corpus, and how much was left out."""
     from rich.console import Console
     from rich.table import Table
 
     from infoxlm_ds.data.manifest import load_manifest
 
     manifest = load_manifest(corpus)
+    if samples is not None:
+        return _show_samples(corpus, manifest, samples)
     table = Table("source", "kind", "languages", title=manifest.name)
     for heading in ("items", "tokens", "tokens an item", "packs", "MB"):
         table.add_column(heading, justify="right")
@@ -62,3 +80,21 @@ def stat_command(corpus: CorpusFolder) -> None:
     console.print(
         f"vocabulary {manifest.tokenizer.vocab_size:,}; " + ", ".join(f"{k} {v:,}" for k, v in manifest.counts.items())
     )
+
+
+def _show_samples(corpus: Path, manifest: Manifest, reason: str) -> None:
+    by_reason = json.loads((corpus / manifest.samples.name).read_text(encoding="utf-8")) if manifest.samples else {}
+    if reason not in by_reason:
+        raise UserError(f"{corpus}: nothing was left out for {reason!r}, only for: {', '.join(by_reason) or 'nothing'}")
+    typer.echo(f"{manifest.counts[reason]:,} texts were left out for {reason}; some of them:")
+    for sample in by_reason[reason]:
+        typer.echo(f"\n{sample['place']}")
+        for language, text in sample["texts"].items():
+            typer.echo(f"  {language}: {text}" if language else f"  {text}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--part {text}: expected I/N with I from 0 to N - 1, such as 0/8")
+    return int(match[1]), int(match[2])

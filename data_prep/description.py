@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from data_prep.clean import Form
 from data_prep.filters.settings import FilterSettings
-from infoxlm_ds.config import Section, check, read_yaml
+from infoxlm_ds.config import Fraction, Positive, Section, check, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # corpus, sources and languages: they become names of folders
 Name = Annotated[str, Field(pattern=NAME)]
@@ -41,10 +41,15 @@ class TokenizerDescription(Section):
     """Set `path` to reuse a tokenizer (a Hugging Face folder or a name on its hub), or `vocab_size` to train a unigram
     model with so many pieces in all."""
 
-    path: str | None = None
-    vocab_size: int | None = Field(default=None, gt=5)
-    character_coverage: float = Field(default=0.9995, gt=0, le=1)
-    sentences: int = Field(default=1_000_000, gt=0)  # the model is trained on at most so many, drawn by key
+    path: str | None = Field(
+        default=None, description="a tokenizer to reuse: a Hugging Face folder or a name on its hub"
+    )
+    vocab_size: int | None = Field(default=None, gt=5, description="train a model with so many pieces in all")
+    character_coverage: float = Field(default=0.9995, gt=0, le=1, description="share of characters that get a piece")
+    sentences: Positive = Field(default=1_000_000, description="the model is trained on at most so many, drawn by key")
+    alpha: Fraction = Field(
+        default=0.5, description="if there are more, a language with the share p of all texts gets one like p^alpha"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -124,15 +129,26 @@ class SourceDescription(Section):
 
 
 class CorpusDescription(Section):
-    name: Name
-    max_tokens: int = Field(default=128, gt=1, lt=65536)  # longest side, in pieces
-    seed: int = 1
-    languages: tuple[str, ...] = ()  # keep only these; empty: all
-    rename: dict[str, str] = Field(default_factory=dict)  # language codes of the data to codes of the corpus
-    normalise: Form = "nfc"  # nfkc also replaces compatible characters, such as full-width letters
-    filters: FilterSettings = FilterSettings()
-    tokenizer: TokenizerDescription
-    sources: tuple[SourceDescription, ...]
+    """The whole description."""
+
+    name: Name = Field(description="of the corpus")
+    max_tokens: int = Field(
+        default=128, gt=1, lt=65536, description="pieces: longer sides are left out, longer monolingual text is split"
+    )
+    seed: int = Field(default=1, description="of the order of rows, and of the choice of texts for a tokenizer")
+    languages: tuple[str, ...] = Field(default=(), description="keep only these; empty: all")
+    rename: dict[str, str] = Field(
+        default_factory=dict, description="language codes of the data to codes of the corpus"
+    )
+    normalise: Form = Field(
+        default="nfc", description="nfkc also replaces compatible characters, such as full-width letters"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="skip: count what cannot be used, such as a damaged line, up to 1 % of all"
+    )
+    filters: FilterSettings = Field(default=FilterSettings(), description="which texts are left out")
+    tokenizer: TokenizerDescription = Field(description="how texts become ids")
+    sources: tuple[SourceDescription, ...] = Field(description="the texts")
 
     @model_validator(mode="after")
     def _sources_differ(self) -> Self:

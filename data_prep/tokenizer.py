@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from data_prep.description import TokenizerDescription
+from data_prep.sample import merge_samples
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File
@@ -24,14 +22,23 @@ THREADS = 2  # fixed, because another number gives another model
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def make_tokenizer(description: TokenizerDescription, base: Path, texts: Iterable[str], seed: int, out: Path) -> None:
-    """Train a tokenizer on `texts`, or copy an existing one, and write it to `out`, which AutoTokenizer loads."""
+class TokenizerTask(NamedTuple):
+    """`samples`: what `sample_block` wrote, if a tokenizer is to be trained."""
+
+    description: TokenizerDescription
+    base: Path
+    samples: tuple[Path, ...]
+
+
+def make_tokenizer(task: TokenizerTask, out: Path) -> None:
+    """Train a tokenizer or copy an existing one, and write it to the new folder `out`, which AutoTokenizer loads."""
+    description = task.description
     if description.path is None:
         assert description.vocab_size is not None
-        sample = _sample(texts, description.sentences, seed)
-        _train(sample, description.vocab_size, description.character_coverage, out)
+        texts = merge_samples(task.samples, description.sentences, description.alpha)
+        _train(texts, description.vocab_size, description.character_coverage, out)
     else:
-        _copy(description.path, base, out)
+        _copy(description.path, task.base, out)
 
 
 def _specials(folder: Path | str) -> dict[str, Any]:
@@ -69,16 +76,6 @@ def describe_tokenizer(folder: Path, files: tuple[File, ...]) -> manifests.Token
     fast = load_fast(folder)
     name = type(fast.model).__name__.lower()  # unigram, wordpiece, bpe
     return manifests.Tokenizer(name=name, vocab_size=fast.get_vocab_size(), files=files, **_specials(folder))
-
-
-def _sample(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """At most `count` different texts, sorted: those with the smallest keyed hashes."""
-    different = sorted(set(texts))
-    if len(different) <= count:
-        return different
-    key = seed.to_bytes(8, "little", signed=True)
-    hashes = [int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8, key=key).digest(), "little") for t in different]
-    return [different[i] for i in sorted(np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")[:count])]
 
 
 def _train(texts: list[str], vocab_size: int, coverage: float, out: Path) -> None:

@@ -37,9 +37,10 @@ def _files(corpus: Path, manifest: Manifest) -> list[str]:
 def _contents(corpus: Path, source: Source) -> list[str]:
     rows = tokens = 0
     index = np.load(inside(corpus, source.index.name))
-    for shard, offset, size, _, _, crc32 in index.tolist():
+    for shard, offset, size, of_pack, _, crc32 in index.tolist():
+        path, sides = inside(corpus, source.shards[shard].name), len(source.languages)
         try:
-            pack = read_pack(inside(corpus, source.shards[shard].name), offset, size, crc32)
+            pack = read_pack(path, offset, size, of_pack, sides, crc32)
         except UserError as error:
             return [str(error)]
         rows += pack.lengths.shape[1]

@@ -212,7 +212,7 @@ def test_a_pack_is_never_unpickled(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(pickled.getvalue()))
     data = (tmp_path / "x.tar").read_bytes()
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        read_pack(tmp_path / "x.tar", 0, len(data), zlib.crc32(data))
+        read_pack(tmp_path / "x.tar", 0, len(data), 1, 1, zlib.crc32(data))
 
 
 def test_a_private_file_is_the_users_alone(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_private_file_is_the_users_alone(tmp_path: Path) -> None:
 def test_what_the_system_refuses_is_one_line_with_the_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
-    def refuse() -> None:
+    def refuse(standalone_mode: bool) -> None:
         raise OSError(number, os.strerror(number), "/some/where")
 
     monkeypatch.setattr(cli, "app", refuse)

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ FORMAT = 3  # of state.json and of the files beside it
 BEFORE = "570d66d"  # the last revision that reads the formats before
 NAME = re.compile(r"step-\d{8,}")
 MANIFEST, STATE, INDEX = "manifest.json", "state.json", "index.json"
-
+PATIENCE = 5.0  # seconds: a process that was killed just now still holds its lock
 
 # What a run that goes on takes from state.json.
 STATED = {"recipe", "engine", "zero_stage", "precision", "corpus", "tokenizer", "world_size"}
@@ -61,6 +62,14 @@ class Receipt:
         return "" if sha256_of(path) == self.sha256 else f"{self.name} differs from what was written"
 
 
+def _locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class Store:
     """The checkpoints of one run, on the disk."""
 
@@ -74,11 +83,12 @@ class Store:
         lock, return its name; else an empty text."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            return lock.read().strip() or "another process"
+        deadline = time.monotonic() + PATIENCE
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                return lock.read().strip() or "another process"
+            time.sleep(0.1)
         lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
         self._lock = lock

@@ -44,8 +44,10 @@ class Corpus:
         self.pack = lru_cache(PACKS_KEPT)(self._read)
 
     def _read(self, source: int, number: int) -> Pack:
-        shard, offset, size, _, _, crc32 = (int(x) for x in self._indices[source][number])
-        return read_pack(self.path / self.sources[source].shards[shard].name, offset, size, crc32)
+        shard, offset, size, rows, _, crc32 = (int(x) for x in self._indices[source][number])
+        of_source = self.sources[source]
+        path = self.path / of_source.shards[shard].name
+        return read_pack(path, offset, size, rows, len(of_source.languages), crc32)
 
     def first_row(self, source: int, number: int) -> int:
         """The row number, in its source, of a pack's first row."""

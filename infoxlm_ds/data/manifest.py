@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from infoxlm_ds.config import Section, UserError
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 
 
@@ -63,6 +63,7 @@ class Manifest(Section):
     max_tokens: int
     tokenizer: Tokenizer
     sources: tuple[Source, ...]
+    samples: File | None = None  # texts that were left out, a few for each reason
     counts: dict[str, int]
     prep: dict[str, Any]  # the description the corpus was built from, and hashes of its inputs
     sha256: str = ""
@@ -76,7 +77,7 @@ class Manifest(Section):
     def files(self) -> list[File]:
         """Every file of the corpus except the manifest."""
         of_sources = [file for source in self.sources for file in (source.index, *source.shards)]
-        return [*self.tokenizer.files, *of_sources]
+        return [*self.tokenizer.files, *of_sources, *([self.samples] if self.samples else [])]
 
 
 def sha256_of(path: Path) -> str:

@@ -1,5 +1,5 @@
-"""Packs: 512 tokenised rows as three members of a WebDataset tar. Writing is reproducible, and a pack is read
-by its byte range.
+"""Packs: 512 tokenised rows as a few members of a WebDataset tar. Writing is reproducible, and a pack is read by its
+byte range.
 
 Legend: n rows, s sides of a row (languages of the source), T ids.
 """
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
+import tarfile
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from infoxlm_ds.config import UserError
 
 ROWS = 512
-SHARD_BYTES = 256 * 2**20
 INDEX_COLUMNS = ("shard", "offset", "size", "rows", "tokens", "crc32")
 
 
@@ -33,12 +33,6 @@ class Pack:
     ids: np.ndarray
     lengths: np.ndarray
     text_ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class WrittenShard:
-    path: Path
-    packs: int
 
 
 def text_id(text: str) -> int:
@@ -53,39 +47,42 @@ def content_id(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
-def write_source(folder: Path, source: str, packs: Iterator[Pack]) -> tuple[list[WrittenShard], np.ndarray]:
-    """Write packs into `folder`/<source>-NNNNN.tar. Returns the shards and the index, int64 [packs, 6]
-    (INDEX_COLUMNS)."""
-    import webdataset as wds  # imports torch, and a reader of manifests should not wait for that
-
-    folder.mkdir(parents=True)
-    shards: list[WrittenShard] = []
-    index: list[tuple[int, ...]] = []
-    writer = None
-    for number, pack in enumerate(packs):
-        if writer is None or writer.tarstream.offset > SHARD_BYTES:
-            if writer is not None:
-                writer.close()
-            shards.append(WrittenShard(folder / f"{source}-{len(shards):05d}.tar", 0))
-            # mtime is the integer 0: a float adds a header to each member, and the real time would make builds differ.
-            writer = wds.TarWriter(str(shards[-1].path), encoder=False, mtime=0)
-        start = writer.tarstream.offset
-        key = f"{source.replace('.', '_')}-{number:08d}"  # webdataset ends a key at the first dot
-        arrays = {"ids.npy": pack.ids, "len.npy": pack.lengths, "tid.npy": pack.text_ids}
-        writer.write({"__key__": key} | {name: _npy(array) for name, array in arrays.items()})
-        size = writer.tarstream.offset - start
-        index.append((len(shards) - 1, start, size, pack.lengths.shape[1], len(pack.ids)))
-        shards[-1] = WrittenShard(shards[-1].path, shards[-1].packs + 1)
-    if writer is not None:
-        writer.close()
-    return shards, _with_checksums(shards, np.array(index, dtype=np.int64).reshape(-1, 5))
+def write_shard(path: Path, packs: Iterable[Pack], name: str) -> np.ndarray:
+    """Write packs into a new tar; its members' names begin with `name`. Returns their rows of the index without the
+    shard's number, int64 [packs, 5]."""
+    index = []
+    with path.open("w+b") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, pack in enumerate(packs):
+            start, key = tar.offset, f"{name.replace('.', '_')}-{number:05d}"  # a key ends at the first dot
+            for name, array in _members(pack).items():
+                data = _npy(array)
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            file.flush()
+            crc32 = zlib.crc32(os.pread(file.fileno(), tar.offset - start, start))
+            index.append((start, tar.offset - start, pack.lengths.shape[1], len(pack.ids), crc32))
+    return np.array(index, np.int64).reshape(-1, 5)
 
 
-def read_pack(shard: Path, offset: int, size: int, crc32: int) -> Pack:
+def _members(pack: Pack) -> dict[str, np.ndarray]:
+    """The arrays on disk, in the smallest types: of each row the sides that it has, and which these are."""
+    present = pack.lengths.T > 0
+    members = {
+        "ids.npy": _narrow(pack.ids),
+        "len.npy": _narrow(pack.lengths.T[present]),
+        "tid.npy": pack.text_ids.T[present],
+    }
+    return members if present.all() else members | {"has.npy": np.packbits(present, axis=1)}
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.min_scalar_type(int(array.max(initial=0))))
+
+
+def read_pack(shard: Path, offset: int, size: int, rows: int, sides: int, crc32: int) -> Pack:
     """One pack, by its place in a shard: a slice of a tar is a tar. UserError if its bytes are not
     those that were written."""
-    from webdataset.tariterators import tar_file_iterator
-
     try:
         with shard.open("rb") as file:
             file.seek(offset)
@@ -96,21 +93,28 @@ def read_pack(shard: Path, offset: int, size: int, crc32: int) -> Pack:
         ) from None
     if len(data) != size or zlib.crc32(data) != crc32:
         raise UserError(f"{shard}: the pack at byte {offset} is damaged: restore the file or prepare the corpus again")
-    members: dict[str, Any] = {m["fname"].split(".", 1)[1]: m["data"] for m in tar_file_iterator(io.BytesIO(data))}
-    ids, lengths, text_ids = (np.load(io.BytesIO(members[name])) for name in ("ids.npy", "len.npy", "tid.npy"))
-    return Pack(ids, lengths, text_ids)
+    members = _arrays(data)
+    present = np.ones((rows, sides), bool)
+    if "has.npy" in members:
+        present = np.unpackbits(members["has.npy"], axis=1, count=sides).astype(bool)
+    lengths, text_ids = np.zeros(present.shape, np.uint16), np.zeros(present.shape, np.uint64)
+    lengths[present], text_ids[present] = members["len.npy"], members["tid.npy"]
+    return Pack(members["ids.npy"].astype(np.uint32), lengths.T, text_ids.T)
 
 
-def _with_checksums(shards: list[WrittenShard], index: np.ndarray) -> np.ndarray:
-    checksums = []
-    for number, offset, size, _, _ in index:
-        with shards[number].path.open("rb") as file:
-            file.seek(offset)
-            checksums.append(zlib.crc32(file.read(size)))
-    return np.column_stack([index, np.array(checksums, dtype=np.int64)])
+def _arrays(data: bytes) -> dict[str, np.ndarray]:
+    """The members of a slice of a tar."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return {m.name.split(".", 1)[1]: np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar}  # type: ignore[union-attr]
 
 
 def _npy(array: np.ndarray) -> bytes:
     out = io.BytesIO()
     np.save(out, array)
     return out.getvalue()
+
+
+def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each run, one run behind the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

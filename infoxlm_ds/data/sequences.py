@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from infoxlm_ds.data.manifest import Tokenizer
-from infoxlm_ds.data.stream import runs
+from infoxlm_ds.data.packs import runs
 
 
 @dataclass(frozen=True)

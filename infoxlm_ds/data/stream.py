@@ -21,6 +21,7 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import Source
 from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
+from infoxlm_ds.data.packs import runs
 
 # The kinds of sources that each stream reads.
 KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}
@@ -255,9 +256,3 @@ class StreamReader:
             wanted = wanted & present[pivot] & (first != pivot)
             second = np.where(wanted, pivot, second)
         return np.where(swapped, np.stack([second, first]), np.stack([first, second]))
-
-
-def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each run, one run behind the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

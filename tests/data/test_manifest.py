@@ -73,7 +73,7 @@ def test_a_changed_figure_is_seen_even_where_the_text_stays_canonical(folder: Pa
 def test_another_format_is_named(folder: Path) -> None:
     tree = json.loads((folder / NAME).read_text(encoding="utf-8")) | {"format": 7}
     (folder / NAME).write_text(json.dumps(tree), encoding="utf-8")
-    with pytest.raises(UserError, match="has format 7, this version reads 2"):
+    with pytest.raises(UserError, match="has format 7, this version reads 3"):
         load_manifest(folder)
 
 

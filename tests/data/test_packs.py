@@ -11,23 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data import packs
-from infoxlm_ds.data.packs import Pack, read_pack, text_id, write_source
+from infoxlm_ds.data.packs import Pack, read_pack, text_id, write_shard
 
 
-def random_packs(count: int, sides: int, rows: int = 7, seed: int = 0) -> list[Pack]:
-    """`count` packs of `rows` rows; about a quarter of the sides are empty."""
+def random_packs(count: int, sides: int, rows: int = 7, seed: int = 0, vocabulary: int = 250_000) -> list[Pack]:
+    """`count` packs of `rows` rows; of more than two sides, about a quarter are empty."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
-        lengths = rng.integers(0, 5, (sides, rows)).astype(np.uint16)
-        ids = rng.integers(4, 250_000, int(lengths.sum())).astype(np.uint32)
-        made.append(Pack(ids, lengths, rng.integers(1, 2**63, (sides, rows)).astype(np.uint64)))
+        lengths = rng.integers(0 if sides > 2 else 1, 5, (sides, rows)).astype(np.uint16)
+        ids = rng.integers(4, vocabulary, int(lengths.sum())).astype(np.uint32)
+        text_ids = rng.integers(1, 2**63, (sides, rows)).astype(np.uint64)
+        made.append(Pack(ids, lengths, np.where(lengths > 0, text_ids, 0).astype(np.uint64)))
     return made
 
 
-def read_all(folder: Path, source: str, index: np.ndarray) -> list[Pack]:
-    return [read_pack(folder / f"{source}-{s:05d}.tar", o, n, crc) for s, o, n, _, _, crc in index.tolist()]
+def write(path: Path, packs: list[Pack]) -> list[list[int]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: list[list[int]] = write_shard(path, packs, path.stem).tolist()
+    return found
+
+
+def read_all(path: Path, index: list[list[int]], sides: int) -> list[Pack]:
+    return [read_pack(path, offset, size, rows, sides, crc32) for offset, size, rows, _, crc32 in index]
 
 
 def same(one: Pack, other: Pack) -> bool:
@@ -35,57 +41,66 @@ def same(one: Pack, other: Pack) -> bool:
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
 
 
-@given(count=st.integers(1, 5), sides=st.integers(1, 4), rows=st.integers(1, 512), seed=st.integers(0, 99))
+@given(
+    count=st.integers(1, 5),
+    sides=st.integers(1, 70),
+    rows=st.integers(1, 512),
+    seed=st.integers(0, 99),
+    vocabulary=st.sampled_from([200, 16_000, 250_000]),
+)
 @settings(max_examples=15, deadline=None)
 def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, count: int, sides: int, rows: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, count: int, sides: int, rows: int, seed: int, vocabulary: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("packs") / "mono.x"
-    written = random_packs(count, sides, rows, seed)
-    shards, index = write_source(folder, "mono.x", iter(written))
-    assert [shard.packs for shard in shards] == [count]
-    assert [(r, t) for _, _, _, r, t, _ in index.tolist()] == [(rows, len(pack.ids)) for pack in written]
-    assert all(same(a, b) for a, b in zip(written, read_all(folder, "mono.x", index), strict=True))
-
-
-def test_a_full_shard_starts_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packs, "SHARD_BYTES", 10_000)
-    written = random_packs(9, 2)
-    shards, index = write_source(tmp_path / "para.x", "para.x", iter(written))
-    assert len(shards) > 2 and sum(shard.packs for shard in shards) == 9
-    assert [shard.path.name for shard in shards] == [f"para.x-{i:05d}.tar" for i in range(len(shards))]
-    assert all(same(a, b) for a, b in zip(written, read_all(tmp_path / "para.x", "para.x", index), strict=True))
+    path = tmp_path_factory.mktemp("packs") / "mono.x-00000.tar"
+    written = random_packs(count, sides, rows, seed, vocabulary)
+    index = write(path, written)
+    assert [(r, t) for _, _, r, t, _ in index] == [(rows, len(pack.ids)) for pack in written]
+    assert all(same(a, b) for a, b in zip(written, read_all(path, index, sides), strict=True))
 
 
 def test_two_writes_are_byte_equal(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write_source(tmp_path / name, "para.x", iter(random_packs(4, 2)))
+        write(tmp_path / name / "para.x-00000.tar", random_packs(4, 2))
     one, two = (hashlib.sha256((tmp_path / name / "para.x-00000.tar").read_bytes()).digest() for name in ("one", "two"))
     assert one == two
 
 
-def test_members_have_no_second_header(tmp_path: Path) -> None:
-    (pack,) = random_packs(1, 1)
-    _, index = write_source(tmp_path / "mono.x", "mono.x", iter([pack]))
-    padded = [512 + -(-(array.nbytes + 128) // 512) * 512 for array in (pack.ids, pack.lengths, pack.text_ids)]
-    assert int(index[0, 2]) == sum(padded)
+def test_members_have_no_second_header_and_absent_sides_cost_a_bit(tmp_path: Path) -> None:
+    (pack,) = random_packs(1, 40, rows=512)
+    ((_, size, *_),) = write(tmp_path / "nway.x-00000.tar", [pack])
+    present = int((pack.lengths > 0).sum())
+    content = [4 * len(pack.ids), present, 8 * present, 512 * 40 // 8]
+    assert size == sum(512 + -(-(nbytes + 128) // 512) * 512 for nbytes in content)
 
 
-def test_plain_webdataset_reads_the_shards(tmp_path: Path) -> None:
-    written = random_packs(3, 2)
-    shards, _ = write_source(tmp_path / "para.x", "para.x", iter(written))
-    samples = list(webdataset.WebDataset([str(shard.path) for shard in shards], shardshuffle=False).decode())
-    found = [Pack(sample["ids.npy"], sample["len.npy"], sample["tid.npy"]) for sample in samples]
+def test_ids_of_a_small_vocabulary_take_two_bytes(tmp_path: Path) -> None:
+    (pack,) = random_packs(1, 1, rows=512, vocabulary=60_000)
+    ((_, size, *_),) = write(tmp_path / "mono.x-00000.tar", [pack])
+    assert size < 2 * len(pack.ids) + 9 * 512 + 4 * 1024
+
+
+@pytest.mark.parametrize("sides", [2, 5])
+def test_plain_webdataset_reads_the_shards(tmp_path: Path, sides: int) -> None:
+    """Each sample has ids, and lengths and text ids of the sides that are there."""
+    written, path = random_packs(3, sides), tmp_path / "para.x-00000.tar"
+    write(path, written)
+    samples = list(webdataset.WebDataset([str(path)], shardshuffle=False).decode())
     assert len({sample["__key__"] for sample in samples}) == 3
-    assert all(same(a, b) for a, b in zip(written, found, strict=True))
+    for pack, sample in zip(written, samples, strict=True):
+        present = pack.lengths.T > 0
+        assert np.array_equal(sample["ids.npy"], pack.ids)
+        assert np.array_equal(sample["len.npy"], pack.lengths.T[present])
+        assert np.array_equal(sample["tid.npy"], pack.text_ids.T[present])
+        if sides > 2:
+            assert np.array_equal(np.unpackbits(sample["has.npy"], axis=1, count=sides), present)
 
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """A shard of three packs and the middle one's row of the index."""
-    folder = tmp_path_factory.mktemp("shard") / "para.x"
-    shards, index = write_source(folder, "para.x", iter(random_packs(3, 2)))
-    return shards[0].path, index[1].tolist()
+    path = tmp_path_factory.mktemp("shard") / "para.x-00000.tar"
+    return path, write(path, random_packs(3, 2))[1]
 
 
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
@@ -93,26 +108,26 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
 def test_a_flipped_bit_anywhere_in_a_pack_stops_the_reader(
     shard: tuple[Path, list[int]], tmp_path_factory: pytest.TempPathFactory, where: float, bit: int
 ) -> None:
-    path, (_, offset, size, _, _, crc32) = shard
+    path, (offset, size, rows, _, crc32) = shard
     data = bytearray(path.read_bytes())
     data[offset + int(where * size)] ^= 1 << bit
     damaged = tmp_path_factory.mktemp("damaged") / path.name
     damaged.write_bytes(data)
     with pytest.raises(UserError, match=rf"{path.name}.* {offset} "):
-        read_pack(damaged, offset, size, crc32)
+        read_pack(damaged, offset, size, rows, 2, crc32)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 512, 1000])
 def test_a_shard_that_was_cut_short_stops_the_reader(shard: tuple[Path, list[int]], tmp_path: Path, cut: int) -> None:
-    path, (_, offset, size, _, _, crc32) = shard
+    path, (offset, size, rows, _, crc32) = shard
     (tmp_path / path.name).write_bytes(path.read_bytes()[: offset + cut])
     with pytest.raises(UserError, match=path.name):
-        read_pack(tmp_path / path.name, offset, size, crc32)
+        read_pack(tmp_path / path.name, offset, size, rows, 2, crc32)
 
 
 def test_a_shard_that_is_gone_stops_the_reader(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.tar"):
-        read_pack(tmp_path / "gone.tar", 0, 512, 0)
+        read_pack(tmp_path / "gone.tar", 0, 512, 1, 1, 0)
 
 
 @given(st.text())

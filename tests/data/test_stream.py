@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer
-from infoxlm_ds.data.packs import ROWS, Pack, write_source
+from infoxlm_ds.data.packs import ROWS, Pack, write_shard
 from infoxlm_ds.data.stream import ROUNDS, Grouping, Rows, StreamReader
 
 ID = 1000
@@ -60,11 +60,12 @@ def write(folder: Path, names: list[str]) -> Path:
     sources = []
     for number, (name, (kind, languages, rows)) in enumerate(SOURCES.items()):
         if name in names:
-            shards, index = write_source(folder / name, name, packs_of(number, len(languages), rows))
+            shard = folder / name / f"{name}-00000.tar"
+            shard.parent.mkdir(parents=True)
+            index = np.insert(write_shard(shard, packs_of(number, len(languages), rows), shard.stem), 0, 0, axis=1)
             np.save(folder / name / "index.npy", index)
-            (shard,) = shards
-            size = shard.path.stat().st_size
-            tar = Shard(name=f"{name}/{shard.path.name}", bytes=size, sha256="", packs=shard.packs)
+            size = shard.stat().st_size
+            tar = Shard(name=f"{name}/{shard.name}", bytes=size, sha256="", packs=len(index))
             npy = (folder / name / "index.npy").read_bytes()
             of_index = File(name=f"{name}/index.npy", bytes=len(npy), sha256=hashlib.sha256(npy).hexdigest())
             tokens = int(lengths_of(number, len(languages), rows).sum())

@@ -1,0 +1,185 @@
+"""Map: reads one block of a source, cleans, filters and encodes it, and writes its rows sorted by a keyed hash.
+
+Legend: n rows, m sides of all rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.description import CorpusDescription, SourceDescription
+from data_prep.encode import Encoder
+from data_prep.filters.report import Report
+from data_prep.rows import Block, Document, Row
+from data_prep.table import Table, write_spill
+from data_prep.texts import Texts, texts_of
+from infoxlm_ds.data.packs import content_id, runs, text_id
+
+CHUNK = 4096  # rows or documents that are encoded together
+
+
+class Setting(NamedTuple):
+    """What all tasks of a build share. `pieces`: SentencePiece may encode; `buckets`: of a spill."""
+
+    description: CorpusDescription
+    base: Path
+    tokenizer: Path
+    unknown: int = 0
+    pieces: bool = False
+    buckets: int = 1
+
+
+class MapTask(NamedTuple):
+    setting: Setting
+    source: int
+    block: Block
+
+
+def map_block(task: MapTask, out: Path) -> None:
+    """Write the spill of a block: rows of its source, and blocks of monolingual text for mono.<language>."""
+    setting = task.setting
+    source = setting.description.sources[task.source]
+    texts = Texts(setting.description, setting.base, source, task.block)
+    made = _Rows(setting, source, texts.report)
+    items = iter(texts)
+    while chunk := list(itertools.islice(items, CHUNK)):
+        made.add(chunk)
+    write_spill(out, made.tables(), setting.buckets, texts.report.tree() | {"notices": texts.notices})
+
+
+class _Rows:
+    """Tokenised rows by the source of the corpus to which they go."""
+
+    def __init__(self, setting: Setting, source: SourceDescription, report: Report) -> None:
+        self._encoder = encoder_of(setting.tokenizer, setting.unknown, setting.pieces)
+        self._longest, self._seed = setting.description.max_tokens, setting.description.seed
+        self._source, self._counts = source, report.counts
+        self._tables: dict[str, list[Table]] = {}
+        self._languages: dict[str, int] = {}
+
+    def tables(self) -> dict[str, tuple[list[str], Table]]:
+        """The rows of each source, and the languages that they number."""
+        joined = {name: Table.concatenate(parts) for name, parts in self._tables.items()}
+        languages = list(self._languages)
+        found = {}
+        for name, table in joined.items():
+            used, numbers = np.unique(table.languages, return_inverse=True)
+            renumbered = replace(table, languages=numbers.astype(np.uint16))
+            found[name] = [languages[number] for number in used], renumbered
+        return found
+
+    def add(self, chunk: list[Row | Document]) -> None:
+        texts = [text for item in chunk for text in texts_of(item)]
+        encoded = self._encoder.encode(texts)
+        self._counts["special_tokens_in_text"] += encoded.spelled
+        ends = np.cumsum(encoded.lengths)
+        ids = np.split(encoded.ids, ends[:-1])
+        if self._source.kind != "mono":
+            rows = [item.texts for item in chunk if isinstance(item, Row)]
+            self._add(self._source.name, self._parallel(rows, texts, encoded.ids, encoded.lengths))
+        if self._source.kind == "mono" or self._source.mono:
+            self._monolingual(chunk, ids)
+
+    def _add(self, name: str, table: Table) -> None:
+        if len(table):
+            self._tables.setdefault(name, []).append(table)
+
+    def _parallel(self, rows: list[dict[str, str]], texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> Table:
+        """The rows that have at least two sides of at most `max_tokens` pieces."""
+        sides = np.fromiter(map(len, rows), np.int64, len(rows))
+        codes = [code for row in rows for code in row]
+        row = np.repeat(np.arange(len(rows)), sides)
+        too_long = lengths > self._longest
+        self._counts["sides_too_long"] += int(too_long.sum())
+        kept = ~too_long & (lengths > 0)
+        enough = np.bincount(row[kept], minlength=len(rows)) >= 2
+        self._counts["rows_with_less_than_two_sides"] += int((~enough).sum())
+        kept &= enough[row]
+        (side,) = np.nonzero(kept)
+        languages = np.array([self._number(codes[i]) for i in side], np.uint16)
+        names = np.array([text_id(texts[i]) for i in side], np.uint64)
+        counts = np.bincount(row[side], minlength=len(rows))[enough]
+        tagged = np.stack([np.array([_code_id(codes[i]) for i in side], np.uint64), names], axis=1)
+        cut = np.split(tagged, np.cumsum(counts)[:-1]) if len(counts) else []
+        starts = np.cumsum(lengths) - lengths
+        return Table(
+            keys=self._keys(self._source.name, (part.tobytes() for part in cut), len(counts)),
+            sides=counts.astype(np.uint16),
+            languages=languages,
+            lengths=lengths[side].astype(np.uint16),
+            text_ids=names,
+            ids=ids[runs(starts[side], lengths[side])],
+        )
+
+    def _monolingual(self, chunk: list[Row | Document], ids: list[np.ndarray]) -> None:
+        """Blocks of at most `max_tokens` pieces by language. A block holds whole consecutive sentences of one document;
+        a longer sentence is split. Each side of a row is a document."""
+        blocks: dict[str, list[np.ndarray]] = {}
+        at = 0
+        for item in chunk:
+            if isinstance(item, Row):
+                for language in item.texts:
+                    blocks.setdefault(language, []).extend(self._blocks(ids[at : at + 1]))
+                    at += 1
+            else:
+                end = at + len(item.sentences)
+                blocks.setdefault(item.language, []).extend(self._blocks(ids[at:end]))
+                at = end
+        for language, of_language in blocks.items():
+            name, data = f"mono.{language}", [block.tobytes() for block in of_language]
+            lengths = np.array([len(block) for block in of_language], np.uint16)
+            n = len(lengths)
+            table = Table(
+                keys=self._keys(name, data, n),
+                sides=np.ones(n, np.uint16),
+                languages=np.full(n, self._number(language), np.uint16),
+                lengths=lengths,
+                text_ids=np.array([content_id(block) for block in data], np.uint64),
+                ids=np.concatenate([np.zeros(0, np.uint32), *of_language]),
+            )
+            self._add(name, table)
+
+    def _blocks(self, sentences: list[np.ndarray]) -> Iterator[np.ndarray]:
+        block: list[np.ndarray] = []
+        size = 0
+        for ids in sentences:
+            pieces = (
+                [ids] if len(ids) <= self._longest else np.split(ids, range(self._longest, len(ids), self._longest))
+            )
+            self._counts["sentences_split"] += len(pieces) > 1
+            for piece in pieces:
+                if block and size + len(piece) > self._longest:
+                    yield np.concatenate(block)
+                    block, size = [], 0
+                block.append(piece)
+                size += len(piece)
+        if size:
+            yield np.concatenate(block)
+
+    def _number(self, language: str) -> int:
+        return self._languages.setdefault(language, len(self._languages))
+
+    def _keys(self, source: str, rows: Iterable[bytes], n: int) -> np.ndarray:
+        """Sorting by them shuffles the rows of a source independently of the input's order."""
+        key = hashlib.blake2b(f"{self._seed}/{source}".encode(), digest_size=16).digest()
+        digests = b"".join(hashlib.blake2b(row, digest_size=16, key=key).digest() for row in rows)
+        return np.frombuffer(digests, np.uint64).reshape(n, 2)
+
+
+@lru_cache
+def _code_id(language: str) -> int:
+    return content_id(language.encode())
+
+
+@lru_cache(1)
+def encoder_of(tokenizer: Path, unknown: int, pieces: bool) -> Encoder:
+    """One for each process."""
+    return Encoder(tokenizer, unknown, pieces)

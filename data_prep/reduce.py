@@ -1,0 +1,111 @@
+"""Reduce: joins a range of the hashes of all spills of a source, drops duplicates, and writes a shard of packs.
+
+The shards of a source follow each other in the order of hashes, so their rows are shuffled. The last pack of each shard
+may be short.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.table import Footer, Table, read_footer, read_frames
+from infoxlm_ds.atomic import sync
+from infoxlm_ds.data.manifest import sha256_of
+from infoxlm_ds.data.packs import ROWS, Pack, write_shard
+
+SHARD = 64 * 2**20  # bytes of the arrays of a shard, about
+
+
+class ReduceTask(NamedTuple):
+    """A shard. `spills`: all of the source; `buckets`: the first and the one after the last."""
+
+    shard: Path
+    source: str
+    languages: tuple[str, ...]
+    spills: tuple[Path, ...]
+    buckets: tuple[int, int]
+
+
+class Reduced(NamedTuple):
+    """What was written. `packs`: the rows of the index, see `write_shard`."""
+
+    items: int
+    duplicates: int
+    bytes: int
+    sha256: str
+    packs: list[list[int]]
+
+
+class Target(NamedTuple):
+    """A source of the corpus: the languages of its rows, and the bytes of each bucket."""
+
+    languages: tuple[str, ...]
+    sizes: np.ndarray
+
+
+def targets_of(footers: Sequence[Footer], buckets: int) -> dict[str, Target]:
+    """The sources that spills hold, by name."""
+    languages: dict[str, set[str]] = {}
+    sizes: dict[str, np.ndarray] = {}
+    for footer in footers:
+        for name, frames in footer.frames.items():
+            languages.setdefault(name, set()).update(footer.languages[name])
+            sums = sizes.setdefault(name, np.zeros(buckets, np.int64))
+            for bucket, frame in frames.items():
+                sums[bucket] += frame.bytes
+    return {name: Target(tuple(sorted(languages[name])), sizes[name]) for name in sorted(sizes)}
+
+
+def shards_of(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of buckets of about SHARD bytes."""
+    start, size = 0, 0
+    for bucket, more in enumerate(sizes.tolist()):
+        if size and size + more > SHARD:
+            yield start, bucket
+            start, size = bucket, 0
+        size += more
+    if size:
+        yield start, len(sizes)
+
+
+def reduce_shard(task: ReduceTask, out: Path) -> None:
+    """Write the shard, then `Reduced` to `out`."""
+    table = Table.concatenate([Table.empty(), *_parts(task)]).in_order()
+    different = np.ones(len(table), bool)
+    different[1:] = (table.keys[1:] != table.keys[:-1]).any(1)
+    (rows,) = np.nonzero(different)
+    partial = task.shard.with_name(f"{task.shard.name}.partial")
+    index = write_shard(partial, packs_of(table.select(rows), len(task.languages)), task.shard.stem)
+    sync(partial)
+    written = Reduced(len(rows), len(table) - len(rows), partial.stat().st_size, sha256_of(partial), index.tolist())
+    partial.replace(task.shard)
+    out.write_text(json.dumps(written._asdict()), encoding="utf-8")
+
+
+def read_reduced(path: Path) -> Reduced:
+    return Reduced(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def packs_of(table: Table, languages: int) -> Iterator[Pack]:
+    for start in range(0, len(table), ROWS):
+        part = table.select(np.arange(start, min(start + ROWS, len(table))))
+        row = np.repeat(np.arange(len(part)), part.sides)
+        lengths, text_ids = (np.zeros((languages, len(part)), kind) for kind in (np.uint16, np.uint64))
+        lengths[part.languages, row], text_ids[part.languages, row] = part.lengths, part.text_ids
+        yield Pack(part.ids, lengths, text_ids)
+
+
+def _parts(task: ReduceTask) -> Iterator[Table]:
+    numbers = {language: number for number, language in enumerate(task.languages)}
+    for spill in task.spills:
+        footer = read_footer(spill)
+        frames = footer.frames.get(task.source, {})
+        wanted = [frame for bucket, frame in sorted(frames.items()) if bucket in range(*task.buckets)]
+        for table in read_frames(spill, wanted):
+            new = np.array([numbers[language] for language in footer.languages[task.source]], np.uint16)
+            yield Table(table.keys, table.sides, new[table.languages], table.lengths, table.text_ids, table.ids)
