@@ -47,7 +47,7 @@ ifneq ($(HAS_GPU),0)
 endif
 
 torture: $(INSTALLED)
-	$(CPU_ONLY) $(BIN)/python -m pytest -m 'torture or kills' --kills 25 -s
+	$(CPU_ONLY) $(BIN)/python -m pytest -m 'torture or kills' --kills 50 -s
 
 # So many times the made-up inputs of the suite; 100 takes hours.
 FUZZ ?= 100

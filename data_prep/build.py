@@ -278,6 +278,9 @@ def _hashes(description: CorpusDescription, base: Path, inputs: list[Input]) -> 
     paths = dict.fromkeys(part.file for one in inputs for part in one.block.parts)
     if (folder := description.tokenizer.path) is not None:  # a copy of a name on the hub has its hashes in the manifest
         paths |= dict.fromkeys(str(base / folder / path.name) for path in sorted((base / folder).glob("*token*")))
+    held_out, identifier = description.filters.held_out, description.filters.language_id
+    paths |= dict.fromkeys(str(base / path) for path in (held_out.files if held_out else ()))
+    paths |= dict.fromkeys(str(base / path) for path in (identifier.model if identifier else None,) if path)
     try:
         return {path if "://" in path else os.path.relpath(path, base): _sha256(path) for path in paths}
     except OSError as error:

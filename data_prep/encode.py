@@ -4,6 +4,7 @@ times as fast for XLM-R's kind, else with the tokenizers library."""
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 from functools import cached_property
@@ -39,12 +40,12 @@ PROBES = [
 
 
 class Encoded(NamedTuple):
-    """The ids of texts, one behind the other: `ids` uint32 [T], `lengths` int64 [n]; `spelled`: how many ids would have
-    been special tokens."""
+    """The ids of texts, one behind the other: `ids` uint32 [T], `lengths` int64 [n]; `spelled` int64 [n]: how many ids
+    of each text would have been special tokens."""
 
     ids: np.ndarray
     lengths: np.ndarray
-    spelled: int
+    spelled: np.ndarray
 
 
 class Encoder:
@@ -65,10 +66,8 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> Encoded:
         parts = [self._chunk(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
-        if not parts:
-            return Encoded(np.zeros(0, np.uint32), np.zeros(0, np.int64), 0)
-        ids, lengths, spelled = zip(*parts, strict=True)
-        return Encoded(np.concatenate(ids), np.concatenate(lengths), sum(spelled))
+        none = np.zeros(0, np.int64)
+        return Encoded(*map(np.concatenate, zip(Encoded(none.astype(np.uint32), none, none), *parts, strict=True)))
 
     def _chunk(self, texts: list[str]) -> Encoded:
         lists: list[list[int]]
@@ -80,10 +79,11 @@ class Encoder:
             for i, ids in zip(special, self._by_tokenizer([texts[i] for i in special]), strict=True):
                 lists[i] = ids
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-        flat = np.fromiter((number for ids in lists for number in ids), np.uint32, int(lengths.sum()))
+        flat = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, int(lengths.sum()))
         spelled = np.isin(flat, self._special)
         flat[spelled] = self._unknown
-        return Encoded(flat, lengths, int(spelled.sum()))
+        of_text = np.repeat(np.arange(len(lists)), lengths)[spelled]
+        return Encoded(flat, lengths, np.bincount(of_text, minlength=len(lists)))
 
     def _by_tokenizer(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]

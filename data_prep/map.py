@@ -55,6 +55,15 @@ def map_block(task: MapTask, out: Path) -> None:
     write_spill(out, made.tables(), setting.buckets, texts.report.tree() | {"notices": texts.notices})
 
 
+class _Sides(NamedTuple):
+    """The sides of rows, one behind the other: side j has the ids `pool[starts[j] : starts[j] + lengths[j]]`."""
+
+    pool: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    text_ids: np.ndarray
+
+
 class _Rows:
     """Tokenised rows by the source of the corpus to which they go."""
 
@@ -77,46 +86,49 @@ class _Rows:
         return found
 
     def add(self, chunk: list[Row | Document]) -> None:
-        texts = [text for item in chunk for text in texts_of(item)]
-        encoded = self._encoder.encode(texts)
-        self._counts["special_tokens_in_text"] += encoded.spelled
-        ends = np.cumsum(encoded.lengths)
-        ids = np.split(encoded.ids, ends[:-1])
+        found: dict[str, int] = {}  # different texts: real ones come again and again
+        number = np.array([found.setdefault(t, len(found)) for item in chunk for t in texts_of(item)], np.int64)
+        texts = list(found)
+        ids, lengths, spelled = self._encoder.encode(texts)
+        self._counts["special_tokens_in_text"] += int(spelled[number].sum())
+        ends = np.cumsum(lengths)
         if self._source.kind != "mono":
             rows = [item.texts for item in chunk if isinstance(item, Row)]
-            self._add(self._source.name, self._parallel(rows, texts, encoded.ids, encoded.lengths))
+            names = np.array([text_id(text) for text in texts], np.uint64)
+            sides = _Sides(ids, (ends - lengths)[number], lengths[number], names[number])
+            self._add(self._source.name, self._parallel(rows, sides))
         if self._source.kind == "mono" or self._source.mono:
-            self._monolingual(chunk, ids)
+            different = np.split(ids, ends[:-1])
+            self._monolingual(chunk, [different[i] for i in number.tolist()])
 
     def _add(self, name: str, table: Table) -> None:
         if len(table):
             self._tables.setdefault(name, []).append(table)
 
-    def _parallel(self, rows: list[dict[str, str]], texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> Table:
+    def _parallel(self, rows: list[dict[str, str]], sides: _Sides) -> Table:
         """The rows that have at least two sides of at most `max_tokens` pieces."""
-        sides = np.fromiter(map(len, rows), np.int64, len(rows))
         codes = [code for row in rows for code in row]
-        row = np.repeat(np.arange(len(rows)), sides)
-        too_long = lengths > self._longest
-        self._counts["sides_too_long"] += int(too_long.sum())
-        kept = ~too_long & (lengths > 0)
+        row = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64, len(rows)))
+        too_long = sides.lengths > self._longest
+        kept = ~too_long & (sides.lengths > 0)
         enough = np.bincount(row[kept], minlength=len(rows)) >= 2
+        self._counts["sides_too_long"] += int(too_long.sum())
         self._counts["rows_with_less_than_two_sides"] += int((~enough).sum())
-        kept &= enough[row]
-        (side,) = np.nonzero(kept)
-        languages = np.array([self._number(codes[i]) for i in side], np.uint16)
-        names = np.array([text_id(texts[i]) for i in side], np.uint64)
+        (side,) = np.nonzero(kept & enough[row])
         counts = np.bincount(row[side], minlength=len(rows))[enough]
-        tagged = np.stack([np.array([_code_id(codes[i]) for i in side], np.uint64), names], axis=1)
-        cut = np.split(tagged, np.cumsum(counts)[:-1]) if len(counts) else []
-        starts = np.cumsum(lengths) - lengths
+        numbers = {code: self._number(code) for code in dict.fromkeys(codes)}
+        languages = np.array([numbers[codes[i]] for i in side.tolist()], np.uint16)
+        tags = np.array([content_id(code.encode()) for code in self._languages], np.uint64)[languages]
+        named = np.stack([tags, sides.text_ids[side]], axis=1).tobytes()
+        ends = (16 * np.cumsum(counts)).tolist()
+        texts_of_rows = (named[start:end] for start, end in itertools.pairwise([0, *ends]))
         return Table(
-            keys=self._keys(self._source.name, (part.tobytes() for part in cut), len(counts)),
+            keys=self._keys(self._source.name, texts_of_rows, len(counts)),
             sides=counts.astype(np.uint16),
             languages=languages,
-            lengths=lengths[side].astype(np.uint16),
-            text_ids=names,
-            ids=ids[runs(starts[side], lengths[side])],
+            lengths=sides.lengths[side].astype(np.uint16),
+            text_ids=sides.text_ids[side],
+            ids=sides.pool[runs(sides.starts[side], sides.lengths[side])],
         )
 
     def _monolingual(self, chunk: list[Row | Document], ids: list[np.ndarray]) -> None:
@@ -172,11 +184,6 @@ class _Rows:
         key = hashlib.blake2b(f"{self._seed}/{source}".encode(), digest_size=16).digest()
         digests = b"".join(hashlib.blake2b(row, digest_size=16, key=key).digest() for row in rows)
         return np.frombuffer(digests, np.uint64).reshape(n, 2)
-
-
-@lru_cache
-def _code_id(language: str) -> int:
-    return content_id(language.encode())
 
 
 @lru_cache(1)

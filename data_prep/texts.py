@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from data_prep.clean import clean
@@ -22,7 +22,7 @@ class Texts:
     def __init__(self, description: CorpusDescription, base: Path, source: SourceDescription, block: Block) -> None:
         self.report, self.notices = Report(description.seed), list[str]()
         self._description, self._source, self._block = description, source, block
-        self._clean = partial(clean, form=description.normalise)
+        self._clean, self._language = partial(clean, form=description.normalise), cache(self._code)
         self._filters = filters_of(description, base)
 
     def __iter__(self) -> Iterator[Row | Document]:
@@ -64,7 +64,8 @@ class Texts:
         kept = (self._filters.sentence(language, text, document.place, self.report) for text in cleaned)
         return Document(document.place, language, [text for text in kept if text is not None])
 
-    def _language(self, code: str) -> str | None:
+    def _code(self, code: str) -> str | None:
+        """The corpus' code of a language; None if the corpus has no place for it."""
         language = self._description.language(code)
         if language is not None and not re.fullmatch(NAME, language):
             raise UserError(

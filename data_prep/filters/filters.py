@@ -7,6 +7,7 @@ A text is dropped for the first reason that holds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from data_prep.filters.settings import FilterSettings
 from data_prep.filters.words import repeats_itself
 from data_prep.rows import Row
 
+KEPT = 2**16  # verdicts: the same texts come again and again in real files
 SideFilter = Callable[[str, str], bool]  # text, language
 PairFilter = Callable[[str, str, tuple[str, str]], bool]  # text, reference text, their languages
 
@@ -36,6 +38,7 @@ class Filters:
         self._settings = settings
         self._sides = _side_filters(settings, folder)
         self._pairs = _pair_filters(settings)
+        self._verdict = functools.lru_cache(KEPT)(self._judged)
 
     def row(self, row: Row, report: Report) -> dict[str, str]:
         """The sides that stay; of cleaned texts. A pair filter drops the side that is not the reference; if the row has
@@ -59,12 +62,16 @@ class Filters:
 
     def sentence(self, language: str, text: str, place: str, report: Report) -> str | None:
         """The text as the side filters leave it; None if it is dropped."""
-        stripped = self._strip(text)
-        for reason, drops in self._sides:
-            if drops(stripped, language):
-                report.drop(reason, place, {language: text})
-                return None
+        stripped, reason = self._verdict(language, text)
+        if reason:
+            report.drop(reason, place, {language: text})
+            return None
         return stripped
+
+    def _judged(self, language: str, text: str) -> tuple[str, str]:
+        """The stripped text, and why it is dropped; "" if it is not."""
+        stripped = self._strip(text)
+        return stripped, next((reason for reason, drops in self._sides if drops(stripped, language)), "")
 
     def _strip(self, text: str) -> str:
         if self._settings.placeholders == "strip":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import tarfile
 import unicodedata
 import zlib
@@ -38,8 +37,8 @@ class Pack:
 def text_id(text: str) -> int:
     """64-bit hash of the normalised text. Equal texts are never negatives of each other. Never 0,
     which means no text."""
-    folded = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().lower()
-    return content_id(folded.encode())
+    folded = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return content_id(" ".join(folded.split()).lower().encode())
 
 
 def content_id(data: bytes) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -26,9 +27,12 @@ SIZES = {"SMALLEST_BLOCK": 2**15, "BUCKET": 2**14}  # bytes: many blocks and buc
 SHARD = 2**17
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def many_tasks() -> Iterator[None]:
-    with patch.multiple("data_prep.build", **SIZES), patch("data_prep.reduce.SHARD", SHARD):
+    with pytest.MonkeyPatch.context() as sizes:
+        for name, size in SIZES.items():
+            sizes.setattr(f"data_prep.build.{name}", size)
+        sizes.setattr("data_prep.reduce.SHARD", SHARD)
         yield
 
 
@@ -40,7 +44,7 @@ def description(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("a", lines[:250]), ("b", lines[100:350]), ("c", lines[300:])):
         (folder / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
     (folder / "d.txt").write_text("\n".join(f"line {i} of a text\n" * (1 + i % 3) for i in range(300)))
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"name": "nway.rows", "kind": "nway", "format": "jsonl", "path": "?.jsonl", "mono": True},
         {"name": "mono.lines", "kind": "mono", "format": "text", "path": "d.txt", "languages": ["en"]},
     ]
@@ -53,11 +57,10 @@ def files(corpus: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(description: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(description: Path, many_tasks: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The corpus from one process that nobody killed."""
     out = tmp_path_factory.mktemp("whole") / "corpus"
-    with patch.multiple("data_prep.build", **SIZES), patch("data_prep.reduce.SHARD", SHARD):
-        build(description, out)
+    build(description, out)
     assert verify(out) == [] and not out.with_name("corpus.work").exists()
     assert len(list(out.glob("nway.rows/*.tar"))) > 2
     assert Corpus(out).manifest.counts["duplicate_rows"] > 100
