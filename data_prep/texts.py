@@ -30,6 +30,8 @@ class Texts:
         for item in READERS[self._source.format].read(self._source, self._block):
             if isinstance(item, Row):
                 self.report.counts["rows"] += 1
+                if item.negatives:
+                    self.report.counts["rows_with_negatives_that_are_not_stored"] += 1
                 yield item._replace(texts=self._row(item))
             elif isinstance(item, Document):
                 self.report.counts["documents"] += 1

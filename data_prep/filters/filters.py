@@ -1,6 +1,7 @@
 """Applies all filters, in this order, which is the order of docs/data.md.
 
-To each side: placeholders, markup, empty, too_long, letters, script, repetition, language_id, held_out.
+To each side of a row: too_long. To it and to each monolingual sentence: placeholders, markup, empty, letters, script,
+repetition, language_id, held_out.
 To each pair of a side with the row's reference side: copy, length_ratio, numbers, urls.
 A text is dropped for the first reason that holds.
 """
@@ -44,7 +45,11 @@ class Filters:
         """The sides that stay; of cleaned texts. A pair filter drops the side that is not the reference; if the row has
         only these two, both."""
         kept: dict[str, str] = {}
+        longest = self._settings.max_characters
         for language, text in row.texts.items():
+            if longest is not None and len(text) > longest:
+                report.drop("too_long", row.place, {language: text})
+                continue
             stays = self.sentence(language, text, row.place, report)
             if stays is not None:
                 kept[language] = stays
@@ -93,8 +98,6 @@ def _side_filters(settings: FilterSettings, folder: Path) -> list[tuple[str, Sid
     if settings.markup == "drop":
         filters.append(("markup", lambda text, _: has_markup(text)))
     filters.append(("empty", lambda text, _: not text))
-    if (longest := settings.max_characters) is not None:
-        filters.append(("too_long", lambda text, _: len(text) > longest))
     if (letters := settings.letters) is not None:
         filters.append(("letters", lambda text, _: too_few_letters(text, letters)))
     if (script := settings.script) is not None:

@@ -59,7 +59,9 @@ class FilterSettings(Section):
     reference: str = Field(default="en", description="the language that the other sides of a row are compared with")
     placeholders: Action = Field(default="keep", description="such as {name} and %s: keep, strip, or drop the text")
     markup: Action = Field(default="keep", description="HTML tags, links of Markdown: keep, strip, or drop the text")
-    max_characters: Positive | None = Field(default=5000, description="longer texts go")
+    max_characters: Positive | None = Field(
+        default=5000, description="longer sides of rows go; monolingual text is split"
+    )
     letters: Fraction | None = Field(default=0.1, description="smallest share of letters among the characters")
     script: Script | None = Field(default=Script(), description="texts in wrong scripts")
     repetition: Repetition | None = Field(default=Repetition(), description="texts that repeat themselves")

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import regex
 from hypothesis import given
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from data_prep.clean import clean
 from data_prep.filters.filters import Filters
 from data_prep.filters.languages import BLOCKS, are_near, letters, scripts
-from data_prep.filters.near_duplicates import duplicates, signatures
 from data_prep.filters.report import SAMPLES, Report
 from data_prep.filters.settings import FilterSettings
 from data_prep.rows import Row
@@ -69,7 +67,6 @@ def test_names_stay(name: str) -> None:
     ("language", "text", "why"),
     [
         ("en", "", "empty"),
-        ("en", "word " * 1001, "too_long"),
         ("fr", "6:00", "letters"),
         ("ckb", ":؟.!", "letters"),
         ("hi", "१२३ — ४५६", "letters"),
@@ -85,7 +82,7 @@ def test_names_stay(name: str) -> None:
 )
 def test_a_wrong_side_goes(language: str, text: str, why: str) -> None:
     assert reason(language, text) == why
-    off: dict[str, Any] = {"max_characters": None, "letters": None, "script": None, "repetition": None}
+    off: dict[str, Any] = {"letters": None, "script": None, "repetition": None}
     assert reason(language, text, **off) == ("empty" if not text else None)
 
 
@@ -102,6 +99,13 @@ def test_a_wrong_side_goes(language: str, text: str, why: str) -> None:
 )
 def test_a_right_side_stays(language: str, text: str) -> None:
     assert reason(language, text) is None
+
+
+def test_a_side_that_is_too_long_goes_and_monolingual_text_stays_to_be_split() -> None:
+    long = " ".join(f"word{i}" for i in range(1000))
+    assert apply({"en": long, "de": "kurz", "fr": "court"}) == ({"de": "kurz", "fr": "court"}, {"too_long": 1})
+    assert "too_long" not in apply({"en": long, "de": long + "."}, max_characters=None)[1]
+    assert reason("en", long) is None
 
 
 def test_a_copy_goes_alone_and_with_its_pair() -> None:
@@ -235,33 +239,3 @@ def test_no_text_raises_and_results_are_pure(texts: dict[str, str]) -> None:
     kept = Filters(EVERYTHING, Path()).row(Row("a", texts), report)
     assert kept == Filters(EVERYTHING, Path()).row(Row("a", dict(reversed(texts.items()))), other)
     assert report.tree() == other.tree()
-
-
-def test_near_duplicates() -> None:
-    texts = [
-        "The integration could not be set up because the device is not reachable.",
-        "THE integration could not be set up because the device is not reachable!",
-        "Add a new user account to this server, please.",
-        "装置に接続できませんでした。もう一度お試しください。",
-        "",
-        "OK",
-    ]
-    keys = signatures(texts)
-    assert keys.dtype == np.uint64 and keys.shape == (6, 14)
-    np.testing.assert_array_equal(signatures(texts[1:2]), keys[1:2])  # a text's keys are its own
-    assert duplicates(keys, np.array([5, 3, 9, 1, 0, 7])).tolist() == [True, False, False, False, False, False]
-
-
-@given(st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), max_size=12), st.randoms())
-def test_the_first_of_each_cluster_stays(rows: list[list[int]], shuffle: random.Random) -> None:
-    order = list(range(len(rows)))
-    shuffle.shuffle(order)
-    clusters = [{i} for i in range(len(rows))]
-    for i, one in enumerate(rows):
-        for j, other in enumerate(rows[:i]):
-            if one[0] == other[0] or one[1] == other[1]:
-                joined = next(c for c in clusters if i in c) | next(c for c in clusters if j in c)
-                clusters = [c for c in clusters if not c & joined] + [joined]
-    stay = {min(cluster, key=order.__getitem__) for cluster in clusters}
-    found = duplicates(np.array(rows, np.uint64).reshape(-1, 2), np.array(order, np.int64))
-    assert found.tolist() == [i not in stay for i in range(len(rows))]
