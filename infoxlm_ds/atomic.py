@@ -18,10 +18,14 @@ def write_file(path: Path, text: str, durable: bool = False, private: bool = Fal
     if private:
         partial.unlink(missing_ok=True)
         partial.touch(0o600)
-    partial.write_text(text, encoding="utf-8")
-    if durable:
-        sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if durable:
+            sync(partial)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     if durable:
         sync(path.parent)
 

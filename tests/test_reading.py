@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from infoxlm_ds import cli
 from infoxlm_ds.atomic import write_file
@@ -213,6 +214,22 @@ def test_a_pack_is_never_unpickled(tmp_path: Path) -> None:
     data = (tmp_path / "x.tar").read_bytes()
     with pytest.raises(ValueError, match="allow_pickle=False"):
         read_pack(tmp_path / "x.tar", 0, len(data), 1, 1, zlib.crc32(data))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_file(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="gives ids up to .* but the model has"):
+        SentenceEmbedder(folder)
 
 
 def test_a_private_file_is_the_users_alone(tmp_path: Path) -> None:

@@ -155,6 +155,11 @@ def _load(folder: Path) -> tuple[Any, Any]:
     vocabulary_files = tokenizer.vocab_files_names.values()
     if not any((folder / name).is_file() for name in vocabulary_files):
         raise UserError(f"model folder {folder} has no tokenizer: expected one of {', '.join(vocabulary_files)}")
+    if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise UserError(
+            f"model folder {folder}: its tokenizer gives ids up to {largest}, but the model has "
+            f"{model.config.vocab_size} pieces: copy the tokenizer of this model there"
+        )
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
         raise UserError(
             f"model folder {folder} lacks {len(missing)} weights of its encoder, such as {missing[0]}: export it again"

@@ -83,7 +83,8 @@ def _paths(tree: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def _changed(tree: Any, changes: list[tuple[int, str, Any]]) -> Any:
     """A copy with some values replaced, removed or added."""
     tree = copy.deepcopy(tree)
-    for number, how, value in changes:
+    for number, how, given_value in changes:
+        value = copy.deepcopy(given_value)
         paths = [path for path in _paths(tree) if path]
         if not paths:
             return value
