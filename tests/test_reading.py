@@ -228,7 +228,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(model_folder: Pa
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["one more"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="gives ids up to .* but the model has"):
+    with pytest.raises(UserError, match=r"gives ids up to .* but the model has"):
         SentenceEmbedder(folder)
 
 
