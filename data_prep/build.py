@@ -95,14 +95,14 @@ def build(description_path: Path, out: Path, how: How = ONE) -> None:
 
 def read_inputs(description: CorpusDescription, base: Path) -> list[Input]:
     """All blocks, in the order of sources and files. How files are cut depends on their sizes alone."""
-    sizes: dict[str, int] = {}
-    for source in description.sources:
-        for block in READERS[source.format].blocks(source, base, LARGEST_BLOCK):
-            sizes |= {part.file: size_of(part.file) for part in block.parts if part.file not in sizes}
+    sources = [list(READERS[s.format].blocks(s, base, LARGEST_BLOCK)) for s in description.sources]
+    files = {part.file for blocks in sources for block in blocks for part in block.parts}
+    sizes = {file: size_of(file) for file in files}
     size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, sum(sizes.values()) // BLOCKS))
+    if size < LARGEST_BLOCK:
+        sources = [list(READERS[s.format].blocks(s, base, size)) for s in description.sources]
     inputs: list[Input] = []
-    for number, source in enumerate(description.sources):
-        blocks = list(READERS[source.format].blocks(source, base, size))
+    for number, (source, blocks) in enumerate(zip(description.sources, sources, strict=True)):
         of_file = Counter(part.file for block in blocks for part in block.parts)
         for block in blocks:
             stated = [(part, sizes[part.file], _changed(part.file)) for part in block.parts]
@@ -120,7 +120,8 @@ class _Build:
     ) -> None:
         self._description, self._base, self._inputs, self._how, self._console = description, base, inputs, how, console
         settings = description.model_dump(mode="json", exclude={"sources"})
-        self._work = work / _short_hash(settings)
+        read = {path: _changed(path) for path in _also_read(description, base)}
+        self._work = work / _short_hash([manifests.FORMAT, settings, read])
         files = {part.file for one in inputs for part in one.block.parts}
         text = sum(size_of(file) * (EXPANSION if _is_dense(file) else 1) for file in files)
         self._buckets = 1 << (max(1, -(-text // BUCKET)) - 1).bit_length()
@@ -133,9 +134,10 @@ class _Build:
         setting = Setting(self._description, self._base, tokenizer, unknown, buckets=self._buckets)
         setting = setting._replace(pieces=Encoder(tokenizer, unknown, pieces=True).agrees(tried))
         mapped = self._map(setting)
-        folder = self._work / f"corpus-{_short_hash([path.name for path in mapped.spills])}"
+        folder = self._work / f"corpus-{_short_hash([str(path.relative_to(self._work)) for path in mapped.spills])}"
         reduced = self._reduce(mapped, folder)
         if self._how.part[0] == 0:
+            shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
             self._finish(folder, mapped, reduced, prep)
             folder.replace(out)
 
@@ -143,9 +145,8 @@ class _Build:
         run(Stage(name, tasks, counts or (lambda _: Counter())), self._how, self._console)
 
     def _tokenizer(self) -> Path:
-        description, folder, samples = self._description.tokenizer, self._work / "tokenizer", list[Path]()
-        if folder.is_dir():
-            return folder
+        """The tokenizer's folder, made if need be. Its name holds the texts that it is trained on."""
+        description, samples = self._description.tokenizer, list[Path]()
         if description.path is None:
             most = max(LEAST, 4 * description.sentences // len(self._inputs))
             tasks = [
@@ -157,8 +158,12 @@ class _Build:
                 )
                 for one in self._inputs
             ]
-            self._run("choosing text for the tokenizer", tasks)
             samples = [task.out for task in tasks]
+        folder = self._work / f"tokenizer-{_short_hash([path.name for path in samples])}"
+        if folder.is_dir():
+            return folder
+        if samples:
+            self._run("choosing text for the tokenizer", tasks)
         argument = TokenizerTask(description, self._base, tuple(samples))
         self._run("making the tokenizer", [Task(make_tokenizer, argument, folder, 0)])
         return folder
@@ -173,8 +178,9 @@ class _Build:
         return tried
 
     def _map(self, setting: Setting) -> Mapped:
+        spills_of = self._work / f"map-{_short_hash([setting.tokenizer.name, setting.pieces, setting.buckets])}"
         tasks = [
-            Task(map_block, MapTask(setting, one.source, one.block), self._work / "map" / one.name, one.bytes)
+            Task(map_block, MapTask(setting, one.source, one.block), spills_of / one.name, one.bytes)
             for one in self._inputs
         ]
         self._run("reading and encoding", tasks, lambda out: Counter(read_footer(out).notes["counts"]))
@@ -215,8 +221,7 @@ class _Build:
         return tasks
 
     def _finish(self, folder: Path, mapped: Mapped, reduced: dict[str, list[Task]], prep: dict[str, Any]) -> None:
-        """Write indices, tokenizer, samples and manifest."""
-        shutil.copytree(self._work / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        """Write indices, samples and manifest."""
         files = tuple(_file(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
         counts = Counter(mapped.report.counts)
         sources = []
@@ -275,16 +280,21 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
 
 def _hashes(description: CorpusDescription, base: Path, inputs: list[Input]) -> dict[str, str]:
     """The sha256 of every input file, by path. UserError if one is missing."""
-    paths = dict.fromkeys(part.file for one in inputs for part in one.block.parts)
-    if (folder := description.tokenizer.path) is not None:  # a copy of a name on the hub has its hashes in the manifest
-        paths |= dict.fromkeys(str(base / folder / path.name) for path in sorted((base / folder).glob("*token*")))
-    held_out, identifier = description.filters.held_out, description.filters.language_id
-    paths |= dict.fromkeys(str(base / path) for path in (held_out.files if held_out else ()))
-    paths |= dict.fromkeys(str(base / path) for path in (identifier.model if identifier else None,) if path)
+    paths = [*dict.fromkeys(part.file for one in inputs for part in one.block.parts), *_also_read(description, base)]
     try:
         return {path if "://" in path else os.path.relpath(path, base): _sha256(path) for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: correct the path in the corpus description") from None
+
+
+def _also_read(description: CorpusDescription, base: Path) -> list[str]:
+    """The files of the tokenizer and of the filters. A copy of a name on the hub has its hashes in the manifest."""
+    held_out, identifier = description.filters.held_out, description.filters.language_id
+    paths = [*held_out.files] if held_out else []
+    paths += [identifier.model] if identifier and identifier.model else []
+    folder = base / (description.tokenizer.path or "")
+    tokenizer = sorted(folder.glob("*token*")) if description.tokenizer.path else []
+    return [str(base / path) for path in (*paths, *tokenizer)]
 
 
 def _sha256(file: str) -> str:
@@ -296,8 +306,8 @@ def _sha256(file: str) -> str:
 
 
 def _changed(file: str) -> int:
-    """When a local file was changed last: together with its size, a sign that it is the same."""
-    return 0 if "://" in file else Path(file).stat().st_mtime_ns
+    """When a local file was changed last: together with its size, a sign that it is the same. 0 if it is not there."""
+    return Path(file).stat().st_mtime_ns if Path(file).is_file() else 0
 
 
 def _is_dense(file: str) -> bool:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,11 +104,9 @@ def _in_pool(tasks: list[Task], workers: int) -> Iterator[Task]:
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _leave_signals_to_the_parent)
     try:
         running = {pool.submit(do, task): task for task in tasks}
-        while running:
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-                yield running.pop(future)
+        for future in as_completed(running):
+            future.result()
+            yield running[future]
     except BrokenProcessPool:
         raise UserError(
             "a worker was killed, perhaps because memory ran out: run the same command again to go on, "

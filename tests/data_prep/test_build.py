@@ -19,6 +19,7 @@ from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.packs import ROWS, text_id
 from tests.corpus import write_corpus
 from tests.data_prep.small import prepare, read_rows, stored, write_rows
+from tests.integration.commands import infoxlm_here
 
 
 def test_two_builds_are_byte_equal(corpus: Path, tmp_path: Path) -> None:
@@ -213,6 +214,36 @@ def test_a_failed_build_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"r\.jsonl line 2"):
         prepare(tmp_path, corpus, [{"name": "nway.r", "kind": "nway", "format": "jsonl", "path": "r.jsonl"}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.yaml", "r.jsonl"]
+
+
+def damaged_lines(folder: Path, good: int, bad: int) -> dict[str, Any]:
+    rows = [f'{{"text": {{"en": "this is number {i}", "de": "das ist Nummer {i}"}}}}\n' for i in range(good)]
+    (folder / "r.jsonl").write_text("".join([*rows, *['{"text": 3}\n'] * bad]), encoding="utf-8")
+    return {"name": "nway.r", "kind": "nway", "format": "jsonl", "path": "r.jsonl"}
+
+
+def test_damaged_lines_may_be_skipped_and_are_counted_with_their_places(corpus: Path, tmp_path: Path) -> None:
+    prepared = prepare(tmp_path, corpus, [damaged_lines(tmp_path, 300, 2)], on_error="skip")
+    assert prepared.sources[0].items == 300 and prepared.manifest.counts["faults"] == 2
+    shown = infoxlm_here("prep", "stat", prepared.path, "--samples", "faults").stdout
+    assert "2 texts were left out for faults" in shown and "r.jsonl line 301" in shown
+    asked = infoxlm_here("prep", "stat", prepared.path, "--samples", "moon")
+    assert asked.returncode == 2 and "only for: faults" in asked.stderr
+
+
+def test_more_than_one_damaged_line_in_a_hundred_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"5 of 305 rows .* more than 1%.*r\.jsonl line 30\d"):
+        prepare(tmp_path, corpus, [damaged_lines(tmp_path, 300, 5)], on_error="skip")
+
+
+def test_texts_of_held_out_files_are_left_out_and_these_files_are_inputs(corpus: Path, tmp_path: Path) -> None:
+    source = damaged_lines(tmp_path, 50, 0)
+    (tmp_path / "dev.txt").write_text("This  is number 7\ndas ist nummer 8\n", encoding="utf-8")
+    prepared = prepare(tmp_path, corpus, [source], filters={"held_out": {"files": ["dev.txt"]}})
+    assert prepared.sources[0].items == 48 and prepared.manifest.counts["held_out"] == 2
+    (tmp_path / "dev.txt").write_text("else\n", encoding="utf-8")
+    with pytest.raises(UserError, match="another description or other inputs"):
+        prepare(tmp_path, corpus, [source], filters={"held_out": {"files": ["dev.txt"]}})
 
 
 @given(st.text(st.characters()))

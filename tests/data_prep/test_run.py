@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,10 +127,23 @@ def test_what_is_done_is_not_done_again(description: Path, whole: dict[str, byte
     out = tmp_path / "corpus"
     with patch("data_prep.build.reduce_shard", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         build(description, out)
-    assert len(list(tmp_path.glob("corpus.work/*/map/*"))) > 10
+    assert len(list(tmp_path.glob("corpus.work/*/map-*/*"))) > 10
     with patch("data_prep.build.map_block", side_effect=AssertionError):
         build(description, out)
     assert files(out) == whole
+
+
+def test_what_changed_meanwhile_is_done_again(description: Path, tmp_path: Path) -> None:
+    """Also the tokenizer, which was trained on the text before."""
+    folder = Path(shutil.copytree(description.parent, tmp_path / "texts"))
+    out = tmp_path / "corpus"
+    with patch("data_prep.build.reduce_shard", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        build(folder / "corpus.yaml", out)
+    lines = (folder / "a.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "a.jsonl").write_text("".join(lines[::2]), encoding="utf-8")
+    build(folder / "corpus.yaml", out)
+    build(folder / "corpus.yaml", tmp_path / "fresh")
+    assert files(out) == files(tmp_path / "fresh")
 
 
 def test_a_worker_that_is_killed_is_told(description: Path, tmp_path: Path) -> None:
