@@ -64,11 +64,15 @@ def retrieval_accuracy(
 def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk: int = 1024) -> tuple[float, float]:
     """(forward, backward) accuracy@1 of the cosine of character-trigram TF-IDF, an untrained baseline.
 
-    The vocabulary and its weights come from these pairs, both sides together.
+    The vocabulary and its weights come from these pairs, both sides together. Without any trigram, the baseline is
+    chance.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # over a second, and ranks that train need none
 
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(3, 3)).fit([*query_texts, *key_texts])
+    try:
+        vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(3, 3)).fit([*query_texts, *key_texts])
+    except ValueError:  # no text has three characters
+        return 1 / len(key_texts), 1 / len(query_texts)
     query, key = vectorizer.transform(query_texts), vectorizer.transform(key_texts)
     forward = _accuracy(lambda start, end: (query[start:end] @ key.T).toarray(), _text_ids(key_texts), chunk)
     backward = _accuracy(lambda start, end: (key[start:end] @ query.T).toarray(), _text_ids(query_texts), chunk)

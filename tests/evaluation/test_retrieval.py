@@ -108,3 +108,7 @@ def test_rows_report_each_layer_both_ways_beside_one_baseline() -> None:
     assert {(row.data, row.lang, row.n, row.chance) for row in rows} == {("rows.jsonl", "de", 2, 0.5)}
     trigram = trigram_accuracy(["lamp", "door"], ["Lampe", "Tür"])
     assert {(row.trigram_forward, row.trigram_backward) for row in rows} == {trigram}
+
+
+def test_texts_without_a_trigram_have_chance_as_their_baseline() -> None:
+    assert trigram_accuracy(["a", "b"], ["c", "d"]) == (0.5, 0.5)
