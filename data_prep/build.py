@@ -123,7 +123,7 @@ class _Build:
         read = {path: _changed(path) for path in _also_read(description, base)}
         self._work = work / _short_hash([manifests.FORMAT, settings, read])
         files = {part.file for one in inputs for part in one.block.parts}
-        text = sum(size_of(file) * (EXPANSION if _is_dense(file) else 1) for file in files)
+        text = sum(size_of(file) * (EXPANSION if is_dense(file) else 1) for file in files)
         self._buckets = 1 << (max(1, -(-text // BUCKET)) - 1).bit_length()
 
     def write(self, out: Path, prep: dict[str, Any]) -> None:
@@ -310,7 +310,8 @@ def _changed(file: str) -> int:
     return Path(file).stat().st_mtime_ns if Path(file).is_file() else 0
 
 
-def _is_dense(file: str) -> bool:
+def is_dense(file: str) -> bool:
+    """Whether a file holds more text than it has bytes."""
     return is_compressed(file) or file.endswith((".parquet", ".zip"))
 
 

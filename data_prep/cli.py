@@ -27,12 +27,19 @@ def build_command(
         str,
         typer.Option(metavar="I/N", help="Do part I = 0 ... N - 1 of the tasks: others, on a common disk, the rest."),
     ] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate disk and time.")] = False,
 ) -> None:
     """Tokenise text into packs of 512 rows. Goes on where a build ended early; does nothing if the corpus is there."""
+    from rich.console import Console
+
     from data_prep.build import build
+    from data_prep.estimate import print_estimate
     from data_prep.run import How
 
-    build(description, out, How(workers or len(os.sched_getaffinity(0)), on == "ray", _part(part)))
+    how = How(workers or len(os.sched_getaffinity(0)), on == "ray", _part(part))
+    if dry_run:
+        return print_estimate(description, out, how.workers, Console())
+    build(description, out, how)
 
 
 @app.command("verify")

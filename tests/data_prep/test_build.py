@@ -18,7 +18,7 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.packs import ROWS, text_id
 from tests.corpus import write_corpus
-from tests.data_prep.small import prepare, read_rows, stored, write_rows
+from tests.data_prep.small import describe, prepare, read_rows, stored, write_rows
 from tests.integration.commands import infoxlm_here
 
 
@@ -234,6 +234,14 @@ def test_damaged_lines_may_be_skipped_and_are_counted_with_their_places(corpus: 
 def test_more_than_one_damaged_line_in_a_hundred_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"5 of 305 rows .* more than 1%.*r\.jsonl line 30\d"):
         prepare(tmp_path, corpus, [damaged_lines(tmp_path, 300, 5)], on_error="skip")
+
+
+def test_a_dry_run_estimates_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
+    source = damaged_lines(tmp_path, 4000, 0)
+    path = describe(tmp_path, {"vocab_size": 400}, [source])
+    shown = infoxlm_here("prep", "build", path, tmp_path / "out" / "corpus", "--dry-run").stdout
+    assert "nway.r" in shown and "GB of packs" in shown and "minutes with" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.yaml", "r.jsonl"]
 
 
 def test_texts_of_held_out_files_are_left_out_and_these_files_are_inputs(corpus: Path, tmp_path: Path) -> None:
