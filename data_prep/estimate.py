@@ -53,6 +53,7 @@ def print_estimate(description_path: Path, out: Path, workers: int, console: Con
         f"{seconds / 60 / workers:,.1f} minutes with {workers} workers. Duplicates and the training of a tokenizer are "
         "not counted",
         highlight=False,
+        soft_wrap=True,
     )
 
 
