@@ -3,8 +3,8 @@
 
 `speed`: n-way rows (by default those of the embedded corpus) from JSON lines to stored ids with the same tokenizer.
 Ours also cleans, filters, drops duplicates and shuffles, with one worker; the peer tokenises and writes Arrow files.
-They run in turn, each time in processes of their own; CPU seconds, median of the rounds. `growth`: made-up pairs in two
-aligned files; memory is the largest sum over all processes, pages that they share counted once.
+They run in turn, each time in processes of their own; CPU seconds, median of the rounds. `growth`: pairs of random
+words in two aligned files; memory is the largest sum over all processes, pages that they share counted once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="of `growth`")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    _speed(options.rows or _embedded(), options.rounds)
+    if options.rounds:
+        _speed(options.rows or _embedded(), options.rounds)
     _growth(options.pairs, options.workers)
 
 
@@ -83,8 +85,8 @@ def _growth(sizes: Sequence[int], workers: int) -> None:
     print("\n| pairs | MB | CPU s | seconds | MB a CPU s | peak MB |\n|---|---|---|---|---|---|")
     for pairs in sizes:
         paths = {language: FOLDER / f"{pairs}.{language}" for language in ("en", "de")}
-        for seed, path in enumerate(paths.values()):
-            _make_up(path, pairs, seed)
+        for language, path in paths.items():
+            _make_up(path, pairs, language)
         size = sum(path.stat().st_size for path in paths.values()) / 1e6
         source: dict[str, object] = {"name": "para.made-up", "kind": "para", "format": "moses"}
         description = _describe(
@@ -157,11 +159,12 @@ def _embedded() -> Path:
     return path
 
 
-def _make_up(path: Path, lines: int, seed: int) -> None:
-    """Sentences of 3 to 12 made-up words, some of them often."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list("aeiourstnlmdkpgb"))
-    words = ["".join(letters[rng.integers(0, 16, n)]) for n in rng.integers(2, 10, 50_000)]
+def _make_up(path: Path, lines: int, language: str) -> None:
+    """Sentences of 3 to 12 words of the embedded corpus, frequent ones more often."""
+    with lzma.open(EMBEDDED / "home_assistant.train.jsonl.xz", "rt", encoding="utf-8") as rows:
+        texts = [json.loads(row)["text"].get(language, "") for row in rows]
+    words = [word for word, _ in Counter(" ".join(texts).split()).most_common()]
+    rng = np.random.default_rng(len(language) + ord(language[0]))
     with path.open("w", encoding="utf-8") as file:
         for start in range(0, lines, 100_000):
             lengths = rng.integers(3, 13, min(100_000, lines - start))

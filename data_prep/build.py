@@ -39,7 +39,7 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
 
-LARGEST_BLOCK, SMALLEST_BLOCK, BLOCKS = 32 * 2**20, 2**20, 64  # bytes; how many there are of small inputs
+LARGEST_BLOCK, SMALLEST_BLOCK, BLOCKS = 8 * 2**20, 2**20, 32  # bytes; how many there are of small inputs
 BUCKET = 32 * 2**20  # bytes of text
 EXPANSION = 6  # of compressed text, about
 TRIED = 2000  # texts of each source on which SentencePiece must agree with the tokenizer
