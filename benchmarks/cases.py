@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infoxlm_ds.config import Recipe, check
+from infoxlm_ds.config import Place, Recipe, check
 from infoxlm_ds.data.batch import N_TEXTS, BatchBuilder, JointBatch
 from infoxlm_ds.data.corpus import PACKS_KEPT, Corpus
 from infoxlm_ds.data.packs import Pack
@@ -132,7 +132,7 @@ def _queue(case: Case, model: InfoXLM, batches: list[list[JointBatch]]) -> Keys 
 class SpreadCorpus(Corpus):
     """A corpus whose pieces are spread over a vocabulary of another size. Special pieces keep their numbers."""
 
-    def __init__(self, path: Path, vocabulary: int) -> None:
+    def __init__(self, path: Place, vocabulary: int) -> None:
         super().__init__(path, look_at_files=False)
         tokenizer, read = self.manifest.tokenizer, self.pack
         table = np.arange(tokenizer.vocab_size, dtype=np.uint32)

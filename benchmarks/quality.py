@@ -62,7 +62,7 @@ class Course:
         self._probes = {
             name: RetrievalProbe(
                 Probe(data=EMBEDDED / f"{name}.dev.jsonl.xz", pairs=plan.pairs),
-                recipe.corpus / "tokenizer",
+                Path(recipe.corpus) / "tokenizer",
                 recipe.model.positions,
             )
             for name in FILES
@@ -125,7 +125,7 @@ class PeerCourse(Course):
         self._builder = BatchBuilder(recipe, corpus, list(self._lanes))
         model = recipe.model.model_copy(update={"universal_layer": layers})
         self._ours = build_model(model, tokenizer.vocab_size, recipe.seed, tokenizer.special_ids)
-        self._model = sentence_model(self._ours, str(recipe.corpus / "tokenizer"))
+        self._model = sentence_model(self._ours, str(corpus.tokenizer))
         settings: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
         kind = (
             partial(CachedMultipleNegativesRankingLoss, mini_batch_size=64) if cached else MultipleNegativesRankingLoss

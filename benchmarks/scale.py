@@ -16,13 +16,15 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer, load_manifest
+from infoxlm_ds.data.files import File
+from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, Tokenizer, load_manifest
 from infoxlm_ds.data.order import Plan, SourceSize, keyed_generator
 from infoxlm_ds.data.packs import ROWS, Pack
 from infoxlm_ds.data.stream import KINDS, StreamReader
@@ -45,6 +47,9 @@ class PaperCorpus:
     def __init__(self, rows: int) -> None:
         self.path, self.languages = Path("paper"), ["de", "en", "sw"]
         self.sources = [_source(name, int(fraction * rows)) for name, fraction in FRACTIONS.items()]
+
+    def ahead(self, packs: Iterable[tuple[int, int]]) -> None:
+        """Nothing is read."""
 
     def pack(self, source: int, number: int) -> Pack:
         of_source = self.sources[source]

@@ -29,7 +29,7 @@ class SentenceTransformers:
 
     def __init__(self, work: Work, mini_batch: int, by_length: bool, rank: int, world: int) -> None:
         recipe = work.recipe
-        self._model = sentence_model(work.model, str(recipe.corpus / "tokenizer"))
+        self._model = sentence_model(work.model, str(work.corpus.tokenizer))
         self._clip = recipe.optimizer.clip
         self._loss = CachedMultipleNegativesRankingLoss(
             self._model,

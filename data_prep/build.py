@@ -37,7 +37,8 @@ from data_prep.tokenizer import TokenizerTask, describe_tokenizer, make_tokenize
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
-from infoxlm_ds.data.manifest import File, Manifest, Shard, Source, load_manifest, sha256_of
+from infoxlm_ds.data.files import File, sha256_of
+from infoxlm_ds.data.manifest import Manifest, Shard, Source, load_manifest
 
 LARGEST_BLOCK, SMALLEST_BLOCK, BLOCKS = 8 * 2**20, 2**20, 32  # bytes; how many there are of small inputs
 BUCKET = 32 * 2**20  # bytes of text

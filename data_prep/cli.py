@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from infoxlm_ds.config import UserError
+from infoxlm_ds.config import Place, UserError, place
 from infoxlm_ds.data.manifest import Manifest
 
 app = typer.Typer(help="Prepare a corpus.", no_args_is_help=True)
-CorpusFolder = Annotated[Path, typer.Argument(help="A prepared corpus.")]
+Prepared = Annotated[str, typer.Argument(metavar="CORPUS", help="A prepared corpus: a folder or a URL.")]
 
 
 @app.command("build")
@@ -43,21 +43,22 @@ def build_command(
 
 
 @app.command("verify")
-def verify_command(corpus: CorpusFolder) -> None:
+def verify_command(corpus: Prepared) -> None:
     """Check every byte of a corpus. Exit code 1 if one is wrong."""
     from data_prep.verify import verify
 
-    problems = verify(corpus)
+    where = _place(corpus)
+    problems = verify(where)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{corpus}: every file is as it was written")
+    typer.echo(f"{where}: every file is as it was written")
 
 
 @app.command("stat")
 def stat_command(
-    corpus: CorpusFolder,
+    corpus: Prepared,
     samples: Annotated[str | None, typer.Option(metavar="REASON", help="Show texts left out for a reason.")] = None,
 ) -> None:
     """Show sources, languages, items and tokens of a corpus, and how much was left out."""
@@ -66,9 +67,10 @@ def stat_command(
 
     from infoxlm_ds.data.manifest import load_manifest
 
-    manifest = load_manifest(corpus)
+    where = _place(corpus)
+    manifest = load_manifest(where)
     if samples is not None:
-        return _show_samples(corpus, manifest, samples)
+        return _show_samples(where, manifest, samples)
     table = Table("source", "kind", "languages", title=manifest.name)
     for heading in ("items", "tokens", "tokens an item", "packs", "MB"):
         table.add_column(heading, justify="right")
@@ -89,8 +91,13 @@ def stat_command(
     )
 
 
-def _show_samples(corpus: Path, manifest: Manifest, reason: str) -> None:
-    by_reason = json.loads((corpus / manifest.samples.name).read_text(encoding="utf-8")) if manifest.samples else {}
+def _show_samples(corpus: Place, manifest: Manifest, reason: str) -> None:
+    from infoxlm_ds.data.store import open_store
+
+    by_reason = {}
+    if manifest.samples:
+        copied = open_store(corpus).copy(manifest.samples, manifest.sha256)
+        by_reason = json.loads(copied.read_text(encoding="utf-8"))
     if reason not in by_reason:
         raise UserError(f"{corpus}: nothing was left out for {reason!r}, only for: {', '.join(by_reason) or 'nothing'}")
     typer.echo(f"{manifest.counts[reason]:,} texts were left out for {reason}; some of them:")
@@ -98,6 +105,13 @@ def _show_samples(corpus: Path, manifest: Manifest, reason: str) -> None:
         typer.echo(f"\n{sample['place']}")
         for language, text in sample["texts"].items():
             typer.echo(f"  {language}: {text}" if language else f"  {text}")
+
+
+def _place(text: str) -> Place:
+    try:
+        return place(text)
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from None
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.table import Footer, Table, read_footer, read_frames
 from infoxlm_ds.atomic import sync
-from infoxlm_ds.data.manifest import sha256_of
+from infoxlm_ds.data.files import sha256_of
 from infoxlm_ds.data.packs import ROWS, Pack, write_shard
 
 SHARD = 64 * 2**20  # bytes of the arrays of a shard, about

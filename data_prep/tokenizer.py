@@ -16,7 +16,7 @@ from data_prep.description import TokenizerDescription
 from data_prep.sample import merge_samples
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
-from infoxlm_ds.data.manifest import File
+from infoxlm_ds.data.files import File
 
 THREADS = 2  # fixed, because another number gives another model
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -75,8 +75,7 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     of ranks would keep a shared file system busy."""
     engine_config = load_engine_config(recipe.engine)
     corpus = Corpus(recipe.corpus, look_at_files=rank == 0)
-    tokenizer = recipe.corpus / "tokenizer"
-    positions = check_fit(recipe.model, tokenizer, longest_sequence(recipe, corpus))
+    positions = check_fit(recipe.model, corpus.tokenizer, longest_sequence(recipe, corpus))
     slow = why_not_varlen(dist.device(), dtype_of(engine_config), head_width(recipe.model))
     if slow and rank == 0 and dist.device().type == "cuda":
         print(f"attention runs in groups of sentences, which is slower than one call for all: {slow}")
@@ -85,7 +84,7 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     hashes = {file.name: file.sha256 for file in corpus.manifest.tokenizer.files}
     identity = Identity(recipe, engine_config, corpus.manifest.sha256, hashes)
     finished = rank == 0 and checkpoints.check(identity)
-    probe = RetrievalProbe(recipe.probe, tokenizer, positions) if recipe.probe else None
+    probe = RetrievalProbe(recipe.probe, corpus.tokenizer, positions) if recipe.probe else None
     if rank == 0:
         for key, why in without_effect(recipe, corpus):
             print(f"{key} has no effect: {why}", flush=True)
@@ -106,7 +105,7 @@ def build(inputs: Inputs) -> TrainState:
         inputs.loader.restore(saved.consumed, saved.cursors)
     if dist.rank() == 0:  # an export needs these files beside the weights; a start mends them
         folder = recipe.run / "model"
-        shutil.copytree(recipe.corpus / "tokenizer", folder, dirs_exist_ok=True)
+        shutil.copytree(inputs.corpus.tokenizer, folder, dirs_exist_ok=True)
         state.objective.model.lm.config.save_pretrained(folder)
         write_checksums(folder)
     return state

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 # Bounds that no run reaches: a mistyped number would end in a lack of memory, or in an answer that never comes.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
@@ -20,6 +20,8 @@ Seconds = Annotated[int, Field(gt=0, le=10**7)]  # four months
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pooling = Literal["cls", "mean"]
 LONGEST_QUOTE = 200  # characters of the user's input in a message
+SERVERS = ("http", "https", "s3", "gs", "az")
+Place = Path | str  # a folder, or the URL of one on a server
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -29,6 +31,21 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         """Line breaks and control characters, which may stand in what the user wrote, are escaped."""
         super().__init__("".join(x if x.isprintable() else ascii(x)[1:-1] for x in message))
+
+
+def place(value: Any) -> Place:
+    """The folder or the URL that a text names. ValueError if it names none, or a URL of a form that is not read."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("give a folder or a URL")
+    scheme, sign, rest = value.partition("://")
+    if not sign:
+        return Path(value)
+    if scheme not in SERVERS or not rest.strip("/") or set("?#@") & set(rest):
+        forms = ", ".join(f"{name}://" for name in SERVERS)
+        raise ValueError(f"a URL begins with one of {forms} and has no password, no ? and no #")
+    return value.rstrip("/")
 
 
 class Section(BaseModel):
@@ -276,7 +293,7 @@ class Probe(Section):
 class Recipe(Section):
     preset: Literal["infoxlm", "strong"] | None = None  # the recipe's own values win over the preset's, see PRESETS
     run: Path  # the folder for everything that the run writes
-    corpus: Path
+    corpus: Annotated[Place, PlainValidator(place)]  # a prepared corpus: a folder, or a URL (docs/data.md)
     engine: Path  # a DeepSpeed configuration, see ds_configs/README.md
     seed: int = Field(default=1, ge=0, lt=2**63)
     model: Model = Model()

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from infoxlm_ds.atomic import SUFFIX, sync, write_file
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import sha256_of
+from infoxlm_ds.data.files import sha256_of
 
 FORMAT = 3  # of state.json and of the files beside it
 BEFORE = "570d66d"  # the last revision that reads the formats before

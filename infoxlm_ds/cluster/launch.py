@@ -34,7 +34,7 @@ DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 # Variables of this environment that the hosts get too. DeepSpeed's launcher itself passes on PYTHON*, on GPUs also
 # NCCL*, and little else.
 TRAVELS = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|CUDA_HOME|TMPDIR|XDG_CACHE_HOME|PYTORCH\w*_ALLOC_CONF|(NCCL|GLOO|TORCH|OMP|MKL|HF|FI)_\w+)"
+    r"(PATH|LD_LIBRARY_PATH|CUDA_HOME|TMPDIR|XDG_CACHE_HOME|INFOXLM_CACHE|INFOXLM_CACHE_GB|PYTORCH\w*_ALLOC_CONF|(NCCL|GLOO|TORCH|OMP|MKL|HF|FI)_\w+)"
 )
 STAYS = ("HF_TOKEN",)  # all users of a host would see it in a command line
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from infoxlm_ds.config import Section, UserError
+from infoxlm_ds.config import Place, Section, UserError
+from infoxlm_ds.data.files import File
+from infoxlm_ds.data.store import open_store
 
 FORMAT = 3
 NAME = "manifest.json"
-
-
-class File(Section):
-    name: str  # relative to the corpus
-    bytes: int
-    sha256: str
 
 
 class Shard(File):
@@ -80,30 +75,20 @@ class Manifest(Section):
         return [*self.tokenizer.files, *of_sources, *([self.samples] if self.samples else [])]
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes, read in chunks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class NoCorpus(UserError):
+    """There is no manifest."""
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a name that a file of ours states. UserError if it leads out of the folder, also by a link."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path} leads out of {folder}: files of other places are not read; copy it there")
-    return path
-
-
-def load_manifest(corpus: Path) -> Manifest:
-    """The manifest of a corpus folder. UserError if there is none, if it has another format, or if a byte
-    of it was changed."""
-    path = corpus / NAME
+def load_manifest(corpus: Place) -> Manifest:
+    """The manifest of a corpus. NoCorpus if there is none, UserError if it has another format, or if a byte of it was
+    changed."""
+    store = open_store(corpus)
+    path, data = store.where(NAME), store.whole(NAME)
+    if data is None:
+        where = "FOLDER` and upload the folder" if isinstance(corpus, str) else f"{corpus}`"
+        raise NoCorpus(f"{corpus} is no prepared corpus: make it with `infoxlm prep build CORPUS.yaml {where}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{corpus} is no prepared corpus: make it with `infoxlm prep build CORPUS.yaml {corpus}`"
-        ) from None
+        text = data.decode()
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: prepare the corpus again") from None
     try:

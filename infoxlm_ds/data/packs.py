@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from infoxlm_ds.config import UserError
-
 ROWS = 512
 INDEX_COLUMNS = ("shard", "offset", "size", "rows", "tokens", "crc32")
 
@@ -79,19 +77,8 @@ def _narrow(array: np.ndarray) -> np.ndarray:
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))
 
 
-def read_pack(shard: Path, offset: int, size: int, rows: int, sides: int, crc32: int) -> Pack:
-    """One pack, by its place in a shard: a slice of a tar is a tar. UserError if its bytes are not
-    those that were written."""
-    try:
-        with shard.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-    except OSError as error:
-        raise UserError(
-            f"{shard}: cannot be read: {error.strerror}; restore the file or prepare the corpus again"
-        ) from None
-    if len(data) != size or zlib.crc32(data) != crc32:
-        raise UserError(f"{shard}: the pack at byte {offset} is damaged: restore the file or prepare the corpus again")
+def unpack(data: bytes, rows: int, sides: int) -> Pack:
+    """The pack in a slice of a tar, which is a tar."""
     members = _arrays(data)
     present = np.ones((rows, sides), bool)
     if "has.npy" in members:

@@ -11,7 +11,7 @@ Legend: n items, s sides (1 monolingual, 2 a pair), T ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,6 +146,7 @@ class StreamReader:
         self._own, self._turn, self._last = tuple(own_lanes), 0, Amount()
         self._at = dict.fromkeys([0] if self.shared else own_lanes, (0, 0))
         self._windows: dict[int, tuple[int, Rows]] = {}
+        self._next: dict[int, object] = {}  # what a server sends for the windows after these
 
     def take(self, lane: int, *, items: int | None = None, tokens: int | None = None, overhead: int = 0) -> Rows:
         """The lane's next `items`, or as many as fit into `tokens` (at least one). Each counts
@@ -202,13 +203,21 @@ class StreamReader:
     def _window(self, lane: int, k: int) -> Rows:
         if lane not in self._windows or self._windows[lane][0] != k:
             lanes = 1 if self.shared else self._lanes
+            coming = self._corpus.ahead(self._packs_of(lane, k))
+            self._next[lane] = self._corpus.ahead(self._packs_of(lane, k + 1))
             draws = self._plan.window(lane, k, lanes, self._packs)
             parts, groups = zip(*(self._rows(draw) for draw in draws), strict=True)
+            del coming
             sizes = np.concatenate(groups)
             order = keyed_generator(*self._key, "window", k * lanes + lane).permutation(len(sizes))
             items = runs((np.cumsum(sizes) - sizes)[order], sizes[order])
             self._windows[lane] = (k, Rows.concatenate(parts).select(items))
         return self._windows[lane][1]
+
+    def _packs_of(self, lane: int, k: int) -> Iterator[tuple[int, int]]:
+        """Source and number of a window's packs."""
+        for draw in self._plan.window(lane, k, 1 if self.shared else self._lanes, self._packs):
+            yield self._numbers[draw.source], draw.pack
 
     def _rows(self, draw: Draw) -> tuple[Rows, np.ndarray]:
         """The items of a pack, and the sizes of the groups that they form."""

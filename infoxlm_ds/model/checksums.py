@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import sha256_of
+from infoxlm_ds.data.files import sha256_of
 
 CHECKSUMS = "checksums.json"
 CHANGED = f"export or copy the folder again, or remove its {CHECKSUMS} if you changed the file"

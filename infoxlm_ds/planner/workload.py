@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.data.manifest import NAME, Tokenizer, load_manifest
+from infoxlm_ds.data.manifest import NoCorpus, Tokenizer, load_manifest
 from infoxlm_ds.engine.config import offloaded, precision_of, summed_in, zero_settings
 from infoxlm_ds.model.pretrained import VOCABULARY_MULTIPLE, NoModel, init_config, outline
 
@@ -33,14 +33,14 @@ class Text:
 
 def read_text(recipe: Recipe, vocabulary: int | None = None) -> Text:
     """Read the lengths from the corpus if it is prepared, otherwise assume them. `vocabulary` replaces the corpus'."""
-    if (recipe.corpus / NAME).is_file():
+    try:
         manifest = load_manifest(recipe.corpus)
         tokenizer, longest = manifest.tokenizer, manifest.max_tokens
         parallel = [s for s in manifest.sources if s.kind != "mono"]
         piece = sum(s.tokens for s in parallel) / max(1, sum(s.items * len(s.languages) for s in parallel))
         block, origin = longest + tokenizer.overhead(1), f"of {recipe.corpus}"
         note = f"sentences: {piece:.0f} tokens on average, {longest} at most, as {recipe.corpus} says"
-    else:
+    except NoCorpus:
         tokenizer, piece, longest = XLM_R, float(ASSUMED_SENTENCE), ASSUMED_SENTENCE
         block, origin = recipe.model.positions, "XLM-R's, because there is no corpus yet"
         note = (

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer, load_manifest
+from infoxlm_ds.data.files import File
+from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, Tokenizer, load_manifest
 
 MANIFEST = Manifest(
     name="küche",

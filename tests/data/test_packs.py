@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.packs import Pack, read_pack, text_id, write_shard
+from infoxlm_ds.data.files import File
+from infoxlm_ds.data.packs import Pack, text_id, unpack, write_shard
+from infoxlm_ds.data.store import Range, read_range
 
 
 def random_packs(count: int, sides: int, rows: int = 7, seed: int = 0, vocabulary: int = 250_000) -> list[Pack]:
@@ -34,6 +36,11 @@ def write(path: Path, packs: list[Pack]) -> list[list[int]]:
 
 def read_all(path: Path, index: list[list[int]], sides: int) -> list[Pack]:
     return [read_pack(path, offset, size, rows, sides, crc32) for offset, size, rows, _, crc32 in index]
+
+
+def read_pack(path: Path, offset: int, size: int, rows: int, sides: int, crc32: int) -> Pack:
+    shard = File(name=path.name, bytes=0, sha256="0" * 64)
+    return unpack(read_range(path, Range(shard, offset, size, crc32)), rows, sides)
 
 
 def same(one: Pack, other: Pack) -> bool:

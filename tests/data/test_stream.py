@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
-from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, Tokenizer
+from infoxlm_ds.data.files import File
+from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, Tokenizer
 from infoxlm_ds.data.packs import ROWS, Pack, write_shard
 from infoxlm_ds.data.stream import ROUNDS, Grouping, Rows, StreamReader
 

@@ -151,7 +151,7 @@ def test_other_families_train_and_come_back_as_transformers_models(
         shutil.copy(corpus.parent / "rows.jsonl", tmp_path)
         languages = ["en", "de", "ru"]
         prepared = prepare(tmp_path / "made", tmp_path / "own", [source], languages=languages, max_tokens=48)
-        corpus = prepared.path
+        corpus = prepared.tokenizer.parent
         assert prepared.manifest.tokenizer.separators == 1
     _model(kind, **special).save_pretrained(init)
     AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(init)

@@ -33,7 +33,7 @@ def _train(rank: int, world: int, recipe: Recipe) -> list[torch.Tensor]:
     masters = whole_masters(state.engine, list(trained.parameters()))
     for parameter, master in zip(lm.parameters(), masters, strict=True):
         parameter.data.copy_(master[: len(parameter)])  # without the rows that pad the vocabulary
-    padded = AutoTokenizer.from_pretrained(recipe.corpus / "tokenizer")(SAMPLE, padding=True, return_tensors="pt")
+    padded = AutoTokenizer.from_pretrained(Path(recipe.corpus) / "tokenizer")(SAMPLE, padding=True, return_tensors="pt")
     with torch.no_grad():
         return list(lm(**padded, output_hidden_states=True).hidden_states)
 

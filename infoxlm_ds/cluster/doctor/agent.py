@@ -21,9 +21,9 @@ from packaging.requirements import Requirement
 
 import infoxlm_ds
 from infoxlm_ds.cluster.hosts import free_port_here
-from infoxlm_ds.config import UserError
+from infoxlm_ds.config import UserError, place
 from infoxlm_ds.data.corpus import Corpus
-from infoxlm_ds.data.manifest import sha256_of
+from infoxlm_ds.data.files import sha256_of
 from infoxlm_ds.data.order import permuted
 
 PROJECT = Path(infoxlm_ds.__file__).parent.parent
@@ -147,7 +147,7 @@ def unmark(folder: str, name: str) -> None:
 def read_corpus(path: str, part: int, parts: int, seconds: float) -> dict[str, Any]:
     """Check all names, sizes and indices, and read packs for so many seconds. Each host, number `part` of `parts`,
     starts at another pack. UserError names the first damage."""
-    corpus = Corpus(Path(path))
+    corpus = Corpus(place(path))
     packs = [(number, pack) for number, source in enumerate(corpus.sources) for pack in range(source.packs)]
     deadline, read = time.monotonic() + seconds, 0
     while read < len(packs) and time.monotonic() < deadline:

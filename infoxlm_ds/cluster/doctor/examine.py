@@ -19,7 +19,7 @@ from infoxlm_ds.cluster.doctor.findings import Finding, failure, ok, warning
 from infoxlm_ds.cluster.doctor.network import PATIENCE
 from infoxlm_ds.cluster.environment import ranks_here
 from infoxlm_ds.cluster.hosts import read_hostfile
-from infoxlm_ds.config import Recipe, UserError, load_recipe
+from infoxlm_ds.config import Place, Recipe, UserError, load_recipe
 from infoxlm_ds.planner.cost import wire
 from infoxlm_ds.planner.memory import checkpoint_bytes, memory
 from infoxlm_ds.planner.report import GIB, Wishes, read_setting
@@ -206,7 +206,7 @@ def _disk(least: tuple[int, str], folder: Path, needed: int) -> Finding:
     )
 
 
-def _corpus(crew: Crew, corpus: Path) -> Iterator[Finding]:
+def _corpus(crew: Crew, corpus: Place) -> Iterator[Finding]:
     parts = len(crew.hosts)
     asked = {
         host: {"path": str(corpus), "part": i, "parts": parts, "seconds": READING} for i, host in enumerate(crew.hosts)
