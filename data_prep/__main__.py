@@ -1,4 +1,4 @@
-"""`python -m data_prep build | verify | stat`, with the exit codes of `infoxlm prep`."""
+"""`python -m data_prep build | merge | verify | stat`, with the exit codes of `infoxlm prep`."""
 
 import sys
 

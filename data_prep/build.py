@@ -223,7 +223,7 @@ class _Build:
 
     def _finish(self, folder: Path, mapped: Mapped, reduced: dict[str, list[Task]], prep: dict[str, Any]) -> None:
         """Write indices, samples and manifest."""
-        files = tuple(_file(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
+        files = tuple(file_of(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
         counts = Counter(mapped.report.counts)
         sources = []
         for name, tasks in reduced.items():
@@ -241,7 +241,7 @@ class _Build:
             max_tokens=self._description.max_tokens,
             tokenizer=describe_tokenizer(folder / "tokenizer", files),
             sources=tuple(sources),
-            samples=_file(folder, folder / SAMPLES),
+            samples=file_of(folder, folder / SAMPLES),
             counts=dict(sorted(counts.items())),
             prep=prep,
         )
@@ -273,7 +273,7 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
         items=sum(reduced.items for reduced in written),
         tokens=int(index[:, 4].sum()),
         packs=len(index),
-        index=_file(folder, path),
+        index=file_of(folder, path),
         shards=tuple(shards),
     )
     return source, sum(reduced.duplicates for reduced in written)
@@ -320,5 +320,6 @@ def _short_hash(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _file(out: Path, path: Path) -> File:
+def file_of(out: Path, path: Path) -> File:
+    """The manifest's entry of a file in the corpus folder `out`."""
     return File(name=str(path.relative_to(out)), bytes=path.stat().st_size, sha256=sha256_of(path))

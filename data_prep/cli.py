@@ -1,4 +1,4 @@
-"""`infoxlm prep build | verify | stat`."""
+"""`infoxlm prep build | merge | verify | stat`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ def build_command(
     if dry_run:
         return print_estimate(description, out, how.workers, Console())
     build(description, out, how)
+
+
+@app.command("merge")
+def merge_command(
+    out: Annotated[Path, typer.Argument(help="The corpus folder to write.")],
+    corpora: Annotated[list[Path], typer.Argument(metavar="CORPUS CORPUS...", help="Corpora of one tokenizer.")],
+) -> None:
+    """Join prepared corpora that share a tokenizer. Sources of the same name become one."""
+    from data_prep.merge import merge
+
+    if len(corpora) < 2:
+        raise UserError(f"{corpora[0]} is one corpus: give two or more after {out}, the folder to write")
+    merged = merge(out, corpora)
+    typer.echo(
+        f"{out}: {sum(source.items for source in merged.sources):,} items in {len(merged.sources)} sources; rows that "
+        "are in more than one of the corpora stay in it as often"
+    )
 
 
 @app.command("verify")
