@@ -25,9 +25,10 @@ import numpy as np
 
 from infoxlm_ds.data.files import File
 from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, Tokenizer, load_manifest
-from infoxlm_ds.data.order import Plan, SourceSize, keyed_generator
+from infoxlm_ds.data.mixture import KINDS, Mixture
+from infoxlm_ds.data.order import Plan, SourceSize, Stage, keyed_generator
 from infoxlm_ds.data.packs import ROWS, Pack
-from infoxlm_ds.data.stream import KINDS, StreamReader
+from infoxlm_ds.data.stream import StreamReader
 from infoxlm_ds.planner.cost import wire
 from infoxlm_ds.planner.memory import checkpoint_bytes, memory, queue_bytes
 from infoxlm_ds.planner.report import GIB, Wishes, read_setting
@@ -106,14 +107,17 @@ def simulate(
     corpus: Any = PaperCorpus(rows)
     taken: dict[str, list[np.ndarray]] = {stream: [] for stream in sizes}
     lanes = {stream: Lanes(corpus, stream, world, window_packs) for stream in sizes}
-    options: dict[str, Any] = {"seed": SEED, "alpha": ALPHA, "lanes": world, "window_packs": window_packs}
+    options: dict[str, Any] = {"seed": SEED, "lanes": world, "window_packs": window_packs}
     astray = missing = 0
     seconds, early, late = 0.0, 0, 0
     for rank in ranks:
         if trace:
             tracemalloc.start()
         started = time.process_time()
-        readers = {stream: StreamReader(corpus, stream, own_lanes=[rank], **options) for stream in sizes}
+        readers = {
+            stream: StreamReader(corpus, stream, mixture=lanes[stream].mixture, own_lanes=[rank], **options)
+            for stream in sizes
+        }
         of_rank: dict[str, list[np.ndarray]] = {stream: [] for stream in sizes}
         for step in range(steps):
             for stream, size in sizes.items():
@@ -145,7 +149,9 @@ class Lanes:
     def __init__(self, corpus: PaperCorpus, stream: str, lanes: int, window_packs: int) -> None:
         self._numbers = [i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream]]
         self._sizes = [SourceSize(s.name, s.items, s.packs) for s in (corpus.sources[i] for i in self._numbers)]
-        self._plan, self._lanes, self._packs = Plan(self._sizes, ALPHA, SEED, stream), lanes, window_packs
+        stages = (Stage(0, np.array([float(size.items) for size in self._sizes]) ** ALPHA),)
+        self.mixture = Mixture(tuple(self._numbers), stages)
+        self._plan, self._lanes, self._packs = Plan(self._sizes, stages, SEED, stream), lanes, window_packs
 
     def compare(self, codes: np.ndarray, lane: int, window: int, offset: int) -> tuple[int, int]:
         """Compare a lane's items with its windows before `window` and the first `offset` items of that. Returns how

@@ -6,6 +6,7 @@ key is an error. The tree is frozen: a run cannot change its recipe.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -184,6 +185,11 @@ class Batch(Section):
         return list(range(rank, self.lanes, world))
 
 
+class MaskingStage(Section):
+    from_step: Positive
+    probability: float = Field(gt=0, le=1)
+
+
 class Masking(Section):
     """Fractions of the pieces, special tokens excepted: `probability` are chosen; of these, `mask` become <mask> and
     `random` become a random piece."""
@@ -191,19 +197,46 @@ class Masking(Section):
     probability: Fraction = 0.15
     mask: Fraction = 0.8
     random: Fraction = 0.1
+    stages: tuple[MaskingStage, ...] = ()  # later probabilities
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.mask + self.random > 1:
             raise ValueError("mask and random are parts of the chosen pieces: their sum is above 1")
+        _check_rising(self.stages)
         return self
+
+    def probability_at(self, step: int) -> float:
+        """The fraction of pieces that is chosen in step 0, 1, ..."""
+        begun = [stage.probability for stage in self.stages if stage.from_step <= step]
+        return begun[-1] if begun else self.probability
+
+    @property
+    def highest(self) -> float:
+        """The probability of the stage that masks most."""
+        return max([self.probability, *(stage.probability for stage in self.stages)])
+
+
+Shares = dict[str, Annotated[float, Field(ge=0)]]
+
+
+class SamplingStage(Section):
+    """What this names holds from about `from_step` on."""
+
+    from_step: Positive
+    alpha: Fraction | None = None
+    weights: Shares | None = None
 
 
 class Sampling(Section):
-    """A source is drawn with a probability proportional to p^alpha; p is its part of all items. Items are shuffled
-    within a window of packs; a pack is 512 tokenised rows."""
+    """How many items a run reads of each source, see docs/data.md, "Mixing". Items are shuffled within a window of
+    packs; a pack is 512 tokenised rows."""
 
-    alpha: Fraction = 0.7
+    alpha: Fraction = 0.7  # items are read in proportion to p^alpha; p is the part of a source, or of a language
+    by: Literal["source", "language"] = "source"  # language: sources of the same languages are one for alpha
+    weights: Shares = {}  # relative shares in place of alpha, by name of a source or pattern, such as para.*
+    most_epochs: float | None = Field(default=None, gt=0)  # passes over a source in a run; others get what is left
+    stages: tuple[SamplingStage, ...] = ()  # later alphas and weights
     window_packs: Positive = 16
     pivot: str | None = None  # a language that is one side of the pair drawn from an n-way row ...
     pivot_share: Fraction = 0.0  # ... in at least this fraction of draws
@@ -212,7 +245,30 @@ class Sampling(Section):
     def _agree(self) -> Self:
         if (self.pivot is None) != (self.pivot_share == 0):
             raise ValueError("pivot and pivot_share go together: set both, or neither")
+        if any(stage.alpha is None and stage.weights is None for stage in self.stages):
+            raise ValueError("stages: each changes alpha, weights or both")
+        _check_rising(self.stages)
         return self
+
+    @property
+    def settings(self) -> list[tuple[float, Shares]]:
+        """Alpha and weights of each stage. The first is what the section's own keys say."""
+        found = [(self.alpha, self.weights)]
+        for stage in self.stages:
+            before, shares = found[-1]
+            alpha = before if stage.alpha is None else stage.alpha
+            found.append((alpha, shares if stage.weights is None else stage.weights))
+        return found
+
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the order of items depends on how much a step takes, and how many steps there are."""
+        return bool(self.stages) or self.most_epochs is not None
+
+
+def _check_rising(stages: tuple[MaskingStage | SamplingStage, ...]) -> None:
+    if any(one.from_step >= other.from_step for one, other in itertools.pairwise(stages)):
+        raise ValueError("stages: give them with rising from_step; before the first, the section's own keys hold")
 
 
 class Weights(Section):
@@ -324,6 +380,9 @@ class Recipe(Section):
                 raise ValueError(f"resume.allow_change: {path} is no key or section of a recipe: correct its spelling")
         if self.optimizer.warmup >= self.optimizer.steps:
             raise ValueError("optimizer.warmup must be below optimizer.steps")
+        for section, stages in (("masking", self.masking.stages), ("sampling", self.sampling.stages)):
+            if stages and stages[-1].from_step >= self.optimizer.steps:
+                raise ValueError(f"{section}.stages: from_step {stages[-1].from_step} must be below optimizer.steps")
         pairs = self.batch.lanes * self.batch.xlco_pairs * self.optimizer.steps
         if self.tasks["xlco"] and self.contrast.uses_queue and pairs <= self.contrast.queue.size:
             raise ValueError(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.files import Contents, to_host
 from infoxlm_ds.checkpoint.fragments import Index, build_index, pack, pieces_of, read_pieces, to_write
-from infoxlm_ds.checkpoint.identity import ORDER, Difference, Identity, differences
+from infoxlm_ds.checkpoint.identity import Difference, Identity, differences
 from infoxlm_ds.checkpoint.protocol import Failed, Outcome, Save, on_first_rank
 from infoxlm_ds.checkpoint.store import (
     FORMAT,
@@ -64,7 +64,7 @@ class Checkpoints:
 
     def __init__(self, recipe: Recipe) -> None:
         self.store = Store(recipe.run)
-        self._settings, self._resume = recipe.checkpoint, recipe.resume
+        self._settings, self._resume, self._sampling = recipe.checkpoint, recipe.resume, recipe.sampling
         self._measured = _measured(recipe.model_dump(mode="json")["probe"])
         self._under_way: Save | None = None
         self._index: dict[str, Any] | None = None  # the same in each save of this process; empty but on the first rank
@@ -146,7 +146,7 @@ class Checkpoints:
         if queue is not None:
             names = sorted(receipt.name for receipt in read_receipts(path))  # thousands of ranks do not list the folder
             queue.load_state_dicts(load_file(path / n) for n in names if n.startswith("queue-"))
-        skipped = any(d.below(*ORDER) for d in source.differences)  # the current window now holds other items
+        skipped = any(d.reorders(self._sampling) for d in source.differences)  # the current window holds other items
         cursors = {
             task: {int(lane): (window + 1, 0) if skipped else (window, offset) for lane, (window, offset) in at.items()}
             for task, at in state["cursors"].items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.config import Recipe, Sampling, UserError, check
 from infoxlm_ds.data.batch import N_TEXTS
 from infoxlm_ds.engine.config import precision_of, stage_of
 
@@ -26,6 +26,8 @@ FIXED = (
 )
 # If one of these changes, a window of the data holds other items: a stream skips the rest of its current window.
 ORDER = ("corpus", "sampling", "seed", "contrast.same_text", "contrast.pairs_per_row", "contrast.mixup")
+# These too, if stages or a cap of the sampling depend on what a step takes and on how many there are.
+COURSE = ("batch", "optimizer.steps")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Difference:
     def __str__(self) -> str:
         then, now = (f"{x!s:.12}" if self.below("corpus", "tokenizer") else x for x in (self.then, self.now))
         return f"{self.key} {then} -> {now}"
+
+    def reorders(self, sampling: Sampling) -> bool:
+        """Whether it puts other items into the windows of the data."""
+        return self.below(*ORDER, *(COURSE if sampling.depends_on_steps else ()))
 
     def below(self, *keys: str) -> bool:
         """Whether this is one of the keys, or a key of one of these sections."""

@@ -22,6 +22,7 @@ from infoxlm_ds.config import Contrast, Recipe, UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.flat_batch import FlatBatch, Layout, flat_batch, make_layout
 from infoxlm_ds.data.masking import Masked, mask_pieces
+from infoxlm_ds.data.mixture import mixture_of
 from infoxlm_ds.data.order import keyed_generator
 from infoxlm_ds.data.sequences import Sequences, Texts, assemble, mix
 from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
@@ -114,7 +115,7 @@ class BatchBuilder:
                 corpus,
                 task,
                 seed=recipe.seed,
-                alpha=sampling.alpha,
+                mixture=mixture_of(recipe, corpus, task),
                 lanes=recipe.batch.lanes,
                 window_packs=sampling.window_packs,
                 own_lanes=own_lanes,
@@ -140,7 +141,7 @@ class BatchBuilder:
                 continue
             rows = self.readers[task].take(lane, tokens=tokens, overhead=overhead)
             whole = assemble(rows.pool, Texts(rows.starts, rows.lengths), self._tokenizer)
-            chosen = self._mask(whole.ids, self._generator(task, lane, step))
+            chosen = self._mask(whole.ids, step, self._generator(task, lane, step))
             masked[task] = Masked(chosen.ids, chosen.rows + shift, chosen.labels)
             blocks.append(Sequences(chosen.ids, whole.lengths))
             names[task] = self._names(rows)
@@ -163,7 +164,7 @@ class BatchBuilder:
         longest texts, and as many masked pieces as chance ever gives. Its contents mean nothing."""
         single, double = _longest(self._corpus, 1), _longest(self._corpus, 2)
         recipe = self._recipe
-        batch, tasks, probability = recipe.batch, recipe.tasks, recipe.masking.probability
+        batch, tasks, probability = recipe.batch, recipe.tasks, recipe.masking.highest
         trunk, masked = [], []
         for task, budget, longest in (("mmlm", batch.mmlm_tokens, single), ("tlm", batch.tlm_tokens, double)):
             filled = max(budget, longest) if tasks[task] else 0
@@ -244,9 +245,9 @@ class BatchBuilder:
         first, second = (assemble(rows.pool, side, self._tokenizer) for side in sides)
         return _Pairs(Sides(first, second), text_ids.reshape(pairs, -1), self._names(rows).reshape(pairs, -1))
 
-    def _mask(self, ids: np.ndarray, generator: np.random.Generator) -> Masked:
+    def _mask(self, ids: np.ndarray, step: int, generator: np.random.Generator) -> Masked:
         mask_id = self._tokenizer.special_ids["mask"]
-        return mask_pieces(ids, self._regular, mask_id, self._recipe.masking, generator)
+        return mask_pieces(ids, self._regular, mask_id, self._recipe.masking, step, generator)
 
     def _generator(self, use: str, lane: int, step: int) -> np.random.Generator:
         return keyed_generator(self._recipe.seed, use, lane, step)

@@ -21,11 +21,11 @@ class Masked:
 
 
 def mask_pieces(
-    ids: np.ndarray, regular: np.ndarray, mask_id: int, how: Masking, generator: np.random.Generator
+    ids: np.ndarray, regular: np.ndarray, mask_id: int, how: Masking, step: int, generator: np.random.Generator
 ) -> Masked:
-    """Mask ids [T]. `regular` [V] bool: True for all ids except the special tokens. A special token is never chosen,
-    and it is never the random piece that replaces another one."""
-    (rows,) = np.nonzero((generator.random(len(ids)) < how.probability) & regular[ids])
+    """Mask ids [T] of a step. `regular` [V] bool: True for all ids except the special tokens. A special token is never
+    chosen, and it is never the random piece that replaces another one."""
+    (rows,) = np.nonzero((generator.random(len(ids)) < how.probability_at(step)) & regular[ids])
     fate, drawn = generator.random(len(rows)), generator.integers(np.count_nonzero(regular), size=len(rows))
     out, labels = ids.copy(), ids[rows]
     pieces = np.flatnonzero(regular)[drawn]

@@ -7,6 +7,7 @@ draw of any lane can be computed at once.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,41 +37,72 @@ class SourceSize:
     packs: int
 
 
-class Plan:
-    """The draws of one stream. Each source is taken in proportion to p^alpha, p being its share of the
-    items (XLM-R, section 3.1)."""
+class Stage(NamedTuple):
+    """From draw number `first_draw` on, items of the sources are read in these relative shares. A source with the
+    share 0 is not read."""
 
-    def __init__(self, sources: list[SourceSize], alpha: float, seed: int, stream: str) -> None:
+    first_draw: int
+    shares: np.ndarray
+
+
+class Plan:
+    """The draws of one stream. A stage begins where the one before leaves off: the pass over each source goes on."""
+
+    def __init__(self, sources: list[SourceSize], stages: Sequence[Stage], seed: int, stream: str) -> None:
+        assert stages[0].first_draw == 0
         self._sources, self._key = sources, (seed, stream)
-        self._counts = _slots(sources, alpha)
-        table = np.repeat(np.arange(len(sources)), self._counts)
-        keyed_generator(*self._key, "slots").shuffle(table)
-        self._table = table
-        self._seen = np.empty(SLOTS, dtype=np.int64)  # how often the source of a slot occurs before it in the table
-        for source, count in enumerate(self._counts):
-            self._seen[table == source] = np.arange(count)
+        self._rounds: list[_Rounds] = []
+        before = np.zeros(len(sources), np.int64)
+        for number, stage in enumerate(stages):
+            key = (*self._key, "slots", *([number] if number else []))
+            self._rounds.append(_Rounds(stage.first_draw, before, _slots(sources, stage.shares), key))
+            if number + 1 < len(stages):
+                before = self._rounds[-1].drawn(stages[number + 1].first_draw)
 
     def draw(self, t: int) -> Draw:
         """Draw number t = 0, 1, ... Every pack of a source comes once before any comes again."""
-        turn, slot = divmod(t, SLOTS)
-        source = int(self._table[slot])
-        nth = turn * int(self._counts[source]) + int(self._seen[slot])
+        source, nth = next(rounds for rounds in reversed(self._rounds) if rounds.first <= t).draw(t)
         size = self._sources[source]
         epoch, place = divmod(nth, size.packs)
         key = _number(*self._key, size.name, epoch)
         return Draw(source, epoch, permuted(place, size.packs, key))
 
     def passes(self, draws: int) -> float:
-        """The most passes over a source that so many draws make."""
+        """The most passes over a source that so many draws make in any stage."""
         return max(
             draws * count / SLOTS / source.packs
-            for count, source in zip(self._counts.tolist(), self._sources, strict=True)
+            for rounds in self._rounds
+            for count, source in zip(rounds.counts.tolist(), self._sources, strict=True)
         )
 
     def window(self, lane: int, k: int, lanes: int, packs: int) -> list[Draw]:
         """The draws of window k of a lane. Windows of `packs` draws go to the lanes in turn."""
         first = (k * lanes + lane) * packs
         return [self.draw(t) for t in range(first, first + packs)]
+
+
+class _Rounds:
+    """The draws of a stage: a shuffled table that names the source of each slot, again and again. `before`: how many
+    draws of each source the stages before have."""
+
+    def __init__(self, first: int, before: np.ndarray, counts: np.ndarray, key: tuple[object, ...]) -> None:
+        self.first, self.counts, self._before = first, counts, before
+        self._table = np.repeat(np.arange(len(counts)), counts)
+        keyed_generator(*key).shuffle(self._table)
+        self._seen = np.empty(SLOTS, dtype=np.int64)  # how often the source of a slot occurs before it in the table
+        for source, count in enumerate(counts):
+            self._seen[self._table == source] = np.arange(count)
+
+    def draw(self, t: int) -> tuple[int, int]:
+        """The source of draw t, and the number of its draws before."""
+        turn, slot = divmod(t - self.first, SLOTS)
+        source = int(self._table[slot])
+        return source, int(self._before[source]) + turn * int(self.counts[source]) + int(self._seen[slot])
+
+    def drawn(self, t: int) -> np.ndarray:
+        """How many of the draws before t each source has."""
+        turns, slots = divmod(t - self.first, SLOTS)
+        return self._before + turns * self.counts + np.bincount(self._table[:slots], minlength=len(self.counts))
 
 
 def permuted(index: int, size: int, key: int) -> int:
@@ -100,12 +132,12 @@ def _number(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _slots(sources: list[SourceSize], alpha: float) -> np.ndarray:
-    """How many of the SLOTS each source gets: by largest remainder, at least one each. A draw is a pack, and packs of
-    small sources are not full. So a share of items is divided by the items of a pack."""
+def _slots(sources: list[SourceSize], shares: np.ndarray) -> np.ndarray:
+    """How many of the SLOTS each source gets: by largest remainder, at least one each, but none for the share 0. A draw
+    is a pack, and packs of small sources are not full. So a share of items is divided by the items of a pack."""
     items, packs = (np.array([getattr(s, name) for s in sources], dtype=np.float64) for name in ("items", "packs"))
-    shares = items**alpha * packs / items
-    exact = shares / shares.sum() * (SLOTS - len(sources))
+    shares, least = shares * packs / items, (shares > 0).astype(np.int64)
+    exact = shares / shares.sum() * (SLOTS - least.sum())
     counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: SLOTS - len(sources) - counts.sum()]] += 1
-    return counts + 1
+    counts[np.argsort(counts - exact, kind="stable")[: SLOTS - least.sum() - counts.sum()]] += 1
+    return counts + least

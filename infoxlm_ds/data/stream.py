@@ -20,11 +20,9 @@ import numpy as np
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import Source
+from infoxlm_ds.data.mixture import Mixture
 from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
 from infoxlm_ds.data.packs import runs
-
-# The kinds of sources that each stream reads.
-KINDS = {"mmlm": ("mono",), "tlm": ("para", "nway"), "xlco": ("para", "nway")}
 
 ROUNDS = 4  # if all lanes together read a corpus in fewer windows each, they share windows
 
@@ -115,7 +113,7 @@ class StreamReader:
         stream: str,
         *,
         seed: int,
-        alpha: float,
+        mixture: Mixture,
         lanes: int,
         window_packs: int,
         own_lanes: Sequence[int],
@@ -124,12 +122,8 @@ class StreamReader:
         grouping: Grouping = Grouping(),
     ) -> None:
         self._corpus, self._key, self._lanes = corpus, (seed, stream), lanes
-        self._numbers = [i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream] and source.items]
+        self._numbers = mixture.numbers
         sources = [corpus.sources[i] for i in self._numbers]
-        if not sources:
-            raise UserError(
-                f"{corpus.path} has no source for {stream}, which reads {' or '.join(KINDS[stream])} sources"
-            )
         # Monolingual text has no pairs to choose from, so its pivot may be any language of the corpus.
         choice = corpus.languages if stream == "mmlm" else {language for s in sources for language in s.languages}
         if pivot is not None and pivot not in choice:
@@ -138,7 +132,7 @@ class StreamReader:
             )
         self.items = sum(s.items * grouping.size(len(s.languages)) for s in sources)  # of an epoch
         self.tokens = sum(s.tokens for s in sources)
-        self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], alpha, seed, stream)
+        self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], mixture.stages, seed, stream)
         self._pivot, self._pivot_share, self._grouping = pivot, pivot_share, grouping
         self.shared = lanes > 1 and sum(s.packs for s in sources) < ROUNDS * lanes * window_packs
         most = int(1 / self._plan.passes(1))  # packs of a window

@@ -214,8 +214,8 @@ class Setting:
         return tokens * self.recipe.tasks[task]
 
     def masked(self, task: str) -> float:
-        """Mean number of a lane's masked tokens."""
-        return self.tokens(task) * self.recipe.masking.probability
+        """Mean number of a lane's masked tokens, in the stage that masks most."""
+        return self.tokens(task) * self.recipe.masking.highest
 
     @property
     def sharded(self) -> bool:

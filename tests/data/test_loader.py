@@ -76,6 +76,18 @@ def test_stopping_anywhere_and_going_on_at_any_world_size_changes_nothing(
     assert first + read(recipe, worlds[1], range(stop, STEPS), cursors) == unbroken
 
 
+@given(stop=st.integers(1, STEPS - 1), worlds=st.tuples(*[st.sampled_from([1, 2, 4, 8])] * 2))
+@settings(max_examples=4, deadline=None)
+def test_stopping_in_any_stage_changes_nothing(recipe: Recipe, stop: int, worlds: tuple[int, int]) -> None:
+    sampling = {"alpha": 1, "window_packs": 1, "stages": [{"from_step": 2, "alpha": 0}, {"from_step": 5, "alpha": 0.5}]}
+    masking = {"stages": [{"from_step": 3, "probability": 0.5}, {"from_step": 6, "probability": 0.1}]}
+    tree = recipe.model_dump(exclude={"optimizer"}) | {"optimizer": recipe.optimizer.model_dump() | {"steps": STEPS}}
+    staged = Recipe.model_validate(tree | {"sampling": sampling, "masking": masking})
+    cursors: Cursors = {}
+    halves = read(staged, worlds[0], range(stop), cursors) + read(staged, worlds[1], range(stop, STEPS), cursors)
+    assert halves == read(staged, 1, range(STEPS), {})
+
+
 def test_the_position_counts_what_was_consumed_not_what_was_made_ahead(recipe: Recipe) -> None:
     one_step: Cursors = {}
     read(recipe, 1, range(1), one_step)

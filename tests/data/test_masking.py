@@ -14,7 +14,7 @@ REGULAR = ~np.isin(np.arange(100), SPECIAL)
 
 
 def _mask(ids: np.ndarray, key: int, how: Masking | None = None) -> Masked:
-    return mask_pieces(ids, REGULAR, MASK_ID, how or Masking(), np.random.Generator(np.random.Philox(key)))
+    return mask_pieces(ids, REGULAR, MASK_ID, how or Masking(), 0, np.random.Generator(np.random.Philox(key)))
 
 
 @given(st.lists(st.integers(0, 99), max_size=200), st.integers(0, 2**64))

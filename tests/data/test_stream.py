@@ -24,6 +24,8 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.files import File
 from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, Tokenizer
+from infoxlm_ds.data.mixture import KINDS, Mixture
+from infoxlm_ds.data.order import Stage
 from infoxlm_ds.data.packs import ROWS, Pack, write_shard
 from infoxlm_ds.data.stream import ROUNDS, Grouping, Rows, StreamReader
 
@@ -84,8 +86,16 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def reader(corpus: Corpus, stream: str, lanes: int = 1, own: list[int] | None = None, **how: Any) -> StreamReader:
-    settled: dict[str, Any] = {"seed": 1, "alpha": 0.7, "window_packs": 2} | how
+    settled: dict[str, Any] = {"seed": 1, "window_packs": 2} | how
+    settled |= {"mixture": mixture(corpus, stream, settled.pop("alpha", 0.7), settled.pop("later", {}))}
     return StreamReader(corpus, stream, lanes=lanes, own_lanes=own or list(range(lanes)), **settled)
+
+
+def mixture(corpus: Corpus, stream: str, alpha: float, later: dict[int, float]) -> Mixture:
+    """Of all sources of the stream, by their size; `later`: other alphas from these draws on."""
+    numbers = tuple(i for i, source in enumerate(corpus.sources) if source.kind in KINDS[stream])
+    items = np.array([corpus.sources[i].items for i in numbers], np.float64)
+    return Mixture(numbers, tuple(Stage(first, items**of_stage) for first, of_stage in ({0: alpha} | later).items()))
 
 
 def lanes_share_below(rounds: int) -> AbstractContextManager[Any]:
@@ -188,14 +198,16 @@ def test_the_two_sides_of_a_pair_are_different_languages(marked: Corpus) -> None
     assert (rows.languages[0] != rows.languages[1]).all()
 
 
-def batches(corpus: Corpus, world: int, steps: range, state: dict[str, dict[int, tuple[int, int]]]) -> list[Any]:
+def batches(
+    corpus: Corpus, world: int, steps: range, state: dict[str, dict[int, tuple[int, int]]], **how: Any
+) -> list[Any]:
     """The global batches of `steps`: what all ranks of `world` take, in lane order. `state` is read, then updated."""
     lanes = 8
     before = {stream: dict(cursors) for stream, cursors in state.items()}
     by_step: list[dict[int, Any]] = [{} for _ in steps]
     for rank, stream in itertools.product(range(world), ("mmlm", "xlco")):
         own = list(range(rank, lanes, world))
-        of_rank = reader(corpus, stream, lanes, own)
+        of_rank = reader(corpus, stream, lanes, own, **how)
         if before:
             of_rank.restore({lane: before[stream][lane] for lane in own})
         for batch, lane in itertools.product(by_step, own):
@@ -222,6 +234,37 @@ def test_stopping_anywhere_and_going_on_at_any_world_size_changes_nothing(
     unbroken: dict[str, dict[int, tuple[int, int]]] = {}
     assert halves == batches(marked, 1, range(30), unbroken)
     assert state == unbroken
+
+
+@given(
+    stop=st.integers(1, 29),
+    worlds=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])),
+    firsts=st.lists(st.integers(1, 120), min_size=1, max_size=3, unique=True).map(sorted),
+    rounds=st.sampled_from([0, ROUNDS]),
+)
+@settings(max_examples=5, deadline=None)
+def test_stopping_in_any_stage_changes_nothing(
+    marked: Corpus, stop: int, worlds: tuple[int, int], firsts: list[int], rounds: int
+) -> None:
+    later = dict(zip(firsts, (0.1, 1.0, 0.0), strict=False))
+    state: dict[str, dict[int, tuple[int, int]]] = {}
+    unbroken: dict[str, dict[int, tuple[int, int]]] = {}
+    with lanes_share_below(rounds):
+        first = batches(marked, worlds[0], range(stop), state, later=later)
+        halves = first + batches(marked, worlds[1], range(stop, 30), state, later=later)
+        assert halves == batches(marked, 1, range(30), unbroken, later=later)
+    assert state == unbroken
+
+
+@pytest.mark.parametrize("rounds", [0, ROUNDS])
+def test_every_item_comes_once_a_source_epoch_across_stages(marked: Corpus, rounds: int) -> None:
+    with lanes_share_below(rounds):
+        where = whole_windows(marked, "xlco", 4, 8, alpha=1.0, later={13: 0.0, 37: 0.5})
+    for number in PAIRS:
+        of_source = where[1:, where[0] == number]
+        assert len(np.unique(of_source, axis=1).T) == of_source.shape[1]
+        for epoch in range(int(of_source[0].max())):
+            assert sorted(of_source[1, of_source[0] == epoch]) == list(range(SOURCES[marked.sources[number].name][2]))
 
 
 @given(budget=st.integers(1, 2500), overhead=st.integers(0, 4), stream=st.sampled_from(["mmlm", "tlm"]))
@@ -336,12 +379,6 @@ def test_several_pairs_of_a_row_come_one_after_the_other(marked: Corpus) -> None
             checked += 1
         at += size
     assert checked > 100
-
-
-def test_a_stream_without_a_source_is_refused(tmp_path: Path) -> None:
-    corpus = Corpus(write(tmp_path, ["mono.de"]))
-    with pytest.raises(UserError, match="no source for xlco, which reads para or nway"):
-        reader(corpus, "xlco")
 
 
 @pytest.mark.parametrize("pivot", ["xx", "de"])
