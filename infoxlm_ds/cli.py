@@ -60,6 +60,19 @@ def doctor(
         raise typer.Exit(1)
 
 
+@prep.command()
+def mix(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
+) -> None:
+    """Show what a run will read of each source and language, and how often."""
+    from rich.console import Console
+
+    from infoxlm_ds.planner.mixture import print_mixture
+
+    print_mixture(recipe, overrides or [], Console())
+
+
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
