@@ -27,6 +27,8 @@ import numpy as np
 from benchmarks.cases import RUNS, corpus_of
 from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.data.corpus import Corpus
+from infoxlm_ds.data.mixture import Mixture
+from infoxlm_ds.data.order import Stage
 from infoxlm_ds.data.stream import StreamReader
 
 FOLDER = RUNS / "reader"
@@ -108,7 +110,10 @@ def _packs(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _ours(path: Path) -> tuple[int, int]:
     corpus = Corpus(path)
-    reader = StreamReader(corpus, "mmlm", seed=1, alpha=1.0, lanes=1, own_lanes=[0], window_packs=16)
+    numbers = [number for number, source in enumerate(corpus.sources) if source.kind == "mono"]
+    shares = np.array([corpus.sources[number].items for number in numbers], float)
+    mixture = Mixture(tuple(numbers), (Stage(0, shares),))
+    reader = StreamReader(corpus, "mmlm", seed=1, mixture=mixture, lanes=1, own_lanes=[0], window_packs=16)
     rows = tokens = 0
     while rows < reader.items:
         taken = reader.take(0, tokens=65_536)

@@ -15,7 +15,8 @@ from data_prep.build import SAMPLES, file_of
 from data_prep.filters.report import Report
 from infoxlm_ds.atomic import new_folder, write_file
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.manifest import NAME, File, Manifest, Shard, Source, inside, load_manifest, sha256_of
+from infoxlm_ds.data.files import File, inside, sha256_of
+from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, load_manifest
 
 
 def merge(out: Path, parts: Sequence[Path]) -> Manifest:

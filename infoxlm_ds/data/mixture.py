@@ -57,7 +57,7 @@ def mixture_of(recipe: Recipe, corpus: Corpus, stream: str) -> Mixture:
     costs, steps, budget = _costs(recipe, corpus, numbers, stream), _steps(recipe), _budget(recipe, stream)
     if recipe.sampling.most_epochs is not None:
         most = recipe.sampling.most_epochs * np.array([corpus.sources[i].items for i in numbers]) * costs
-        shares = _capped(shares * costs, steps * budget, most, recipe, stream) / costs
+        shares = capped(shares * costs, steps * budget, most, recipe, stream) / costs
     return Mixture(tuple(numbers), _stages([corpus.sources[i] for i in numbers], shares, costs, steps * budget))
 
 
@@ -83,11 +83,11 @@ def _shares(sampling: Sampling, corpus: Corpus, sources: list[Source], stream: s
             if not any(fnmatchcase(source.name, pattern) for source in corpus.sources):
                 raise UserError(f"{where}: no source of {corpus.path} is {pattern}: correct its spelling")
         of_stage = _by_weights(weights, sources, stream, where)
-        found.append(_by_size(sources, alpha, sampling.by) if of_stage is None else of_stage)
+        found.append(by_size(sources, alpha, sampling.by) if of_stage is None else of_stage)
     return np.array(found)
 
 
-def _by_size(sources: list[Source], alpha: float, by: str) -> np.ndarray:
+def by_size(sources: list[Source], alpha: float, by: str) -> np.ndarray:
     """In proportion to p^alpha (XLM-R, section 3.1). p is a source's part of all rows, or that of all sources in the
     same languages, which then divide their share by their rows."""
     groups = [source.name if by == "source" else " ".join(sorted(source.languages)) for source in sources]
@@ -148,7 +148,7 @@ def _pair_tokens(corpus: Corpus, number: int) -> float:
     return float(np.mean(2 * lengths.sum(0) / (lengths > 0).sum(0)))
 
 
-def _capped(wanted: np.ndarray, budgets: np.ndarray, most: np.ndarray, recipe: Recipe, stream: str) -> np.ndarray:
+def capped(wanted: np.ndarray, budgets: np.ndarray, most: np.ndarray, recipe: Recipe, stream: str) -> np.ndarray:
     """The parts of the budgets [S] that the sources get, [S, n], if none gets more than `most` [n] in all and the
     others divide what it leaves in each stage. `wanted` [S, n]: relative parts without the cap."""
     parts = wanted / wanted.sum(1, keepdims=True)

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
-from infoxlm_ds.data.manifest import File, Source
-from infoxlm_ds.data.mixture import Mixture, _by_size, _capped, expected, mixture_of
+from infoxlm_ds.data.files import File
+from infoxlm_ds.data.manifest import Source
+from infoxlm_ds.data.mixture import Mixture, by_size, capped, expected, mixture_of
 from infoxlm_ds.data.order import SLOTS, Plan, SourceSize
 from tests.corpus import small_recipe
 
 
 def source(name: str, items: int, *languages: str) -> Source:
-    file = File(name="x", bytes=0, sha256="")
+    file = File(name="x", bytes=0, sha256="0" * 64)
     figures: dict[str, Any] = {"items": items, "tokens": items * 20, "packs": -(-items // 512)}
     kind: Any = name.partition(".")[0]
     return Source(name=name, kind=kind, languages=languages, index=file, shards=(), **figures)
@@ -33,7 +34,7 @@ def opened(corpus: Path) -> Corpus:
 
 
 def recipe_of(opened: Corpus, folder: Path, *overrides: str) -> Recipe:
-    return small_recipe(opened.path, folder / "run", *("optimizer.steps=400", *overrides))
+    return small_recipe(Path(opened.path), folder / "run", *("optimizer.steps=400", *overrides))
 
 
 def of_mixture(opened: Corpus, mixture: Mixture, stage: int = 0) -> dict[str, float]:
@@ -44,10 +45,10 @@ def of_mixture(opened: Corpus, mixture: Mixture, stage: int = 0) -> dict[str, fl
 
 def test_sources_of_a_language_divide_its_share_by_their_rows() -> None:
     sources = [source("mono.a", 9000, "sw"), source("mono.b", 1000, "sw"), source("mono.c", 90_000, "en")]
-    assert _by_size(sources, 0.5, "language") == pytest.approx([90, 10, 300])
-    assert _by_size(sources, 0.5, "source") == pytest.approx([9000**0.5, 1000**0.5, 300])
+    assert by_size(sources, 0.5, "language") == pytest.approx([90, 10, 300])
+    assert by_size(sources, 0.5, "source") == pytest.approx([9000**0.5, 1000**0.5, 300])
     pairs = [source("para.a", 100, "en", "sw"), source("para.b", 300, "sw", "en"), source("nway.c", 100, "de", "en")]
-    assert _by_size(pairs, 0.5, "language") == pytest.approx([5, 15, 10])
+    assert by_size(pairs, 0.5, "language") == pytest.approx([5, 15, 10])
 
 
 def test_a_weight_is_a_share_of_the_items_that_are_read(opened: Corpus, tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_the_cap_holds_and_the_others_keep_their_proportions(
     cap = np.array(most[:n])
     budgets = np.full(stages, fill * cap.sum() / stages)
     recipe: Any = None  # only a message reads it
-    parts = _capped(table, budgets, cap, recipe, "mmlm")
+    parts = capped(table, budgets, cap, recipe, "mmlm")
     assert parts.sum(1) == pytest.approx(np.ones(stages))
     totals = budgets @ parts
     assert (totals <= cap * (1 + 1e-6)).all()

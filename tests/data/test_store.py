@@ -29,6 +29,7 @@ from infoxlm_ds.data.stream import StreamReader
 from infoxlm_ds.planner.workload import read_text
 from tests.corpus import ROOT, small_recipe
 from tests.data.servers import HttpFolder, http_folder
+from tests.data.test_stream import mixture
 
 TRIES = len(store.WAITS) + 1
 
@@ -195,7 +196,9 @@ def test_packs_near_each_other_are_one_request(corpus: Path, server: HttpFolder)
 
 def test_the_next_window_is_read_ahead(changeable: HttpFolder) -> None:
     """It is there though the server fails from then on."""
-    reader = StreamReader(Corpus(changeable.url), "xlco", seed=1, alpha=1, lanes=1, window_packs=1, own_lanes=[0])
+    corpus = Corpus(changeable.url)
+    shares = mixture(corpus, "xlco", 1.0, {})
+    reader = StreamReader(corpus, "xlco", seed=1, mixture=shares, lanes=1, window_packs=1, own_lanes=[0])
     first = reader.take(0, items=1)
     wait(reader._next[0])  # type: ignore[arg-type]
     changeable.breaks("500")

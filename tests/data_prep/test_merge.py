@@ -41,7 +41,7 @@ def parts(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Corpus
 
 
 def test_a_merged_corpus_has_the_rows_of_its_parts(parts: list[Corpus], tmp_path: Path) -> None:
-    merge(tmp_path / "both", [part.path for part in parts])
+    merge(tmp_path / "both", [Path(part.path) for part in parts])
     both = Corpus(tmp_path / "both")
     assert verify(both.path) == []
     assert both.manifest.max_tokens == 48
@@ -60,9 +60,9 @@ def test_a_merged_corpus_has_the_rows_of_its_parts(parts: list[Corpus], tmp_path
 
 
 def test_samples_of_what_was_left_out_are_merged(parts: list[Corpus], tmp_path: Path) -> None:
-    merge(tmp_path / "both", [part.path for part in parts])
+    merge(tmp_path / "both", [Path(part.path) for part in parts])
     both, one, two = (
-        json.loads((f / "samples.json").read_text()) for f in (tmp_path / "both", *(p.path for p in parts))
+        json.loads((f / "samples.json").read_text()) for f in (tmp_path / "both", *(Path(p.path) for p in parts))
     )
     assert both.keys() == one.keys() | two.keys() and both
     for reason, samples in both.items():
@@ -76,20 +76,20 @@ def test_a_merge_is_the_same_bytes_linked_or_copied(
     def refuse(*_: object) -> None:
         raise OSError("other file system")
 
-    merge(tmp_path / "linked", [part.path for part in parts])
+    merge(tmp_path / "linked", [Path(part.path) for part in parts])
     monkeypatch.setattr(os, "link", refuse)
-    merge(tmp_path / "copied", [part.path for part in parts])
+    merge(tmp_path / "copied", [Path(part.path) for part in parts])
     contents = [
         {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (tmp_path / "linked", tmp_path / "copied")
     ]
     assert contents[0] == contents[1]
     shard = load_manifest(tmp_path / "linked").sources[0].shards[0].name
-    assert (tmp_path / "linked" / shard).samefile(parts[0].path / shard)
+    assert (tmp_path / "linked" / shard).samefile(Path(parts[0].path) / shard)
 
 
 def test_a_merged_corpus_can_be_merged(corpus: Path, parts: list[Corpus], tmp_path: Path) -> None:
-    merge(tmp_path / "both", [part.path for part in parts])
+    merge(tmp_path / "both", [Path(part.path) for part in parts])
     merge(tmp_path / "all", [tmp_path / "both", corpus])
     everything = Corpus(tmp_path / "all")
     assert verify(everything.path) == []
@@ -103,7 +103,7 @@ def test_sources_of_one_name_in_other_languages_are_refused(corpus: Path, tmp_pa
     for name, row in (("one", {"en": "Open", "de": "Offen"}), ("two", {"en": "Open", "hu": "Nyitva"})):
         (tmp_path / name).mkdir()
         write_rows(tmp_path / name / "r.jsonl", [row])
-        folders.append(prepare(tmp_path / name, corpus, [source("r.jsonl")], name=name).path)
+        folders.append(Path(prepare(tmp_path / name, corpus, [source("r.jsonl")], name=name).path))
     with pytest.raises(UserError, match=r"nway\.r has the languages de en in .*one.* and en hu in .*two.*another name"):
         merge(tmp_path / "both", folders)
     assert not (tmp_path / "both").exists() and not list(tmp_path.glob("*.partial"))
@@ -116,21 +116,21 @@ def test_other_tokenizers_are_refused(parts: list[Corpus], tmp_path: Path) -> No
     changed = manifest.tokenizer.model_copy(update={"files": files})
     (other / "manifest.json").write_text(manifest.model_copy(update={"tokenizer": changed}).render(), encoding="utf-8")
     with pytest.raises(UserError, match=r"different tokenizers \(tokenizer/tokenizer.json\): prepare one again"):
-        merge(tmp_path / "both", [parts[0].path, other])
+        merge(tmp_path / "both", [Path(parts[0].path), other])
 
 
 def test_a_corpus_given_twice_an_existing_folder_and_a_shortened_shard_are_refused(
     parts: list[Corpus], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="given twice"):
-        merge(tmp_path / "both", [parts[0].path, parts[0].path])
+        merge(tmp_path / "both", [Path(parts[0].path), Path(parts[0].path)])
     with pytest.raises(UserError, match="exists"):
-        merge(tmp_path, [part.path for part in parts])
+        merge(tmp_path, [Path(part.path) for part in parts])
     shortened = Path(shutil.copytree(parts[1].path, tmp_path / "shortened"))
     shard = shortened / load_manifest(shortened).sources[0].shards[0].name
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"00000\.tar is missing or has another size"):
-        merge(tmp_path / "both", [parts[0].path, shortened])
+        merge(tmp_path / "both", [Path(parts[0].path), shortened])
 
 
 @pytest.mark.parametrize("name", ["samples.json", "nway.r/nway.r.index.npy"])
@@ -139,7 +139,7 @@ def test_a_damaged_file_does_not_get_a_new_hash(parts: list[Corpus], tmp_path: P
     data = (damaged / name).read_bytes()
     (damaged / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(UserError, match=f"{Path(name).name} is missing or damaged"):
-        merge(tmp_path / "both", [parts[0].path, damaged])
+        merge(tmp_path / "both", [Path(parts[0].path), damaged])
 
 
 def test_the_command_says_that_duplicates_stay(parts: list[Corpus], tmp_path: Path) -> None:
