@@ -14,7 +14,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ from data_prep.run import ONE, How, Stage, Task, run
 from data_prep.sample import LEAST, SampleTask, sample_block
 from data_prep.sources import READERS
 from data_prep.sources.files import is_compressed, raw, size_of
-from data_prep.table import read_footer
+from data_prep.table import Footer, read_footer
 from data_prep.texts import Texts, texts_of
 from data_prep.tokenizer import TokenizerTask, describe_tokenizer, make_tokenizer
 from infoxlm_ds.atomic import write_file
@@ -44,17 +46,16 @@ LARGEST_BLOCK, SMALLEST_BLOCK, BLOCKS = 8 * 2**20, 2**20, 32  # bytes; how many 
 BUCKET = 32 * 2**20  # bytes of text
 EXPANSION = 6  # of compressed text, about
 TRIED = 2000  # texts of each source on which SentencePiece must agree with the tokenizer
-MOST_FAULTS = 0.01  # of rows and documents
+MOST_FAULTS = 0.01  # of rows and sentences
 SAMPLES = "samples.json"  # texts that were dropped, by reason
 
 
 class Input(NamedTuple):
-    """A block of a source, and how many bytes of its file it stands for. `name`: of its tasks."""
+    """A block of a source, and how many bytes of its file it stands for."""
 
     source: int
     block: Block
     bytes: int
-    name: str
 
 
 def build(description_path: Path, out: Path, how: How = ONE) -> None:
@@ -67,7 +68,10 @@ def build(description_path: Path, out: Path, how: How = ONE) -> None:
     base, console = description_path.parent.absolute(), Console(stderr=True, soft_wrap=True)
     say = partial(console.print, highlight=False, markup=False)
     inputs = read_inputs(description, base)
-    prep = {"description": description.model_dump(mode="json"), "inputs": _hashes(description, base, inputs)}
+    hashes = _hashes(description, base, inputs)
+    prep = {"description": description.model_dump(mode="json"), "inputs": hashes}
+    work = out.with_name(f"{out.name}.work")
+    stages = _Build(description, base, inputs, hashes, work, how, console)
     if out.exists():
         if not (out / manifests.NAME).is_file():
             raise UserError(f"{out} exists and holds no corpus: remove it or choose another folder")
@@ -76,19 +80,19 @@ def build(description_path: Path, out: Path, how: How = ONE) -> None:
                 f"{out} holds the corpus of another description or other inputs: remove it or choose another folder"
             )
         say(f"{out}: prepared already")
+        if how.part[1] == 1:
+            stages.remove()
         return
-    work = out.with_name(f"{out.name}.work")
     try:
-        _Build(description, base, inputs, work, how, console).write(out, prep)
+        stages.write(out, prep)
     except BaseException:
-        if work.is_dir():
-            if any(path.is_file() for path in work.rglob("*")):
-                say(f"{work} keeps what is done: run the same command again to go on, or remove it")
-            else:
-                shutil.rmtree(work)
+        if stages.has_done():
+            say(f"{work} keeps what is done: run the same command again to go on, or remove it")
+        elif how.part[1] == 1:
+            stages.remove()
         raise
     if how.part[1] == 1:
-        shutil.rmtree(work, ignore_errors=True)
+        stages.remove()
         say(f"{out}: done")
     else:
         say(f"part {how.part[0]} of {how.part[1]}: done; when all parts have ended, {work} can be removed")
@@ -103,13 +107,13 @@ def read_inputs(description: CorpusDescription, base: Path) -> list[Input]:
     if size < LARGEST_BLOCK:
         sources = [list(READERS[s.format].blocks(s, base, size)) for s in description.sources]
     inputs: list[Input] = []
-    for number, (source, blocks) in enumerate(zip(description.sources, sources, strict=True)):
+    for number, blocks in enumerate(sources):
         of_file = Counter(part.file for block in blocks for part in block.parts)
         for block in blocks:
-            stated = [(part, sizes[part.file], _changed(part.file)) for part in block.parts]
-            name = hashlib.sha256(repr((source.model_dump(), stated)).encode()).hexdigest()[:16]
             share = sum(sizes[part.file] // of_file[part.file] for part in block.parts)
-            inputs.append(Input(number, block, share, f"{source.name}-{len(inputs):06d}-{name}"))
+            inputs.append(Input(number, block, share))
+    if not inputs:
+        raise UserError("the files of all sources are empty: correct the paths in the corpus description")
     return inputs
 
 
@@ -117,15 +121,39 @@ class _Build:
     """The stages of a build."""
 
     def __init__(
-        self, description: CorpusDescription, base: Path, inputs: list[Input], work: Path, how: How, console: Console
+        self,
+        description: CorpusDescription,
+        base: Path,
+        inputs: list[Input],
+        hashes: dict[str, str],
+        work: Path,
+        how: How,
+        console: Console,
     ) -> None:
         self._description, self._base, self._inputs, self._how, self._console = description, base, inputs, how, console
+        self._names = [self._name(number, one, hashes) for number, one in enumerate(inputs)]
         settings = description.model_dump(mode="json", exclude={"sources"})
-        read = {path: _changed(path) for path in _also_read(description, base)}
-        self._work = work / _short_hash([manifests.FORMAT, settings, read])
+        read = [hashes[_stated(path, base)] for path in _also_read(description, base)]
+        self._work = work / _short_hash([manifests.FORMAT, version("infoxlm-ds"), settings, read])
         files = {part.file for one in inputs for part in one.block.parts}
         text = sum(size_of(file) * (EXPANSION if is_dense(file) else 1) for file in files)
         self._buckets = 1 << (max(1, -(-text // BUCKET)) - 1).bit_length()
+
+    def _name(self, number: int, one: Input, hashes: dict[str, str]) -> str:
+        """Of the tasks of a block. It holds all that the block's text depends on."""
+        source = self._description.sources[one.source]
+        read = [(*part[1:], hashes[_stated(part.file, self._base)]) for part in one.block.parts]
+        return f"{source.name}-{number:06d}-{_short_hash([source.model_dump(mode='json'), read])}"
+
+    def has_done(self) -> bool:
+        """Whether a task has left anything."""
+        return any(path.is_file() for path in self._work.rglob("*"))
+
+    def remove(self) -> None:
+        """Remove what tasks have left, and the folder around it if nothing else is there."""
+        shutil.rmtree(self._work, ignore_errors=True)
+        with suppress(OSError):
+            self._work.parent.rmdir()
 
     def write(self, out: Path, prep: dict[str, Any]) -> None:
         """Run all stages, then give the corpus folder its name."""
@@ -140,6 +168,7 @@ class _Build:
         if self._how.part[0] == 0:
             shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
             self._finish(folder, mapped, reduced, prep)
+            shutil.rmtree(self._work / "reduce")  # its tasks are done no more when their shards are elsewhere
             folder.replace(out)
 
     def _run(self, name: str, tasks: Sequence[Task], counts: Callable[[Path], Counter[str]] | None = None) -> None:
@@ -154,13 +183,13 @@ class _Build:
                 Task(
                     sample_block,
                     SampleTask(self._description, self._base, one.source, one.block, most),
-                    self._work / "sample" / one.name,
+                    self._work / f"sample-{most}" / name,
                     one.bytes,
                 )
-                for one in self._inputs
+                for name, one in zip(self._names, self._inputs, strict=True)
             ]
             samples = [task.out for task in tasks]
-        folder = self._work / f"tokenizer-{_short_hash([path.name for path in samples])}"
+        folder = self._work / f"tokenizer-{_short_hash([str(path.relative_to(self._work)) for path in samples])}"
         if folder.is_dir():
             return folder
         if samples:
@@ -181,8 +210,8 @@ class _Build:
     def _map(self, setting: Setting) -> Mapped:
         spills_of = self._work / f"map-{_short_hash([setting.tokenizer.name, setting.pieces, setting.buckets])}"
         tasks = [
-            Task(map_block, MapTask(setting, one.source, one.block), spills_of / one.name, one.bytes)
-            for one in self._inputs
+            Task(map_block, MapTask(setting, one.source, one.block), spills_of / name, one.bytes)
+            for name, one in zip(self._names, self._inputs, strict=True)
         ]
         self._run("reading and encoding", tasks, lambda out: Counter(read_footer(out).notes["counts"]))
         spills = tuple(task.out for task in tasks)
@@ -192,11 +221,11 @@ class _Build:
             report.merge(Report.of_tree(self._description.seed, footer.notes))
         for notice in dict.fromkeys(notice for footer in footers for notice in footer.notes["notices"]):
             self._console.print(notice, highlight=False, markup=False)
-        faults, read = report.counts["faults"], report.counts["rows"] + report.counts["documents"]
+        faults, read = report.counts["faults"], report.counts["rows"] + report.counts["sentences"]
         if faults > MOST_FAULTS * (read + faults):
             first = report.samples["faults"][0]
             raise UserError(
-                f"{faults:,} of {read + faults:,} rows or documents cannot be used, more than {MOST_FAULTS:.0%}; one "
+                f"{faults:,} of {read + faults:,} rows or sentences cannot be used, more than {MOST_FAULTS:.0%}; one "
                 f"of them: {first.place}: {first.texts['']}: correct the files"
             )
         targets = targets_of(footers, self._buckets)
@@ -204,16 +233,30 @@ class _Build:
             raise UserError(
                 "no row is left after cleaning: check the sources, languages and filters of the description"
             )
-        return Mapped(spills, report, targets)
+        self._check(targets, footers)
+        return Mapped(spills, [set(footer.frames) for footer in footers], report, targets)
+
+    def _check(self, targets: dict[str, Target], footers: Sequence[Footer]) -> None:
+        """UserError if pairs have more than two languages. Says which sources gave nothing."""
+        for number, source in enumerate(self._description.sources):
+            if source.kind == "para" and source.name in targets and len(targets[source.name].languages) > 2:
+                raise UserError(
+                    f"source {source.name}: kind para has two languages, but the data has "
+                    f"{' '.join(targets[source.name].languages)}: use kind nway, or one source for each pair"
+                )
+            of_source = (f for one, f in zip(self._inputs, footers, strict=True) if one.source == number)
+            if not any(footer.frames for footer in of_source):
+                self._console.print(f"source {source.name}: nothing is left of it", highlight=False, markup=False)
 
     def _reduce(self, mapped: Mapped, folder: Path) -> dict[str, list[Task]]:
         tasks: dict[str, list[Task]] = {}
         for name, target in mapped.targets.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             tasks[name] = []
+            spills = tuple(spill for spill, held in zip(mapped.spills, mapped.held, strict=True) if name in held)
             for number, buckets in enumerate(shards_of(target.sizes)):
                 shard = folder / name / f"{name}-{number:05d}.tar"
-                argument = ReduceTask(shard, name, target.languages, mapped.spills, buckets)
+                argument = ReduceTask(shard, name, target.languages, spills, buckets)
                 size = int(target.sizes[slice(*buckets)].sum())
                 out = self._work / "reduce" / folder.name / f"{shard.stem}.json"
                 tasks[name].append(Task(reduce_shard, argument, out, size))
@@ -249,9 +292,10 @@ class _Build:
 
 
 class Mapped(NamedTuple):
-    """What the map stage wrote and found."""
+    """What the map stage wrote and found. `held`: the sources of the corpus that each spill holds."""
 
     spills: tuple[Path, ...]
+    held: list[set[str]]
     report: Report
     targets: dict[str, Target]
 
@@ -283,7 +327,7 @@ def _hashes(description: CorpusDescription, base: Path, inputs: list[Input]) -> 
     """The sha256 of every input file, by path. UserError if one is missing."""
     paths = [*dict.fromkeys(part.file for one in inputs for part in one.block.parts), *_also_read(description, base)]
     try:
-        return {path if "://" in path else os.path.relpath(path, base): _sha256(path) for path in paths}
+        return {_stated(path, base): _sha256(path) for path in paths}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: correct the path in the corpus description") from None
 
@@ -294,7 +338,8 @@ def _also_read(description: CorpusDescription, base: Path) -> list[str]:
     paths = [*held_out.files] if held_out else []
     paths += [identifier.model] if identifier and identifier.model else []
     folder = base / (description.tokenizer.path or "")
-    tokenizer = sorted(folder.glob("*token*")) if description.tokenizer.path else []
+    kinds = (".json", ".model", ".txt", ".vocab")
+    tokenizer = sorted(path for path in folder.glob("*") if path.suffix in kinds) if description.tokenizer.path else []
     return [str(base / path) for path in (*paths, *tokenizer)]
 
 
@@ -306,9 +351,9 @@ def _sha256(file: str) -> str:
     return digest.hexdigest()
 
 
-def _changed(file: str) -> int:
-    """When a local file was changed last: together with its size, a sign that it is the same. 0 if it is not there."""
-    return Path(file).stat().st_mtime_ns if Path(file).is_file() else 0
+def _stated(file: str, base: Path) -> str:
+    """A file as the manifest names it."""
+    return file if "://" in file else os.path.relpath(file, base)
 
 
 def is_dense(file: str) -> bool:

@@ -22,7 +22,7 @@ SHARD = 64 * 2**20  # bytes of the arrays of a shard, about
 
 
 class ReduceTask(NamedTuple):
-    """A shard. `spills`: all of the source; `buckets`: the first and the one after the last."""
+    """A shard. `spills`: all that hold the source; `buckets`: the first and the one after the last."""
 
     shard: Path
     source: str

@@ -6,8 +6,10 @@ on where it was, and several machines can share a build through a common folder.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -24,6 +26,7 @@ from infoxlm_ds.atomic import sync
 from infoxlm_ds.config import UserError
 
 INTERVAL = 10.0  # seconds between lines when no terminal watches
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent is gone
 POLL = 1.0  # seconds between looks for what other parts do
 
 
@@ -83,7 +86,10 @@ def do(task: Task) -> None:
         sync(partial)
         partial.replace(task.out)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def _ran(tasks: list[Task], how: How) -> Iterator[Task]:
@@ -101,7 +107,7 @@ def _ran(tasks: list[Task], how: How) -> Iterator[Task]:
 def _in_pool(tasks: list[Task], workers: int) -> Iterator[Task]:
     # Workers are not forked from this process, which may have threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _leave_signals_to_the_parent)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _follow, (os.getpid(),))
     try:
         running = {pool.submit(do, task): task for task in tasks}
         for future in as_completed(running):
@@ -118,8 +124,12 @@ def _in_pool(tasks: list[Task], workers: int) -> Iterator[Task]:
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_signals_to_the_parent() -> None:
+def _follow(parent: int) -> None:
+    """Leave ^C to the parent, and die with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
 
 
 def _on_ray(tasks: list[Task], how: How) -> Iterator[Task]:
@@ -128,7 +138,9 @@ def _on_ray(tasks: list[Task], how: How) -> Iterator[Task]:
     except ImportError:
         raise UserError("--on ray needs Ray: pip install 'infoxlm-ds[ray]'") from None
     if not ray.is_initialized():
-        ray.init(num_cpus=how.workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        address = os.environ.get("RAY_ADDRESS")
+        where = {"address": address} if address else {"address": "local", "num_cpus": how.workers}
+        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     remote = ray.remote(num_cpus=1, max_retries=3)(do)
     running = {remote.remote(task): task for task in tasks}
     while running:

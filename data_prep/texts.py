@@ -35,6 +35,7 @@ class Texts:
                 yield item._replace(texts=self._row(item))
             elif isinstance(item, Document):
                 self.report.counts["documents"] += 1
+                self.report.counts["sentences"] += len(item.sentences)
                 if (document := self._document(item)) is not None:
                     yield document
             elif isinstance(item, Notice):

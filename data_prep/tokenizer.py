@@ -36,6 +36,8 @@ def make_tokenizer(task: TokenizerTask, out: Path) -> None:
     if description.path is None:
         assert description.vocab_size is not None
         texts = merge_samples(task.samples, description.sentences, description.alpha)
+        if not texts:
+            raise UserError("no text is left after cleaning to train a tokenizer on: check the sources and filters")
         _train(texts, description.vocab_size, description.character_coverage, out)
     else:
         _copy(description.path, task.base, out)

@@ -1,7 +1,7 @@
 """Applies all filters, in this order, which is the order of docs/data.md.
 
-To each side of a row: too_long. To it and to each monolingual sentence: placeholders, markup, empty, letters, script,
-repetition, language_id, held_out.
+To each side of a row: too_long, before anything is stripped. To it and to each monolingual sentence: placeholders,
+markup, empty, letters, script, repetition, language_id, held_out.
 To each pair of a side with the row's reference side: copy, length_ratio, numbers, urls.
 A text is dropped for the first reason that holds.
 """

@@ -74,12 +74,22 @@ def _here(ranks: int, run: Path, rank_command: Sequence[str]) -> int:
 
     def send(number: signal.Signals, launcher: psutil.Process) -> bool:
         """Signal only the ranks. A signal to DeepSpeed's launcher would leave them only 30 seconds to save."""
-        ranks = [child for child in launcher.children(recursive=True) if not child.children()]
-        for leaf in ranks or [launcher]:
-            leaf.send_signal(number)
+        for process in _ranks_below(launcher) or [launcher]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         return True
 
     return _wait(command, environment, send, run)
+
+
+def _ranks_below(launcher: psutil.Process) -> list[psutil.Process]:
+    """The ranks that a launcher started. They may have children, such as torch's compilers."""
+    found = []
+    for child in launcher.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.cmdline()[1:3] == ["-u", script.__file__]:
+                found.append(child)
+    return found
 
 
 def _on_hosts(hostfile: Path, hosts: Sequence[str], run: Path, rank_command: Sequence[str]) -> int:
@@ -149,9 +159,12 @@ def _wait(
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal requested, delivered
         if requested and number == signal.SIGINT:
-            send(signal.SIGKILL, psutil.Process(process.pid))
-            for child in reversed(psutil.Process(process.pid).children(recursive=True)):
-                child.kill()
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+                send(signal.SIGKILL, psutil.Process(process.pid))
+                for child in reversed(children):
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
             process.kill()
             print("infoxlm: stopped at once", file=sys.stderr, flush=True)
             os._exit(128 + signal.SIGINT)
@@ -166,7 +179,8 @@ def _wait(
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=1)
         if code is None and not delivered:
-            delivered = send(signal.SIGTERM, psutil.Process(process.pid))
+            with suppress(psutil.NoSuchProcess):
+                delivered = send(signal.SIGTERM, psutil.Process(process.pid))
     if requested and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # stopped before the ranks had anything to save
         return STOPPED_ON_REQUEST
     if code < 0 or code > 128:

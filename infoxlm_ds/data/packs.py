@@ -51,9 +51,9 @@ def write_shard(path: Path, packs: Iterable[Pack], name: str) -> np.ndarray:
     with path.open("w+b") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, pack in enumerate(packs):
             start, key = tar.offset, f"{name.replace('.', '_')}-{number:05d}"  # a key ends at the first dot
-            for name, array in _members(pack).items():
+            for ending, array in _members(pack).items():
                 data = _npy(array)
-                member = tarfile.TarInfo(f"{key}.{name}")
+                member = tarfile.TarInfo(f"{key}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
             file.flush()

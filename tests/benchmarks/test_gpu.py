@@ -47,7 +47,7 @@ def test_a_section_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -
     parts = ("--only", "base", "--only", "contrast")
     ended = _run("benchmarks.gpu", "--device", "cpu", "--tiny", "--corpus", tmp_path, "--report", path, *parts)
     report = path.read_text(encoding="utf-8")
-    assert ended.returncode == 1 and "**FAILED**" in report and "UserError" in report
+    assert ended.returncode == 1 and "**FAILED**" in report and "is no prepared corpus" in report
     assert "operations a second" in report and report.rstrip().endswith("Failed: base")
 
 

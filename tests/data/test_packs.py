@@ -93,7 +93,7 @@ def test_plain_webdataset_reads_the_shards(tmp_path: Path, sides: int) -> None:
     written, path = random_packs(3, sides), tmp_path / "para.x-00000.tar"
     write(path, written)
     samples = list(webdataset.WebDataset([str(path)], shardshuffle=False).decode())
-    assert len({sample["__key__"] for sample in samples}) == 3
+    assert [sample["__key__"] for sample in samples] == [f"para_x-00000-{number:05d}" for number in range(3)]
     for pack, sample in zip(written, samples, strict=True):
         present = pack.lengths.T > 0
         assert np.array_equal(sample["ids.npy"], pack.ids)

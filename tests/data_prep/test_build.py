@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data_prep.build import build
 from data_prep.clean import clean
 from data_prep.verify import verify
 from infoxlm_ds.config import UserError
@@ -234,6 +235,36 @@ def test_damaged_lines_may_be_skipped_and_are_counted_with_their_places(corpus: 
 def test_more_than_one_damaged_line_in_a_hundred_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"5 of 305 rows .* more than 1%.*r\.jsonl line 30\d"):
         prepare(tmp_path, corpus, [damaged_lines(tmp_path, 300, 5)], on_error="skip")
+
+
+def test_pairs_of_more_than_two_languages_are_refused(corpus: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "r.jsonl", [{"en": "one door", "de": "eine Tür"}, {"en": "one door", "hu": "egy ajtó"}])
+    with pytest.raises(UserError, match=r"source para\.r: kind para has two languages, but the data has de en hu"):
+        prepare(tmp_path, corpus, [{"name": "para.r", "kind": "para", "format": "jsonl", "path": "r.jsonl"}])
+
+
+def test_a_source_that_gives_nothing_is_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "r.jsonl", [{"en": "one door"}])
+    lonely = {"name": "nway.lonely", "kind": "nway", "format": "jsonl", "path": "r.jsonl"}
+    prepare(tmp_path, corpus, [damaged_lines(tmp_path / "..", 5, 0) | {"path": "../r.jsonl"}, lonely])
+    assert "source nway.lonely: nothing is left of it" in capsys.readouterr().err
+
+
+def test_files_without_a_text_are_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text("")
+    source = {"name": "nway.r", "kind": "nway", "format": "jsonl", "path": "r.jsonl"}
+    with pytest.raises(UserError, match="the files of all sources are empty"):
+        prepare(tmp_path, corpus, [source])
+    write_rows(tmp_path / "r.jsonl", [{"en": "1", "de": "2"}])
+    with pytest.raises(UserError, match="no text is left after cleaning to train a tokenizer on"):
+        build(describe(tmp_path, {"vocab_size": 60}, [source]), tmp_path / "corpus")
+
+
+def test_a_folder_of_the_user_beside_the_corpus_stays(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.work").mkdir()
+    (tmp_path / "corpus.work" / "notes.txt").write_text("mine")
+    prepare(tmp_path, corpus, [damaged_lines(tmp_path, 5, 0)])
+    assert [path.name for path in (tmp_path / "corpus.work").iterdir()] == ["notes.txt"]
 
 
 def test_a_dry_run_estimates_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:

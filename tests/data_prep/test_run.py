@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 
 from data_prep.build import build
@@ -106,6 +107,9 @@ def test_parts_on_several_machines_give_the_same_bytes(
         _, said = process.communicate(timeout=200)
         assert process.returncode == 0, said
     assert files(out) == whole
+    shutil.rmtree(out)  # what the parts left does not count as this corpus
+    build(description, out)
+    assert files(out) == whole
 
 
 def test_a_build_that_is_killed_again_and_again_goes_on(
@@ -144,6 +148,18 @@ def test_what_changed_meanwhile_is_done_again(description: Path, tmp_path: Path)
     build(folder / "corpus.yaml", out)
     build(folder / "corpus.yaml", tmp_path / "fresh")
     assert files(out) == files(tmp_path / "fresh")
+
+
+def test_workers_end_with_the_command(description: Path, tmp_path: Path) -> None:
+    process = _start(description, tmp_path / "corpus", How(2))
+    workers: list[psutil.Process] = []
+    while len(workers) < 2:
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert process.poll() is None
+    process.kill()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    process.communicate()
 
 
 def test_a_worker_that_is_killed_is_told(description: Path, tmp_path: Path) -> None:
