@@ -31,6 +31,8 @@ from infoxlm_ds.engine.engine import Engine
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.momentum import MomentumEncoder
 
+PATIENCE = 5.0  # seconds: a process that was killed just now still holds its lock
+
 
 @dataclass(frozen=True)
 class Best:
@@ -100,7 +102,7 @@ class Checkpoints:
     def lock(self) -> None:
         """Lock the run folder until this process ends, and remove half-written checkpoints. Collective. UserError if
         another process trains in the folder."""
-        holder = on_first_rank(self.store.acquire)
+        holder = on_first_rank(lambda: self.store.acquire(PATIENCE))
         if isinstance(holder, Failed):
             raise UserError(
                 f"{self.store.run} cannot be written to or locked ({holder.why}): correct `run` or its permissions, or "

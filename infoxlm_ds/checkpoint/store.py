@@ -33,7 +33,6 @@ FORMAT = 3  # of state.json and of the files beside it
 BEFORE = "570d66d"  # the last revision that reads the formats before
 NAME = re.compile(r"step-\d{8,}")
 MANIFEST, STATE, INDEX = "manifest.json", "state.json", "index.json"
-PATIENCE = 5.0  # seconds: a process that was killed just now still holds its lock
 
 # What a run that goes on takes from state.json.
 STATED = {"recipe", "engine", "zero_stage", "precision", "corpus", "tokenizer", "world_size"}
@@ -78,12 +77,12 @@ class Store:
         self._pointer = self.folder / "latest"
         self._lock: TextIO | None = None
 
-    def acquire(self) -> str:
+    def acquire(self, patience: float = 0.0) -> str:
         """Lock the folder until this process ends, and remove what was not committed. If another process holds the
-        lock, return its name; else an empty text."""
+        lock for longer than `patience` seconds, return its name; else an empty text."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / "lock").open("a+")
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while not _locked(lock):
             if time.monotonic() > deadline:
                 lock.seek(0)

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,6 +339,23 @@ def test_a_queue_of_another_size_goes_on_with_the_newest_keys(
 def test_a_larger_queue_that_could_not_fill_is_refused(corpus: Path, half_way: Path) -> None:
     for message in run_ranks(_refused, 2, small_recipe(corpus, half_way, "contrast.queue.size=143")):
         assert "contrast.queue.size 143" in message and "4 steps" in message
+
+
+def test_a_start_waits_for_a_process_that_is_about_to_end(corpus: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(corpus, tmp_path / "run")
+    context = multiprocessing.get_context("fork")
+    holding = context.Event()
+
+    def first() -> None:
+        Checkpoints(recipe).lock()
+        holding.set()
+        time.sleep(1)
+
+    process = context.Process(target=first)
+    process.start()
+    assert holding.wait(30)
+    Checkpoints(recipe).lock()
+    process.join()
 
 
 def test_a_second_process_in_a_run_folder_is_refused_and_told_of_the_first(corpus: Path, tmp_path: Path) -> None:
