@@ -168,7 +168,6 @@ class _Build:
         if self._how.part[0] == 0:
             shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
             self._finish(folder, mapped, reduced, prep)
-            shutil.rmtree(self._work / "reduce")  # its tasks are done no more when their shards are elsewhere
             folder.replace(out)
 
     def _run(self, name: str, tasks: Sequence[Task], counts: Callable[[Path], Counter[str]] | None = None) -> None:
@@ -259,6 +258,8 @@ class _Build:
                 argument = ReduceTask(shard, name, target.languages, spills, buckets)
                 size = int(target.sizes[slice(*buckets)].sum())
                 out = self._work / "reduce" / folder.name / f"{shard.stem}.json"
+                if not shard.exists():  # it went into a corpus before
+                    out.unlink(missing_ok=True)
                 tasks[name].append(Task(reduce_shard, argument, out, size))
         everything = [task for of_target in tasks.values() for task in of_target]
         self._run("shuffling and writing", everything, lambda out: Counter(duplicates=read_reduced(out).duplicates))
