@@ -159,7 +159,8 @@ class _Build:
         """Run all stages, then give the corpus folder its name."""
         tried = self._first_texts()  # before any work: what is wrong with the files often shows in their first lines
         tokenizer = self._tokenizer()
-        unknown = describe_tokenizer(tokenizer, ()).special_ids["unk"]
+        described = describe_tokenizer(tokenizer, ())
+        unknown = described.special_ids["unk"]
         setting = Setting(self._description, self._base, tokenizer, unknown, buckets=self._buckets)
         setting = setting._replace(pieces=Encoder(tokenizer, unknown, pieces=True).agrees(tried))
         mapped = self._map(setting)
@@ -167,7 +168,7 @@ class _Build:
         reduced = self._reduce(mapped, folder)
         if self._how.part[0] == 0:
             shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-            self._finish(folder, mapped, reduced, prep)
+            self._finish(folder, described, mapped, reduced, prep)
             folder.replace(out)
 
     def _run(self, name: str, tasks: Sequence[Task], counts: Callable[[Path], Counter[str]] | None = None) -> None:
@@ -265,7 +266,14 @@ class _Build:
         self._run("shuffling and writing", everything, lambda out: Counter(duplicates=read_reduced(out).duplicates))
         return tasks
 
-    def _finish(self, folder: Path, mapped: Mapped, reduced: dict[str, list[Task]], prep: dict[str, Any]) -> None:
+    def _finish(
+        self,
+        folder: Path,
+        described: manifests.Tokenizer,
+        mapped: Mapped,
+        reduced: dict[str, list[Task]],
+        prep: dict[str, Any],
+    ) -> None:
         """Write indices, samples and manifest."""
         files = tuple(file_of(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
         counts = Counter(mapped.report.counts)
@@ -283,7 +291,7 @@ class _Build:
         manifest = Manifest(
             name=self._description.name,
             max_tokens=self._description.max_tokens,
-            tokenizer=describe_tokenizer(folder / "tokenizer", files),
+            tokenizer=described.model_copy(update={"files": files}),
             sources=tuple(sources),
             samples=file_of(folder, folder / SAMPLES),
             counts=dict(sorted(counts.items())),

@@ -18,7 +18,7 @@ from typing import IO, Any
 import fsspec
 import zstandard
 
-from data_prep.rows import Part
+from data_prep.rows import Block, Part
 from infoxlm_ds.config import UserError
 
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
@@ -111,6 +111,13 @@ def plain(part: Part) -> Iterator[io.BufferedIOBase]:
 
 def whole(file: str) -> Part:
     return Part(file, 0, size_of(file))
+
+
+def one_block_each(path: str | None, base: Path) -> Iterator[Block]:
+    """A block for each file that the path of a source names."""
+    assert path is not None
+    for file in find(path, base):
+        yield Block((whole(file),))
 
 
 def is_compressed(file: str) -> bool:

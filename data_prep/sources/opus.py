@@ -21,9 +21,7 @@ UNREADABLE = (RuntimeError, ValueError, *files.DAMAGED)
 
 def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:
     """One block for each zip file."""
-    assert source.path is not None
-    for file in files.find(source.path, base):
-        yield Block((files.whole(file),))
+    return files.one_block_each(source.path, base)
 
 
 def read(source: SourceDescription, block: Block) -> Iterator[Item]:

@@ -14,11 +14,8 @@ LONGEST = 2**24  # characters; a longer document is given out in several, so tha
 
 def blocks(source: SourceDescription, base: Path, size: int) -> Iterator[Block]:
     if source.documents != "file":
-        yield from lines.blocks(source, base, size, None if source.documents == "line" else _is_blank)
-        return
-    assert source.path is not None
-    for file in files.find(source.path, base):
-        yield Block((files.whole(file),))
+        return lines.blocks(source, base, size, None if source.documents == "line" else _is_blank)
+    return files.one_block_each(source.path, base)
 
 
 def _is_blank(line: bytes) -> bool:

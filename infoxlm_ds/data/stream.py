@@ -135,6 +135,7 @@ class StreamReader:
         self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], mixture.stages, seed, stream)
         self._pivot, self._pivot_share, self._grouping = pivot, pivot_share, grouping
         self.shared = lanes > 1 and sum(s.packs for s in sources) < ROUNDS * lanes * window_packs
+        self._orders = 1 if self.shared else lanes  # of windows
         most = int(1 / self._plan.passes(1))  # packs of a window
         self._packs = max(1, min(window_packs, most)) if self.shared else window_packs
         self._own, self._turn, self._last = tuple(own_lanes), 0, Amount()
@@ -196,21 +197,20 @@ class StreamReader:
 
     def _window(self, lane: int, k: int) -> Rows:
         if lane not in self._windows or self._windows[lane][0] != k:
-            lanes = 1 if self.shared else self._lanes
             coming = self._corpus.ahead(self._packs_of(lane, k))
             self._next[lane] = self._corpus.ahead(self._packs_of(lane, k + 1))
-            draws = self._plan.window(lane, k, lanes, self._packs)
+            draws = self._plan.window(lane, k, self._orders, self._packs)
             parts, groups = zip(*(self._rows(draw) for draw in draws), strict=True)
             del coming
             sizes = np.concatenate(groups)
-            order = keyed_generator(*self._key, "window", k * lanes + lane).permutation(len(sizes))
+            order = keyed_generator(*self._key, "window", k * self._orders + lane).permutation(len(sizes))
             items = runs((np.cumsum(sizes) - sizes)[order], sizes[order])
             self._windows[lane] = (k, Rows.concatenate(parts).select(items))
         return self._windows[lane][1]
 
     def _packs_of(self, lane: int, k: int) -> Iterator[tuple[int, int]]:
         """Source and number of a window's packs."""
-        for draw in self._plan.window(lane, k, 1 if self.shared else self._lanes, self._packs):
+        for draw in self._plan.window(lane, k, self._orders, self._packs):
             yield self._numbers[draw.source], draw.pack
 
     def _rows(self, draw: Draw) -> tuple[Rows, np.ndarray]:
