@@ -19,7 +19,7 @@ from data_prep.description import CorpusDescription, SourceDescription
 from data_prep.encode import Encoder
 from data_prep.filters.report import Report
 from data_prep.rows import Block, Document, Row
-from data_prep.table import Table, write_spill
+from data_prep.table import WRONG, Table, write_spill
 from data_prep.texts import Texts, texts_of
 from infoxlm_ds.data.packs import content_id, runs, text_id
 
@@ -80,8 +80,8 @@ class _Rows:
         languages = list(self._languages)
         found = {}
         for name, table in joined.items():
-            used, numbers = np.unique(table.languages, return_inverse=True)
-            renumbered = replace(table, languages=numbers.astype(np.uint16))
+            used, numbers = np.unique(table.languages % WRONG, return_inverse=True)
+            renumbered = replace(table, languages=numbers.astype(np.uint16) + table.languages // WRONG * WRONG)
             found[name] = [languages[number] for number in used], renumbered
         return found
 
@@ -93,7 +93,7 @@ class _Rows:
         self._counts["special_tokens_in_text"] += int(spelled[number].sum())
         ends = np.cumsum(lengths)
         if self._source.kind != "mono":
-            rows = [item.texts for item in chunk if isinstance(item, Row)]
+            rows = [item for item in chunk if isinstance(item, Row)]
             names = np.array([text_id(text) for text in texts], np.uint64)
             sides = _Sides(ids, (ends - lengths)[number], lengths[number], names[number])
             self._add(self._source.name, self._parallel(rows, sides))
@@ -105,27 +105,34 @@ class _Rows:
         if len(table):
             self._tables.setdefault(name, []).append(table)
 
-    def _parallel(self, rows: list[dict[str, str]], sides: _Sides) -> Table:
-        """The rows that have at least two sides of at most `max_tokens` pieces."""
-        codes = [code for row in rows for code in row]
-        row = np.repeat(np.arange(len(rows)), np.fromiter(map(len, rows), np.int64, len(rows)))
+    def _parallel(self, rows: list[Row], sides: _Sides) -> Table:
+        """The rows that have at least two sides of at most `max_tokens` pieces, with their negatives. Rows with the
+        same sides are equal."""
+        of_rows = [_codes(row) for row in rows]
+        codes = list(itertools.chain.from_iterable(of_rows))
+        counts = np.fromiter(map(len, of_rows), np.int64, len(rows))
+        row = np.repeat(np.arange(len(rows)), counts)
+        numbers = {code: self._number(code) for code in dict.fromkeys(codes)}
+        place = np.arange(len(codes)) - (np.cumsum(counts) - counts)[row]
+        right = place < np.fromiter((len(r.texts) for r in rows), np.int64, len(rows))[row]  # no negative
         too_long = sides.lengths > self._longest
         kept = ~too_long & (sides.lengths > 0)
-        enough = np.bincount(row[kept], minlength=len(rows)) >= 2
-        self._counts["sides_too_long"] += int(too_long.sum())
+        enough = np.bincount(row[kept & right], minlength=len(rows)) >= 2
+        self._counts["sides_too_long"] += int((too_long & right).sum())
         self._counts["rows_with_less_than_two_sides"] += int((~enough).sum())
         (side,) = np.nonzero(kept & enough[row])
-        counts = np.bincount(row[side], minlength=len(rows))[enough]
-        numbers = {code: self._number(code) for code in dict.fromkeys(codes)}
+        if not right.all():
+            self._counts["negatives_too_long"] += int((too_long & ~right).sum())
+            self._counts["negatives"] += int((~right[side]).sum())
         languages = np.array([numbers[codes[i]] for i in side.tolist()], np.uint16)
         tags = np.array([content_id(code.encode()) for code in self._languages], np.uint64)[languages]
-        named = np.stack([tags, sides.text_ids[side]], axis=1).tobytes()
-        ends = (16 * np.cumsum(counts)).tolist()
+        named = np.stack([tags, sides.text_ids[side]], axis=1)[right[side]].tobytes()
+        ends = (16 * np.cumsum(np.bincount(row[side[right[side]]], minlength=len(rows))[enough])).tolist()
         texts_of_rows = (named[start:end] for start, end in itertools.pairwise([0, *ends]))
         return Table(
-            keys=self._keys(self._source.name, texts_of_rows, len(counts)),
-            sides=counts.astype(np.uint16),
-            languages=languages,
+            keys=self._keys(self._source.name, texts_of_rows, len(ends)),
+            sides=np.bincount(row[side], minlength=len(rows))[enough].astype(np.uint16),
+            languages=languages + np.where(right[side], 0, WRONG).astype(np.uint16),
             lengths=sides.lengths[side].astype(np.uint16),
             text_ids=sides.text_ids[side],
             ids=sides.pool[runs(sides.starts[side], sides.lengths[side])],
@@ -141,6 +148,7 @@ class _Rows:
                 for language in item.texts:
                     blocks.setdefault(language, []).extend(self._blocks(ids[at : at + 1]))
                     at += 1
+                at += sum(map(len, item.negatives.values()))
             else:
                 end = at + len(item.sentences)
                 blocks.setdefault(item.language, []).extend(self._blocks(ids[at:end]))
@@ -184,6 +192,11 @@ class _Rows:
         key = hashlib.blake2b(f"{self._seed}/{source}".encode(), digest_size=16).digest()
         digests = b"".join(hashlib.blake2b(row, digest_size=16, key=key).digest() for row in rows)
         return np.frombuffer(digests, np.uint64).reshape(n, 2)
+
+
+def _codes(row: Row) -> list[str]:
+    """The language of each text of a row, in the order of `texts_of`."""
+    return [*row.texts, *(code for code, wrong in row.negatives.items() for _ in wrong)]
 
 
 @lru_cache(1)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.table import Footer, Table, read_footer, read_frames
+from data_prep.table import WRONG, Footer, Table, read_footer, read_frames
 from infoxlm_ds.atomic import sync
 from infoxlm_ds.data.files import sha256_of
-from infoxlm_ds.data.packs import ROWS, Pack, write_shard
+from infoxlm_ds.data.packs import ROWS, Negatives, Pack, write_shard
 
 SHARD = 64 * 2**20  # bytes of the arrays of a shard, about
 
@@ -95,9 +96,18 @@ def packs_of(table: Table, languages: int) -> Iterator[Pack]:
     for start in range(0, len(table), ROWS):
         part = table.select(np.arange(start, min(start + ROWS, len(table))))
         row = np.repeat(np.arange(len(part)), part.sides)
+        wrong = part.languages >= WRONG
+        side, of_wrong = (part.languages[~wrong], row[~wrong]), np.repeat(wrong, part.lengths)
         lengths, text_ids = (np.zeros((languages, len(part)), kind) for kind in (np.uint16, np.uint64))
-        lengths[part.languages, row], text_ids[part.languages, row] = part.lengths, part.text_ids
-        yield Pack(part.ids, lengths, text_ids)
+        lengths[side], text_ids[side] = part.lengths[~wrong], part.text_ids[~wrong]
+        negatives = Negatives(
+            rows=row[wrong],
+            sides=part.languages[wrong] - WRONG,
+            lengths=part.lengths[wrong],
+            text_ids=part.text_ids[wrong],
+            ids=part.ids[of_wrong],
+        )
+        yield Pack(part.ids[~of_wrong], lengths, text_ids, negatives)
 
 
 def _parts(task: ReduceTask) -> Iterator[Table]:
@@ -108,4 +118,4 @@ def _parts(task: ReduceTask) -> Iterator[Table]:
         wanted = [frame for bucket, frame in sorted(frames.items()) if bucket in range(*task.buckets)]
         for table in read_frames(spill, wanted):
             new = np.array([numbers[language] for language in footer.languages[task.source]], np.uint16)
-            yield Table(table.keys, table.sides, new[table.languages], table.lengths, table.text_ids, table.ids)
+            yield replace(table, languages=new[table.languages % WRONG] + table.languages // WRONG * WRONG)

@@ -18,14 +18,15 @@ import zstandard
 from infoxlm_ds.data.packs import runs
 
 LEVEL = 3  # of zstandard
+WRONG = 1 << 15  # added to the number of a side's language: the side is a negative of its row
 END = 8  # bytes at the end of a spill: where its footer begins
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows, side after side. `keys` uint64 [n, 2]: a 128-bit hash of each row's texts. `sides` uint16 [n]: how many it
-    has. `languages` uint16 [m]: numbers of the sides' languages, `lengths` uint16 [m], `text_ids` uint64 [m]. `ids`
-    uint32 [T]."""
+    has, hard negatives included. `languages` uint16 [m]: numbers of the sides' languages, see WRONG. `lengths` uint16
+    [m], `text_ids` uint64 [m]. `ids` uint32 [T]. A row's negatives follow its other sides."""
 
     keys: np.ndarray
     sides: np.ndarray

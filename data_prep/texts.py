@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
@@ -14,6 +15,9 @@ from data_prep.filters.report import Report
 from data_prep.rows import Block, Document, Fault, Notice, Row
 from data_prep.sources import READERS
 from infoxlm_ds.config import UserError
+from infoxlm_ds.data.packs import text_id
+
+MOST = 255  # negatives of a row
 
 
 class Texts:
@@ -30,9 +34,8 @@ class Texts:
         for item in READERS[self._source.format].read(self._source, self._block):
             if isinstance(item, Row):
                 self.report.counts["rows"] += 1
-                if item.negatives:
-                    self.report.counts["rows_with_negatives_that_are_not_stored"] += 1
-                yield item._replace(texts=self._row(item))
+                texts = self._row(item)
+                yield Row(item.place, texts, self._negatives(item, texts) if item.negatives else {})
             elif isinstance(item, Document):
                 self.report.counts["documents"] += 1
                 self.report.counts["sentences"] += len(item.sentences)
@@ -59,6 +62,24 @@ class Texts:
             )
         return self._filters.row(row._replace(texts=dict(sorted(texts.items()))), self.report)
 
+    def _negatives(self, row: Row, texts: dict[str, str]) -> dict[str, list[str]]:
+        """The wrong sentences for a row of which `texts` are left: in its languages, different from its texts and from
+        each other, MOST at most."""
+        counts, kept = self.report.counts, dict[str, list[str]]()
+        seen = {text_id(text) for text in texts.values()}
+        for language, text in ((self._language(code), text) for code, wrong in row.negatives.items() for text in wrong):
+            if language is None or language not in texts:
+                counts["negatives_in_languages_that_the_row_lacks"] += 1
+            elif (stays := self._filters.sentence(language, self._clean(text), row.place, self.report)) is not None:
+                if (number := text_id(stays)) in seen:
+                    counts["negatives_that_are_right_or_come_twice"] += 1
+                elif len(seen) - len(texts) >= MOST:
+                    counts[f"negatives_above_{MOST}_of_a_row"] += 1
+                else:
+                    kept.setdefault(language, []).append(stays)
+                    seen.add(number)
+        return kept
+
     def _document(self, document: Document) -> Document | None:
         language = self._language(document.language)
         if language is None:
@@ -83,8 +104,10 @@ class Texts:
 
 
 def texts_of(item: Row | Document) -> Iterable[str]:
-    """The texts of a row or document, in their order."""
-    return item.texts.values() if isinstance(item, Row) else item.sentences
+    """The texts of a row, before its negatives, or of a document, in their order."""
+    if isinstance(item, Document):
+        return item.sentences
+    return itertools.chain(item.texts.values(), *item.negatives.values())
 
 
 _filters: dict[str, Filters] = {}

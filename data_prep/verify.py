@@ -62,7 +62,8 @@ def _contents(store: Store, manifest: Manifest, source: Source) -> list[str]:
             return [str(error)]
         rows += pack.lengths.shape[1]
         tokens += len(pack.ids)
-        if int(pack.lengths.sum()) != len(pack.ids):
+        wrong = pack.negatives
+        if (int(pack.lengths.sum()), int(wrong.lengths.sum())) != (len(pack.ids), len(wrong.ids)):
             return [f"{store.where(wanted.file.name)}: lengths do not add up to the ids of the pack at byte {offset}"]
     stated = (source.packs, source.items, source.tokens)
     if (len(index), rows, tokens) != stated:

@@ -128,6 +128,7 @@ class Contrast(Section):
     same_text: Literal["mask", "positive", "ignore"] = "mask"  # what to do with keys that share a text with the pair
     drop_within: float | None = None  # leave out negatives with a score above the positive's minus this; null: keep all
     pairs_per_row: Positive = 1  # of an n-way row (one sentence in more than two languages); see docs/contrast.md
+    hard_negatives: int = Field(default=0, ge=0, le=255)  # of an item, at most: wrong sentences that its row comes with
     queue: Queue = Queue()
     momentum: Momentum = Constant(schedule="constant", value=0.9999)  # a number, or one of the schedules above
     mixup: Literal["off", "paper", "reference"] = "off"
@@ -146,6 +147,8 @@ class Contrast(Section):
             raise ValueError(
                 "same_text: positive needs mixup: off, because mixed pairs share only a part of their texts"
             )
+        if self.hard_negatives and self.mixup != "off":
+            raise ValueError("hard_negatives needs mixup: off, because they are single sentences")
         if self.pairs_per_row > 1 and self.same_text != "positive":
             raise ValueError(
                 "pairs_per_row above 1 needs same_text: positive, otherwise the pairs of a row mask each other"

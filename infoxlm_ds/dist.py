@@ -124,10 +124,10 @@ def own_rows(counts: Sequence[int], group: Group = None) -> slice:
     return slice(first, first + counts[rank(group)])
 
 
-def gather_lanes(lanes: Sequence[Tensor]) -> Tensor:
+def gather_lanes(lanes: Sequence[Tensor], uneven: bool = False) -> Tensor:
     """The rows of all lanes, in lane order. `lanes`: the rows of each lane of this rank, lowest lane first. Lane l runs
-    on rank l mod W."""
-    return torch.cat([gather_rows(rows) for rows in lanes])
+    on rank l mod W. `uneven`: lanes may have different numbers of rows."""
+    return torch.cat([gather_rows(rows, row_counts(rows) if uneven else None) for rows in lanes])
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:

@@ -9,7 +9,7 @@
 A lane is one micro-batch of a step. A lane's `share` is its part of the step's loss: shares and their gradients add up
 over lanes and ranks.
 
-Legend: b pairs of a lane, N pairs of the step, D width, R rows of a report.
+Legend: b pairs of a lane, h hard negatives of a lane, N pairs of the step, D width, R rows of a report.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from infoxlm_ds.losses.contrast import Form, Keys, Report, Temperature, contrast
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.model.momentum import MomentumEncoder
 
-Representations = Sides[Tensor]  # [b, D] each; a side that takes no part is [0, D]
+Representations = Sides[Tensor]  # [b, D], [b, D], [h, D]; a side that takes no part is [0, D]
 
 
 class Rows(NamedTuple):
@@ -46,6 +46,7 @@ class XlCo(ABC):
     def __init__(self, contrast: Contrast, temperature: Temperature | None) -> None:
         """`temperature`: a learned temperature, which replaces the recipe's number."""
         self._symmetric, self._number, self._learned = contrast.symmetric, contrast.temperature, temperature
+        self._hard = contrast.hard_negatives > 0
         # If the recipe asks for it, the sentence head has already normalised the vectors.
         self._form = Form(
             in_batch=contrast.in_batch,
@@ -78,20 +79,31 @@ class XlCo(ABC):
         return [] if self._learned is None else [self._learned()]
 
     def _between(
-        self, sides: Representations, temperature: float | Tensor, ids: Tensor, queue: Keys | None
+        self, sides: Representations, temperature: float | Tensor, ids: Tensor, hard_ids: Tensor, queue: Keys | None
     ) -> tuple[Tensor, Report]:
         """This rank's share of the contrast between trained sides."""
-        loss, report = contrast(*sides, temperature, self._form, ids=ids, queue=queue, symmetric=self._symmetric)
+        loss, report = contrast(
+            sides.first,
+            sides.second,
+            temperature,
+            self._form,
+            ids=ids,
+            queue=queue,
+            hard=Keys(sides.hard, hard_ids) if self._hard else None,
+            symmetric=self._symmetric,
+        )
         # Every rank computes the whole loss, and its gradients are too large by a factor of the world size.
         return loss / dist.world_size(), report
 
 
 @dataclass(frozen=True)
 class KeysOfStep:
-    """Momentum keys of all lanes and ranks in lane order, [N, D] each. Only a symmetric contrast has
-    keys of first sides."""
+    """Momentum keys of all lanes and ranks in lane order: `first`, `second` [N, D], and `hard`, if there may be some.
+    Only a symmetric contrast has keys of first sides."""
 
-    keys: Sides[Keys]
+    first: Keys
+    second: Keys
+    hard: Keys | None
     queue: Keys | None
     pairs: int
 
@@ -114,17 +126,21 @@ class AgainstMomentumKeys(XlCo):
         first = second
         if self._symmetric:
             first = Keys.indexed(dist.gather_lanes([keys.first for keys in encoded]), second.texts)
-        return KeysOfStep(Sides(first, second), queue, pairs)
+        hard = None
+        if self._hard:
+            ids = dist.gather_lanes([lane.hard_ids for lane in lanes], uneven=True)
+            hard = Keys(dist.gather_lanes([keys.hard for keys in encoded], uneven=True), ids)
+        return KeysOfStep(first, second, hard, queue, pairs)
 
     def share(self, own: Representations, lane: JointBatch, step: KeysOfStep, slot: int) -> tuple[Tensor, Rows | None]:
         if step.queue is None and not self._form.in_batch:  # the queue is not full yet
             nothing = [(x, torch.zeros_like(x)) for x in (*own, *self._learned_values())]
             return finished(own.first.new_zeros(()), nothing), None
         place = len(lane.text_ids) * (slot * dist.world_size() + dist.rank())
-        directions = [(own.first, step.keys.second)]
-        directions += [(own.second, step.keys.first)] if self._symmetric else []
+        directions = [(own.first, step.second, step.hard)]
+        directions += [(own.second, step.first, None)] if self._symmetric else []
         shares, reports = [], []
-        for queries, keys in directions:
+        for queries, keys, hard in directions:
             share, report = contrast_with_keys(
                 queries,
                 keys,
@@ -133,6 +149,7 @@ class AgainstMomentumKeys(XlCo):
                 self._form,
                 ids=lane.text_ids,
                 queue=step.queue,
+                hard=hard,
                 total=step.pairs * len(directions),
             )
             shares.append(share)
@@ -140,7 +157,7 @@ class AgainstMomentumKeys(XlCo):
         return torch.stack(shares).sum(), Rows(Report.concatenate(reports), lane.names["xlco"])
 
     def second_sides(self, step: KeysOfStep, lanes: Sequence[JointBatch], own: Sequence[Representations]) -> Keys:
-        return step.keys.second
+        return step.second
 
 
 class TrainedKeys(XlCo):
@@ -153,18 +170,18 @@ class TrainedKeys(XlCo):
         return queue
 
     def share(self, own: Representations, lane: JointBatch, step: Keys | None, slot: int) -> tuple[Tensor, Rows | None]:
-        share, report = self._between(own, self.temperature, lane.text_ids, step)
+        share, report = self._between(own, self.temperature, lane.text_ids, lane.hard_ids, step)
         return share, Rows(report, lane.names["xlco"])
 
 
 @dataclass(frozen=True)
 class CachedStep:
-    """The contrast of the whole step: this rank's share and rows, d share / d representations of each lane, and d
-    share / d temperature."""
+    """The contrast of the whole step: this rank's share and rows, d share / d representations of each lane (of hard
+    negatives only if there may be some), and d share / d temperature."""
 
     share: Tensor
     rows: Rows
-    gradients: tuple[Representations, ...]
+    gradients: tuple[tuple[Tensor, ...], ...]
     d_temperature: Tensor | None
 
 
@@ -187,20 +204,25 @@ class CachedTrainedKeys(XlCo):
         wide = torch.promote_types(encoded[0].first.dtype, torch.float32)
         sides = Sides(*(torch.cat(side).to(wide) for side in zip(*encoded, strict=True)))
         learned = [x.detach() for x in self._learned_values()]
-        inputs = [x.requires_grad_() for x in (*sides, *learned)]
-        ids = torch.cat([lane.text_ids for lane in lanes])
+        trained = [*sides] if self._hard else [sides.first, sides.second]
+        inputs = [x.requires_grad_() for x in (*trained, *learned)]
+        ids, hard_ids = (
+            torch.cat(ids) for ids in zip(*((lane.text_ids, lane.hard_ids) for lane in lanes), strict=True)
+        )
         with torch.enable_grad():
-            share, report = self._between(sides, learned[0] if learned else self._number, ids, queue)
-            d_first, d_second, *d_temperature = torch.autograd.grad(share, inputs)
-        sizes = [len(lane.text_ids) for lane in lanes]
-        gradients = tuple(Sides(*both) for both in zip(d_first.split(sizes), d_second.split(sizes), strict=True))
+            share, report = self._between(sides, learned[0] if learned else self._number, ids, hard_ids, queue)
+            gradients = torch.autograd.grad(share, inputs)
+        sizes = zip(*(lane.sides for lane in lanes), strict=True)
+        of_lanes = zip(
+            *(d.split(counts) for d, counts in zip(gradients[: len(trained)], sizes, strict=False)), strict=True
+        )
         rows = Rows(report, np.concatenate([lane.names["xlco"] for lane in lanes]))
-        return CachedStep(share.detach(), rows, gradients, d_temperature[0] if learned else None)
+        return CachedStep(share.detach(), rows, tuple(of_lanes), gradients[-1] if learned else None)
 
     def share(self, own: Representations, lane: JointBatch, step: CachedStep, slot: int) -> tuple[Tensor, Rows | None]:
         """The first lane returns the share, the rows and the temperature's gradient of the whole rank."""
         first = slot == 0
-        inputs = list(zip(own, step.gradients[slot], strict=True))
+        inputs = list(zip(own, step.gradients[slot], strict=False))
         if step.d_temperature is not None:
             inputs += [(x, step.d_temperature * first) for x in self._learned_values()]
         return finished(step.share * first, inputs), step.rows if first else None

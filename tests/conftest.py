@@ -87,6 +87,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(scope="session")
+def corpus_with_negatives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `corpus`, and two of three rows have hard negatives. Read-only."""
+    from tests.corpus import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("negatives"), negatives=True)
+
+
 @pytest.fixture
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed refuses fp16 on a CPU, where it computes right but slowly: enough to check numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import lzma
 from pathlib import Path
 
@@ -15,12 +16,19 @@ EMBEDDED = ROOT / "data_prep" / "embedded"
 LANGUAGES = ["en", "de", "hu", "ru", "ko"]
 
 
-def write_corpus(folder: Path, rows: int = 400, vocabulary: int = 800) -> Path:
-    """Prepare `rows` of the embedded corpus in `folder`/corpus, and return this path."""
+def write_corpus(folder: Path, rows: int = 400, vocabulary: int = 800, negatives: bool = False) -> Path:
+    """Prepare `rows` of the embedded corpus in `folder`/corpus, and return this path. `negatives`: two of three rows
+    have the sentences of the next two as hard negatives."""
     from data_prep.build import build
 
     with lzma.open(EMBEDDED / "home_assistant.train.jsonl.xz", "rt", encoding="utf-8") as lines:
-        (folder / "rows.jsonl").write_text("".join(itertools.islice(lines, rows)), encoding="utf-8")
+        trees = [json.loads(line) for line in itertools.islice(lines, rows)]
+    for number, tree in enumerate(trees if negatives else []):
+        if number % 3:
+            wrong = [trees[(number + i) % rows]["text"] for i in (1, 2)]
+            tree["negatives"] = {code: [text[code] for text in wrong if code in text] for code in ("en", "de")}
+    lines_of_rows = (json.dumps(tree, ensure_ascii=False) + "\n" for tree in trees)
+    (folder / "rows.jsonl").write_text("".join(lines_of_rows), encoding="utf-8")
     description = {
         "name": "small",
         "max_tokens": 48,

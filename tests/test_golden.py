@@ -267,14 +267,16 @@ def _joint(golden: dict[str, Tensor], prefix: str) -> JointBatch:
         tokens=_flat(*inputs, query),
         trunk=_flat(*inputs).layout,
         queries=_flat(query).layout,
-        sides=Sides(pairs, 0),
+        sides=Sides(pairs, 0, 0),
         keys=_flat(golden[f"{prefix}xlco.key_tokens"]),
-        key_sides=Sides(0, pairs),
+        key_sides=Sides(0, pairs, 0),
         rows=torch.cat(rows),
         labels=torch.cat(labels),
         mmlm=len(labels[0]),
         text_ids=torch.zeros(pairs, 2, dtype=torch.int64),
+        hard_ids=torch.zeros(0, 2, dtype=torch.int64),
         names={"xlco": np.full((pairs, 1), "one-other")},
+        text_tokens=0,
     )
 
 

@@ -3,7 +3,7 @@ a lane's pass reads.
 
 A lane is one micro-batch of a step. Its contents do not depend on the rank that runs it.
 
-Legend: T tokens, S sequences, M masked rows, B pairs of this lane, I text ids of an item.
+Legend: T tokens, S sequences, M masked rows, B pairs and H hard negatives of this lane, I text ids of an item.
 
 Order of the sequences: MMLM blocks, TLM pairs, XlCo queries. The queries leave the encoder at the universal layer, the
 inner layer whose output the contrast reads.
@@ -34,14 +34,15 @@ X = TypeVar("X")
 
 
 class Sides(NamedTuple, Generic[X]):
-    """A value for the first sides of pairs, and one for their second sides."""
+    """A value for the first sides of pairs, one for their second sides, and one for their hard negatives."""
 
     first: X
     second: X
+    hard: X
 
 
 def split_sides(rows: Tensor, counts: Sides[int]) -> Sides[Tensor]:
-    """Split rows into those of first sides and those of second sides, which follow them."""
+    """Split rows into those of first sides, of second sides and of hard negatives, which stand in this order."""
     return Sides(*rows.split(list(counts)))
 
 
@@ -51,10 +52,11 @@ class JointBatch:
 
     `tokens`: the sequences of MMLM and TLM, called the trunk, then XlCo's queries. `trunk`, `queries`: the layout of
     each of these two parts alone. `rows`, `labels` [M] int64: masked tokens; the first `mmlm` of them are MMLM's.
-    `sides`: how many queries are first sides and how many are second sides. `keys`, `key_sides`: the same for the
-    input of the key encoder; `keys` is None if keys have a gradient. A number of sides is B, or 0 if the side takes no
-    part. `text_ids` [B, I] int64: stay on the host. `names`: by task, each item's language or pair of languages; XlCo's
-    are [B, 1], or [B, 2] for mixed pairs.
+    `sides`: how many queries are first sides, second sides and hard negatives. `keys`, `key_sides`: the same for the
+    input of the key encoder; `keys` is None if keys have a gradient. A number of sides is B (of negatives H), or 0 if
+    the side takes no part. `text_ids` [B, I], `hard_ids` [H, I] int64: stay on the host. `names`: by task, each item's
+    language or pair of languages; XlCo's are [B, 1], or [B, 2] for mixed pairs. `text_tokens`: of all texts, with
+    special tokens. Each side of a pair counts once, whichever encoder reads it.
     """
 
     tokens: FlatBatch
@@ -67,18 +69,14 @@ class JointBatch:
     labels: Tensor
     mmlm: int
     text_ids: Tensor = field(metadata=ON_HOST)
+    hard_ids: Tensor = field(metadata=ON_HOST)
     names: dict[str, np.ndarray]
+    text_tokens: int
 
     @property
     def counts(self) -> dict[str, int]:
         """The number of items in each task's mean: masked pieces, masked pieces, pairs."""
         return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens of its text, with special tokens. Each side of a pair counts once, whichever encoder reads it."""
-        other_side = self.keys.layout.tokens if self.keys is not None and 0 in self.sides else 0
-        return self.tokens.layout.tokens + other_side
 
     @property
     def queries_alone(self) -> FlatBatch:
@@ -91,10 +89,11 @@ class JointBatch:
 
 
 class _Pairs(NamedTuple):
-    """A lane's part of the contrast: sequences by side, text ids [B, I] and names."""
+    """A lane's part of the contrast: sequences by side, text ids [B, I] and [H, I], and names."""
 
     sides: Sides[Sequences]
     text_ids: np.ndarray
+    hard_ids: np.ndarray
     names: np.ndarray
 
 
@@ -122,11 +121,17 @@ class BatchBuilder:
                 pivot=sampling.pivot,
                 pivot_share=sampling.pivot_share,
                 grouping=_grouping(recipe.contrast) if task == "xlco" else Grouping(),
+                negatives=recipe.contrast.hard_negatives if task == "xlco" else 0,
             )
             for task, used in recipe.tasks.items()
             if used
         }
         self._check_size()
+        if recipe.contrast.hard_negatives and "xlco" in self.readers and not corpus.manifest.counts.get("negatives"):
+            raise UserError(
+                f"contrast.hard_negatives {recipe.contrast.hard_negatives}: no row of {corpus.path} has negatives: set "
+                "it to 0, or prepare rows that have some (docs/data.md)"
+            )
 
     def build(self, lane: int, step: int) -> JointBatch:
         """The micro-batch of `lane` at `step`. Masks and mixup are keyed by both."""
@@ -151,11 +156,10 @@ class BatchBuilder:
             names["xlco"] = pairs.names
         return self._joint(
             Sequences.concatenate(blocks),
-            pairs.sides,
+            pairs,
             rows=np.concatenate([np.zeros(0, np.int64), *(m.rows for m in masked.values())]),
             labels=np.concatenate([np.zeros(0, np.int64), *(m.labels for m in masked.values())]),
             mmlm=len(masked["mmlm"].labels) if "mmlm" in masked else 0,
-            text_ids=pairs.text_ids,
             names=names,
         )
 
@@ -174,44 +178,49 @@ class BatchBuilder:
         pairs = batch.xlco_pairs if tasks["xlco"] else 0
         piece, n_ids = self._tokenizer.special_ids["unk"], N_TEXTS[recipe.contrast.mixup]
         side = Sequences.filled(np.full(pairs, single if recipe.contrast.mixup == "off" else double), piece)
+        negatives = pairs * recipe.contrast.hard_negatives
+        hard = Sequences.filled(np.full(negatives, single), piece)
+        text_ids = np.arange((pairs + negatives) * n_ids).reshape(-1, n_ids)
+        names = np.zeros((pairs, 1), str)
         return self._joint(
             Sequences.filled(np.array(trunk, np.int64), piece),
-            Sides(side, side),
+            _Pairs(Sides(side, side, hard), text_ids[:pairs], text_ids[pairs:], names),
             rows=np.arange(sum(masked)) % max(1, sum(trunk)),
             labels=np.full(sum(masked), piece),
             mmlm=masked[0],
-            text_ids=np.arange(pairs * n_ids).reshape(pairs, n_ids),
-            names={"xlco": np.zeros((pairs, 1), str)},
+            names={"xlco": names},
         )
 
     def _joint(
         self,
         trunk: Sequences,
-        pairs: Sides[Sequences],
+        pairs: _Pairs,
         *,
         rows: np.ndarray,
         labels: np.ndarray,
         mmlm: int,
-        text_ids: np.ndarray,
         names: dict[str, np.ndarray],
     ) -> JointBatch:
         """Make the tensors and layouts of sequences and masked rows."""
         contrast, none = self._recipe.contrast, Sequences.concatenate([])
+        first, second, hard = pairs.sides
         trained = contrast.keys == "gradient"
-        queries = Sides(pairs.first, pairs.second if trained or contrast.symmetric else none)
-        keys = Sides(pairs.first if contrast.symmetric else none, pairs.second)
+        queries = Sides(first, second if trained or contrast.symmetric else none, hard if trained else none)
+        keys = Sides(first if contrast.symmetric else none, second, hard)
         return JointBatch(
             tokens=self._flat([trunk, *queries]),
             trunk=make_layout(trunk.lengths, self._dense),
             queries=make_layout(np.concatenate([s.lengths for s in queries]), self._dense and self._queries_alone),
-            sides=Sides(len(queries.first), len(queries.second)),
+            sides=Sides(*map(len, queries)),
             keys=None if trained or not self._recipe.tasks["xlco"] else self._flat(keys),
-            key_sides=Sides(0, 0) if trained else Sides(len(keys.first), len(keys.second)),
+            key_sides=Sides(0, 0, 0) if trained else Sides(*map(len, keys)),
             rows=torch.from_numpy(rows),
             labels=torch.from_numpy(labels),
             mmlm=mmlm,
-            text_ids=torch.from_numpy(text_ids),
+            text_ids=torch.from_numpy(pairs.text_ids),
+            hard_ids=torch.from_numpy(pairs.hard_ids),
             names=names,
+            text_tokens=sum(len(part.ids) for part in (trunk, *pairs.sides)),
         )
 
     def _flat(self, parts: list[Sequences] | Sides[Sequences]) -> FlatBatch:
@@ -233,17 +242,24 @@ class BatchBuilder:
     def _pairs(self, lane: int, step: int) -> _Pairs:
         contrast, pairs = self._recipe.contrast, self._recipe.batch.xlco_pairs
         if "xlco" not in self.readers:
-            none = Sequences.concatenate([])
-            return _Pairs(Sides(none, none), np.zeros((0, N_TEXTS[contrast.mixup]), np.int64), np.zeros((0, 1), str))
+            none, no_ids = Sequences.concatenate([]), np.zeros((0, N_TEXTS[contrast.mixup]), np.int64)
+            return _Pairs(Sides(none, none, none), no_ids, no_ids, np.zeros((0, 1), str))
         mixing = contrast.mixup != "off"
         rows = self.readers["xlco"].take(lane, items=pairs * (2 if mixing else 1))
-        text_ids, texts = rows.text_ids.T.astype(np.int64), Texts(rows.starts, rows.lengths)
+        text_ids = rows.text_ids.T.astype(np.int64)
+        there = rows.lengths[2:].T > 0
+        hard = Texts(rows.starts[2:].T[there][None], rows.lengths[2:].T[there][None])
         if mixing:
+            texts = Texts(rows.starts[:2], rows.lengths[:2])
             sides = mix(texts, contrast.mixup == "paper", self._generator("mixup", lane, step))
         else:
-            sides = (Texts(rows.starts[:1], rows.lengths[:1]), Texts(rows.starts[1:], rows.lengths[1:]))
-        first, second = (assemble(rows.pool, side, self._tokenizer) for side in sides)
-        return _Pairs(Sides(first, second), text_ids.reshape(pairs, -1), self._names(rows).reshape(pairs, -1))
+            sides = (Texts(rows.starts[:1], rows.lengths[:1]), Texts(rows.starts[1:2], rows.lengths[1:2]))
+        return _Pairs(
+            Sides(*(assemble(rows.pool, side, self._tokenizer) for side in (*sides, hard))),
+            text_ids[:, :3].reshape(pairs, -1),
+            np.repeat(text_ids[:, 3:][there][:, None], N_TEXTS[contrast.mixup], axis=1),
+            self._names(rows).reshape(pairs, -1),
+        )
 
     def _mask(self, ids: np.ndarray, step: int, generator: np.random.Generator) -> Masked:
         mask_id = self._tokenizer.special_ids["mask"]

@@ -13,13 +13,35 @@ import tarfile
 import unicodedata
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 ROWS = 512
+# Members of a tar, by field of `Negatives`.
+NEGATIVES = {name: f"neg.{name}.npy" for name in ("rows", "sides", "lengths", "text_ids", "ids")}
 INDEX_COLUMNS = ("shard", "offset", "size", "rows", "tokens", "crc32")
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """k hard negatives: wrong sentences for rows of a pack, in the order of the rows. `rows`, `sides`, `lengths`,
+    `text_ids` [k]: of each, its row, its language (as one of the pack's sides), and as in `Pack`. `ids` uint32: their
+    ids, one negative behind the other."""
+
+    rows: np.ndarray
+    sides: np.ndarray
+    lengths: np.ndarray
+    text_ids: np.ndarray
+    ids: np.ndarray
+
+    @staticmethod
+    def none() -> Negatives:
+        return Negatives(*(np.zeros(0, kind) for kind in (np.int64, np.uint16, np.uint16, np.uint64, np.uint32)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class Pack:
     ids: np.ndarray
     lengths: np.ndarray
     text_ids: np.ndarray
+    negatives: Negatives = field(default_factory=Negatives.none)
 
 
 def text_id(text: str) -> int:
@@ -70,7 +93,11 @@ def _members(pack: Pack) -> dict[str, np.ndarray]:
         "len.npy": _narrow(pack.lengths.T[present]),
         "tid.npy": pack.text_ids.T[present],
     }
-    return members if present.all() else members | {"has.npy": np.packbits(present, axis=1)}
+    if not present.all():
+        members["has.npy"] = np.packbits(present, axis=1)
+    if len(pack.negatives):
+        members |= {NEGATIVES[name]: _narrow(array) for name, array in vars(pack.negatives).items()}
+    return members
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
@@ -85,7 +112,11 @@ def unpack(data: bytes, rows: int, sides: int) -> Pack:
         present = np.unpackbits(members["has.npy"], axis=1, count=sides).astype(bool)
     lengths, text_ids = np.zeros(present.shape, np.uint16), np.zeros(present.shape, np.uint64)
     lengths[present], text_ids[present] = members["len.npy"], members["tid.npy"]
-    return Pack(members["ids.npy"].astype(np.uint32), lengths.T, text_ids.T)
+    negatives = Negatives.none()
+    if NEGATIVES["ids"] in members:
+        kinds = {name: array.dtype for name, array in vars(negatives).items()}
+        negatives = Negatives(**{name: members[NEGATIVES[name]].astype(kind) for name, kind in kinds.items()})
+    return Pack(members["ids.npy"].astype(np.uint32), lengths.T, text_ids.T, negatives)
 
 
 def _arrays(data: bytes) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ Each lane has windows of its own, so a rank reads only what its lanes take; but 
 comes to a pass over a source before the others. In a small corpus, where that would be passes ahead, all lanes take
 from the same windows, one lane after the other, and every rank reads all of these.
 
-Legend: n items, s sides (1 monolingual, 2 a pair), T ids.
+Legend: n items, s sides (1 monolingual, 2 a pair), h hard negatives of an item, T ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import Source
 from infoxlm_ds.data.mixture import Mixture
 from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
-from infoxlm_ds.data.packs import runs
+from infoxlm_ds.data.packs import Pack, runs
 
 ROUNDS = 4  # if all lanes together read a corpus in fewer windows each, they share windows
 
@@ -30,10 +30,11 @@ ROUNDS = 4  # if all lanes together read a corpus in fewer windows each, they sh
 @dataclass(frozen=True)
 class Rows:
     """n items whose ids lie in `pool` [T]: side j of item i begins at `starts[j, i]` and has `lengths[j, i]` ids.
+    `starts`, `lengths` [s + h, n]: hard negatives follow the sides; where a row has too few, their length is 0.
 
-    `text_ids`: hashes of the sides' texts, [1, n]; for pairs [s + 1, n], the last one shared by all translations of
-    the row. `languages` [s, n]: indices into `Corpus.languages`. `where` [3, n]: source, source epoch and row,
-    which identify an item.
+    `text_ids`: hashes of the sides' texts, [1, n]; for pairs [s + 1 + h, n]: after the sides' comes one that all
+    translations of the row share. `languages` [s, n]: indices into `Corpus.languages`. `where` [3, n]: source, source
+    epoch and row, which identify an item.
     """
 
     pool: np.ndarray
@@ -120,6 +121,7 @@ class StreamReader:
         pivot: str | None = None,
         pivot_share: float = 0.0,
         grouping: Grouping = Grouping(),
+        negatives: int = 0,
     ) -> None:
         self._corpus, self._key, self._lanes = corpus, (seed, stream), lanes
         self._numbers = mixture.numbers
@@ -133,7 +135,7 @@ class StreamReader:
         self.items = sum(s.items * grouping.size(len(s.languages)) for s in sources)  # of an epoch
         self.tokens = sum(s.tokens for s in sources)
         self._plan = Plan([SourceSize(s.name, s.items, s.packs) for s in sources], mixture.stages, seed, stream)
-        self._pivot, self._pivot_share, self._grouping = pivot, pivot_share, grouping
+        self._pivot, self._pivot_share, self._grouping, self._negatives = pivot, pivot_share, grouping, negatives
         self.shared = lanes > 1 and sum(s.packs for s in sources) < ROUNDS * lanes * window_packs
         self._orders = 1 if self.shared else lanes  # of windows
         most = int(1 / self._plan.passes(1))  # packs of a window
@@ -221,7 +223,7 @@ class StreamReader:
         flat = lengths.T.ravel()
         starts = (np.cumsum(flat) - flat).reshape(lengths.T.shape).T
         rows, group = self._grouping.rows(lengths.shape[1], len(lengths))
-        starts, lengths, text_ids = starts[:, rows], lengths[:, rows], pack.text_ids[:, rows]
+        pool, (starts, lengths, text_ids) = pack.ids, (table[:, rows] for table in (starts, lengths, pack.text_ids))
         n = len(rows)
         first = self._corpus.first_row(number, draw.pack)
         where = np.stack([np.full(n, number), np.full(n, draw.epoch), first + rows])
@@ -232,10 +234,37 @@ class StreamReader:
             sides = self._pairs(source, lengths > 0, group, generator)
             first_present = np.argmax(lengths > 0, axis=0)[None]
             shared = np.take_along_axis(text_ids, first_present, axis=0)
-        picked = [np.take_along_axis(table, sides, axis=0) for table in (starts, lengths, text_ids)]
+        starts, lengths, text_ids = (np.take_along_axis(table, sides, axis=0) for table in (starts, lengths, text_ids))
+        text_ids = np.concatenate([text_ids, shared])
+        if self._negatives:
+            pool = np.concatenate([pool, pack.negatives.ids])
+            drawn = self._draw_negatives(pack, rows, sides[1], (*self._key, source.name, draw.epoch, draw.pack))
+            starts, lengths, text_ids = (
+                np.concatenate(both) for both in zip((starts, lengths, text_ids), drawn, strict=True)
+            )
         codes = np.array([self._corpus.languages.index(language) for language in source.languages])
-        items = Rows(pack.ids, picked[0], picked[1], np.concatenate([picked[2], shared]), codes[sides], where)
-        return items, np.full(n // group, group)
+        return Rows(pool, starts, lengths, text_ids, codes[sides], where), np.full(n // group, group)
+
+    def _draw_negatives(
+        self, pack: Pack, rows: np.ndarray, wanted: np.ndarray, key: tuple[object, ...]
+    ) -> tuple[np.ndarray, ...]:
+        """Where the hard negatives of each item begin in `pool`, their lengths and text ids, [h, n] each. They are
+        drawn from those of the item's row, in the language `wanted` [n] as long as there are some."""
+        wrong, n = pack.negatives, len(rows)
+        of_row = np.bincount(wrong.rows, minlength=pack.lengths.shape[1])
+        has = of_row[rows]
+        item, candidate = np.repeat(np.arange(n), has), runs((np.cumsum(of_row) - of_row)[rows], has)
+        chance = keyed_generator(*key, "negatives").random(len(item))
+        order = np.lexsort((chance, wrong.sides[candidate] != wanted[item], item))
+        turn = np.arange(len(item)) - np.repeat(np.cumsum(has) - has, has)
+        taken = np.flatnonzero(turn < self._negatives)
+        place, chosen = (turn[taken], item[taken]), candidate[order[taken]]
+        lengths = wrong.lengths.astype(np.int64)
+        starts = len(pack.ids) + np.cumsum(lengths) - lengths
+        tables = tuple(np.zeros((self._negatives, n), kind) for kind in (np.int64, np.int64, np.uint64))
+        for table, values in zip(tables, (starts, lengths, wrong.text_ids), strict=True):
+            table[place] = values[chosen]
+        return tables
 
     def _pairs(self, source: Source, present: np.ndarray, group: int, generator: np.random.Generator) -> np.ndarray:
         """Two different sides of each row, [2, n], in random order. In the share asked for, one of them is the

@@ -164,23 +164,26 @@ def contrast_with_keys(
     *,
     ids: Tensor | None = None,
     queue: Keys | None = None,
+    hard: Keys | None = None,
     total: int,
     group: dist.Group = None,
 ) -> tuple[Tensor, Report]:
-    """The contrast of query [b, D] with keys [n, D] that are gathered already and get no gradient (MoCo's form). The
-    positive of row i is `keys[own + i]`. So a caller that splits a step into parts computes the keys once.
+    """The contrast of query [b, D] with keys [n, D] and hard negatives that are gathered already and get no gradient
+    (MoCo's form). The positive of row i is `keys[own + i]`. So a caller that splits a step into parts computes the keys
+    once.
 
     Returns this part's share of the loss, the sum over its own rows divided by `total`, and its report. Shares and
     their gradients add up over parts and ranks. Collective only if the queue is sharded. Otherwise like `contrast`.
     """
     _check_keys("keys", keys.vectors, keys.ids, query)
     positives = slice(own, own + len(query))
-    _check(query, keys.vectors[positives], temperature, form, ids, queue, None, symmetric=False)
+    _check(query, keys.vectors[positives], temperature, form, ids, queue, hard, symmetric=False)
     ids, wide = _ids(ids, query, form), _wide(query, form)
     with _exact(query.device):
         vectors = _wide(keys.vectors, form)
         in_batch = _keys(keys, vectors, form) if form.in_batch else None
-        blocks = _blocks(form, in_batch, own, None, queue)
+        more = _keys(hard, _wide(hard.vectors, form), form) if hard is not None else None
+        blocks = _blocks(form, in_batch, own, more, queue)
         direction = _direct(wide, vectors[positives], ids, blocks, temperature, form, group)
     inputs = [(wide, direction.gradient / total)]
     if isinstance(temperature, Tensor):

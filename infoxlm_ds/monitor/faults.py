@@ -52,7 +52,7 @@ def _faults(lane: JointBatch, report: Report, own: Representations) -> dict[str,
     for task, part in (("mmlm", slice(None, lane.mmlm)), ("tlm", slice(lane.mmlm, None))):
         if bad[part].any():
             blamed[task] = names[sequences[part][bad[part]]]
-    loss, sides = report.sums.get("xlco/loss", 0.0), [_not_finite(side) for side in own if len(side)]
+    loss, sides = report.sums.get("xlco/loss", 0.0), [_not_finite(side) for side in own[:2] if len(side)]
     if not np.isfinite(float(loss)) or any(side.any() for side in sides):
         items = np.concatenate([np.flatnonzero(side) for side in sides])  # no items: another lane causes it
         blamed["xlco"] = lane.names["xlco"][items].ravel()

@@ -91,7 +91,7 @@ def wire(s: Setting) -> dict[str, float]:
             s.stage, fraction * element * s.world * partition(s).momentum
         )
     if s.recipe.tasks["xlco"]:
-        pairs, sides = lanes * batch.xlco_pairs, s.key_sides or 2 + contrast.uses_queue
+        pairs, sides = lanes * batch.xlco_pairs, s.key_sides or s.query_sides + contrast.uses_queue
         width = 4 if s.recipe.model.normalize or contrast.keys == "gradient" else element
         sent["keys"] = fraction * pairs * (sides * width * shape.width + 8 * N_TEXTS[contrast.mixup])
         if contrast.uses_queue and contrast.queue.sharded:
@@ -102,7 +102,8 @@ def wire(s: Setting) -> dict[str, float]:
 
 
 def tokens_per_step(s: Setting) -> float:
-    """Tokens of text in a step, both sides of each pair, with special tokens: the mean of what `speed/tokens` counts
-    (`JointBatch.text_tokens`)."""
+    """Tokens of text in a step, both sides and hard negatives of each pair, with special tokens: the mean of what
+    `speed/tokens` counts (`JointBatch.text_tokens`)."""
     pairs = s.recipe.batch.xlco_pairs * s.recipe.tasks["xlco"]
-    return s.recipe.batch.lanes * (s.trunk + 2 * pairs * s.text.mean)
+    texts = 2 + s.recipe.contrast.hard_negatives
+    return s.recipe.batch.lanes * (s.trunk + texts * pairs * s.text.mean)

@@ -232,7 +232,8 @@ def _logits(s: Setting) -> int:
     """Bytes of a chunk of the LM head or a tile of the contrast: logits of words in the model's precision; logits of
     keys in fp32, and as much again for what is computed of them."""
     shape, batch, contrast = s.shape, s.recipe.batch, s.recipe.contrast
-    keys = contrast.uses_queue * contrast.queue.size + contrast.in_batch * batch.lanes * batch.xlco_pairs
+    pairs = batch.lanes * batch.xlco_pairs
+    keys = contrast.uses_queue * contrast.queue.size + (contrast.in_batch + contrast.hard_negatives) * pairs
     anchors = batch.xlco_pairs * s.query_sides * (s.accumulation if contrast.keys == "gradient" else 1)
     tile = min(LARGE_TILES[0], anchors) * min(LARGE_TILES[1], keys)
     return max(s.element * min(_chunk(s), _masked(s)) * shape.vocabulary, 8 * tile)

@@ -191,12 +191,16 @@ class Setting:
 
     @property
     def query_sides(self) -> int:
+        """How many texts of an item the trained encoder reads, with as many hard negatives as it may have."""
         contrast = self.recipe.contrast
-        return 0 if not self.recipe.tasks["xlco"] else 1 + (contrast.keys == "gradient" or contrast.symmetric)
+        if not self.recipe.tasks["xlco"]:
+            return 0
+        return 2 + contrast.hard_negatives if contrast.keys == "gradient" else 1 + contrast.symmetric
 
     @property
     def key_sides(self) -> int:
-        return (1 + self.recipe.contrast.symmetric) if self.has_momentum else 0
+        """How many the momentum encoder reads."""
+        return (1 + self.recipe.contrast.symmetric + self.recipe.contrast.hard_negatives) if self.has_momentum else 0
 
     @property
     def encodes_twice(self) -> bool:

@@ -148,6 +148,41 @@ def test_several_pairs_of_a_row_are_in_one_micro_batch(corpus: Path, tmp_path: P
     assert len(np.unique(batch.text_ids[:, 2].numpy())) == len(batch.text_ids) // 2
 
 
+@pytest.mark.parametrize("overrides", [[], ["contrast.symmetric=false"], ["contrast.keys=gradient"]])
+def test_hard_negatives_are_those_of_their_rows(
+    corpus_with_negatives: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    """At most so many of a row, each once, after the sides, in the language of the second side if there are some."""
+    corpus = Corpus(corpus_with_negatives)
+    number = next(i for i, source in enumerate(corpus.sources) if source.kind == "nway")
+    of_text: dict[int, set[int]] = {}
+    for pack in (corpus.pack(number, i) for i in range(corpus.sources[number].packs)):
+        for row, text_id in zip(pack.negatives.rows, pack.negatives.text_ids.astype(np.int64), strict=True):
+            for text in pack.text_ids[:, row].astype(np.int64).tolist():
+                of_text.setdefault(text, set()).add(int(text_id))
+    run, most = tmp_path / "run", 3
+    plain = _build(small_recipe(corpus_with_negatives, run, *overrides))
+    batch = _build(small_recipe(corpus_with_negatives, run, f"contrast.hard_negatives={most}", *overrides))
+    assert (batch.text_ids == plain.text_ids).all() and len(plain.hard_ids) == 0
+    expected = [ids for ids in map(of_text.get, batch.text_ids[:, 0].tolist()) if ids]
+    assert 0 < len(expected) < len(batch.text_ids)
+    drawn = batch.hard_ids[:, 0].tolist()
+    assert len(drawn) == sum(min(most, len(ids)) for ids in expected)
+    for ids in expected:
+        own, drawn = drawn[: min(most, len(ids))], drawn[min(most, len(ids)) :]
+        assert len(set(own)) == len(own) and set(own) <= ids
+    read = batch.queries if batch.keys is None else batch.keys.layout
+    before = plain.queries if plain.keys is None else plain.keys.layout
+    hard = read.lengths[len(before.lengths) :]
+    assert len(hard) == len(batch.hard_ids) == (batch.sides if batch.keys is None else batch.key_sides).hard
+    assert batch.text_tokens == plain.text_tokens + int(hard.sum())
+
+
+def test_hard_negatives_that_no_row_has_are_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"contrast\.hard_negatives 1: no row of .* has negatives"):
+        _build(small_recipe(corpus, tmp_path / "run", "contrast.hard_negatives=1"))
+
+
 def test_a_step_larger_than_the_corpus_is_refused_by_name(corpus: Path, tmp_path: Path) -> None:
     for key, value in (("xlco_pairs", 101), ("tlm_tokens", 10**7), ("mmlm_tokens", 10**7)):
         with pytest.raises(UserError, match=f"batch.{key}"):

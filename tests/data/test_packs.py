@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.files import File
-from infoxlm_ds.data.packs import Pack, text_id, unpack, write_shard
+from infoxlm_ds.data.packs import Negatives, Pack, text_id, unpack, write_shard
 from infoxlm_ds.data.store import Range, read_range
 
 
@@ -43,9 +44,23 @@ def read_pack(path: Path, offset: int, size: int, rows: int, sides: int, crc32: 
     return unpack(read_range(path, Range(shard, offset, size, crc32)), rows, sides)
 
 
-def same(one: Pack, other: Pack) -> bool:
+def same(one: Pack | Negatives, other: Pack | Negatives) -> bool:
     pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+    return all(
+        same(a, b) if isinstance(a, Negatives) else a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs
+    )
+
+
+def random_negatives(count: int, rows: int, sides: int, seed: int) -> Negatives:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 5, count).astype(np.uint16)
+    return Negatives(
+        rows=np.sort(rng.integers(0, rows, count)),
+        sides=rng.integers(0, sides, count).astype(np.uint16),
+        lengths=lengths,
+        text_ids=rng.integers(1, 2**63, count).astype(np.uint64),
+        ids=rng.integers(4, 200, int(lengths.sum())).astype(np.uint32),
+    )
 
 
 @given(
@@ -54,13 +69,23 @@ def same(one: Pack, other: Pack) -> bool:
     rows=st.integers(1, 512),
     seed=st.integers(0, 99),
     vocabulary=st.sampled_from([200, 16_000, 250_000]),
+    negatives=st.sampled_from([0, 1, 300]),
 )
 @settings(max_examples=15, deadline=None)
 def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, count: int, sides: int, rows: int, seed: int, vocabulary: int
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    sides: int,
+    rows: int,
+    seed: int,
+    vocabulary: int,
+    negatives: int,
 ) -> None:
     path = tmp_path_factory.mktemp("packs") / "mono.x-00000.tar"
-    written = random_packs(count, sides, rows, seed, vocabulary)
+    written = [
+        replace(pack, negatives=random_negatives(negatives, rows, sides, seed) if negatives else Negatives.none())
+        for pack in random_packs(count, sides, rows, seed, vocabulary)
+    ]
     index = write(path, written)
     assert [(r, t) for _, _, r, t, _ in index] == [(rows, len(pack.ids)) for pack in written]
     assert all(same(a, b) for a, b in zip(written, read_all(path, index, sides), strict=True))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset
 from hypothesis import given, settings
@@ -39,6 +41,47 @@ def test_the_order_of_the_input_does_not_matter(corpus: Path, tmp_path: Path) ->
         prepare(tmp_path / name, corpus, [source])
         packs.append((tmp_path / name / "corpus" / "nway.rows" / "nway.rows-00000.tar").read_bytes())
     assert packs[0] == packs[1]
+
+
+def test_negatives_are_stored_with_their_rows(corpus: Path, tmp_path: Path) -> None:
+    """Cleaned and filtered, in languages of the row, without its own texts, the same twice, and what is held out."""
+    text = {"de": "Die Tür ist offen", "en": "The door is open"}
+    wrong = {
+        "en": [
+            "The  window is open",
+            "the window is open",
+            "THE DOOR IS OPEN",
+            "12",
+            "The dev set is closed",
+            " ".join(f"sentence{chr(letter)}" for letter in range(ord("a"), ord("z"))),
+        ],
+        "de": ["Das Fenster ist offen"],
+        "hu": ["Az ablak nyitva van"],
+    }
+    lines = [{"text": text, "negatives": wrong}, {"text": {"de": "Das Licht ist aus", "en": "The light is off"}}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "dev.txt").write_text("The dev set is closed\n", encoding="utf-8")
+    source = {"name": "nway.rows", "kind": "nway", "format": "jsonl", "path": "rows.jsonl", "mono": True}
+    made = prepare(tmp_path, corpus, [source], max_tokens=48, filters={"held_out": {"files": ["dev.txt"]}})
+    number = next(i for i, source in enumerate(made.sources) if source.kind == "nway")
+    pack, negatives = made.pack(number, 0), made.pack(number, 0).negatives
+    languages = made.sources[number].languages
+    tokenizer = AutoTokenizer.from_pretrained(made.tokenizer)
+    ids = np.split(negatives.ids, np.cumsum(negatives.lengths)[:-1])
+    found = {(languages[side], tokenizer.decode(part)) for side, part in zip(negatives.sides, ids, strict=True)}
+    assert found == {("en", "The window is open"), ("de", "Das Fenster ist offen")}
+    (row,) = set(negatives.rows.tolist())
+    assert pack.text_ids[languages.index("en"), row] == text_id("The door is open")
+    assert sorted(negatives.text_ids) == sorted(map(text_id, ("The window is open", "Das Fenster ist offen")))
+    counts = made.manifest.counts
+    assert {name: counts[name] for name in counts if name.startswith("negatives")} == {
+        "negatives": 2,
+        "negatives_in_languages_that_the_row_lacks": 1,
+        "negatives_that_are_right_or_come_twice": 2,
+        "negatives_too_long": 1,
+    }
+    assert {source.name: source.items for source in made.sources} == {"mono.de": 2, "mono.en": 2, "nway.rows": 2}
+    assert verify(tmp_path / "corpus") == []
 
 
 def test_the_same_pairs_in_any_format_are_the_same_rows(corpus: Path, tmp_path: Path) -> None:

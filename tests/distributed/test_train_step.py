@@ -74,6 +74,23 @@ def test_update_is_the_same_for_every_world_size(corpus: Path, tmp_path: Path, o
                 assert_close(value, alone[name], f"world {world}, rank {rank}, {name}")
 
 
+@pytest.mark.parametrize("overrides", [[], ["contrast.keys=gradient"]], ids=["momentum", "gradient"])
+def test_update_with_hard_negatives_is_the_same_for_every_world_size(
+    corpus_with_negatives: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    """Lanes have different numbers of them."""
+    run, hard = tmp_path / "run", "contrast.hard_negatives=2"
+    (without,) = run_ranks(_three_steps, 1, small_recipe(corpus_with_negatives, run, *overrides))
+    (alone,) = run_ranks(_three_steps, 1, small_recipe(corpus_with_negatives, run, hard, *overrides))
+    assert float(alone["losses"][0]) > float(without["losses"][0])
+    for world in (2, 4):
+        for rank, result in enumerate(
+            run_ranks(_three_steps, world, small_recipe(corpus_with_negatives, run, hard, *overrides))
+        ):
+            for name, value in result.items():
+                assert_close(value, alone[name], f"world {world}, rank {rank}, {name}")
+
+
 Reference = Callable[[str], dict[str, Tensor]]
 
 

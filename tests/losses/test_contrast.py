@@ -242,8 +242,8 @@ def test_the_report_counts_what_the_loss_left_out(same_text: Any) -> None:
 @given(cases(1), st.integers(1, 4))
 def test_parts_with_keys_made_before_equal_the_definition(case: Case, size: int) -> None:
     """Shares and gradients add up over the parts of a step."""
-    case = replace(case, hard=None, symmetric=False, key_gradient=False)
-    assume(case.queue or case.form.in_batch)
+    case = replace(case, symmetric=False, key_gradient=False)
+    assume(case.queue or case.form.in_batch or case.hard)
     step = _step(case)
     loss, (d_query, _, d_temperature) = _expected(case)
     keys, ours = Keys(step.key.detach(), step.ids), torch.zeros_like(loss)
@@ -257,6 +257,7 @@ def test_parts_with_keys_made_before_equal_the_definition(case: Case, size: int)
             case.form,
             ids=step.ids[part],
             queue=step.queue,
+            hard=step.hard,
             total=len(step.query),
         )
         share.backward()
