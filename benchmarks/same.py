@@ -26,7 +26,9 @@ from infoxlm_ds.cluster.hosts import free_port_here
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"
 # The demo as it is, which has trained keys (keys with a gradient), and with InfoXLM's momentum keys and queue.
-DEMO_FORMS = {"demo": (), "demo-infoxlm": ("preset=infoxlm", "contrast.queue.size=4096")}
+# Older revisions know an engine configuration by its path only.
+ENGINE = f"engine={ROOT / 'ds_configs' / 'zero1_fp32.json'}"
+DEMO_FORMS = {"demo": (ENGINE,), "demo-infoxlm": (ENGINE, "preset=infoxlm", "contrast.queue.size=4096")}
 # Scalars that depend on the clock or on the machine's memory.
 NOT_COMPARED = re.compile(r"(speed|memory|checkpoint)/.*|seconds")
 

@@ -192,7 +192,7 @@ def summary(state: TrainState) -> str:
     engine = state.identity.engine
     spares = state.engine.stage in (1, 2) and precision_of(engine) == "fp32" and not offloaded(engine, "optimizer")
     if spares and dist.world_size() == 1:
-        where += " (one rank in fp32 is faster with stage 0, as in ds_configs/zero0_fp32.json)"
+        where += " (one rank in fp32 is faster with stage 0, engine: zero0_fp32)"
     filling = ""
     if queue is not None and queue.filled < 1:
         filling = f"; the queue holds {queue.filled:.0%} of {len(queue)} keys and is read once it is full"

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
+from infoxlm_ds import shipped
+
 # Bounds that no run reaches: a mistyped number would end in a lack of memory, or in an answer that never comes.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Size = Annotated[int, Field(gt=0, le=2**17)]  # of a matrix or a stack of them, of the lanes of a step
@@ -340,9 +342,10 @@ class Resume(Section):
 
 
 class Probe(Section):
-    """Every `every` steps, measure retrieval on held-out text, at the universal layer."""
+    """Every `every` steps, measure retrieval on held-out text, at the universal layer. `data`: JSON lines, or the name
+    of a text that comes with the package, such as home_assistant.dev."""
 
-    data: Path
+    data: Annotated[Path, BeforeValidator(lambda x: shipped.TEXTS.get(x, x) if isinstance(x, str) else x)]
     every: Positive = 500
     pivot: str = "en"
     languages: tuple[str, ...] = ()  # empty: all
@@ -353,7 +356,7 @@ class Recipe(Section):
     preset: Literal["infoxlm", "strong"] | None = None  # the recipe's own values win over the preset's, see PRESETS
     run: Path  # the folder for everything that the run writes
     corpus: Annotated[Place, PlainValidator(place)]  # a prepared corpus: a folder, or a URL (docs/data.md)
-    engine: Path  # a DeepSpeed configuration, see ds_configs/README.md
+    engine: Path  # a DeepSpeed configuration: a name or a path, see ds_configs/README.md
     seed: int = Field(default=1, ge=0, lt=2**63)
     model: Model = Model()
     contrast: Contrast
@@ -427,9 +430,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe from a YAML file. `key.path=value` overrides win over the file, the file wins over its preset.
-    UserError names every wrong key or value."""
+    """Read a recipe from a YAML file, or the one of that name that comes with the package. `key.path=value` overrides
+    win over the file, the file wins over its preset. A path to an engine configuration in the file is relative to its
+    folder. UserError names every wrong key or value."""
+    path = shipped.RECIPES.get(str(path), path)
     tree = read_yaml(path, "recipe")
+    if isinstance(engine := tree.get("engine"), str) and engine not in shipped.ENGINES:
+        tree["engine"] = str(path.parent / engine)
     for override in overrides or []:
         _set(tree, override)
     for section, values in PRESETS.get(str(tree.get("preset")), {}).items():

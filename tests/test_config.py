@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForMaskedLM
 
 from infoxlm_ds.config import UserError, load_recipe
-from infoxlm_ds.engine.config import check_device, load_engine_config
+from infoxlm_ds.engine.config import check_device, load_engine_config, stage_of
 from infoxlm_ds.model.pretrained import shape_of
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
-    load_engine_config(ROOT / recipe.engine)
+    load_engine_config(recipe.engine)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
@@ -126,3 +126,38 @@ def test_a_wrong_engine_config_is_refused_by_name(text: str, words: list[str], t
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_an_engine_is_a_name_or_a_path_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line a path is relative to the working directory, as any path there."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "beside" / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    text = DEMO.read_text(encoding="utf-8")
+    recipe = tmp_path / "beside" / "recipe.yaml"
+    recipe.write_text(text.replace("engine: zero1_fp32", "engine: mine.json"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    stages = {
+        given: stage_of(load_engine_config(load_recipe(recipe.relative_to(tmp_path), overrides).engine))
+        for given, overrides in [("", []), ("path", ["engine=mine.json"]), ("name", ["engine=zero1_bf16"])]
+    }
+    assert stages == {"": 3, "path": 2, "name": 1}
+
+
+def test_an_engine_that_does_not_exist_is_told_with_the_names(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(DEMO.read_text(encoding="utf-8").replace("zero1_fp32", "zero9"))
+    with pytest.raises(UserError, match=rf"{tmp_path}/zero9: .*zero0_fp32, .*zero3_fp32") as caught:
+        load_engine_config(load_recipe(tmp_path / "recipe.yaml").engine)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shipped_recipe_is_found_by_name_and_names_no_place_of_the_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "demo", "large", "xl"):
+        recipe = load_recipe(Path(name))
+        assert recipe.probe is not None and recipe.probe.data.is_file()
+        load_engine_config(recipe.engine)
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(Path("small"))

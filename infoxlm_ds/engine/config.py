@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from infoxlm_ds.config import UserError
+from infoxlm_ds.shipped import ENGINES
 
 # DeepSpeed itself ignores unknown top-level keys without a message.
 ALLOWED = (
@@ -64,12 +65,16 @@ ONLY = (
 
 
 def load_engine_config(path: Path) -> dict[str, Any]:
-    """Read a JSON file such as those in ds_configs. UserError if a key is unknown, is set by the recipe, or has a value
-    that does not work."""
+    """Read a configuration that comes with the package, by its name, or a JSON file. UserError if a key is unknown, is
+    set by the recipe, or has a value that does not work."""
+    path = ENGINES.get(str(path), path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"engine: no such file: {path}") from None
+        raise UserError(
+            f"engine: no such file: {path}: give a path (in a recipe it is relative to the recipe's folder), or one of "
+            f"{', '.join(ENGINES)}"
+        ) from None
     except OSError as error:
         raise UserError(f"engine: {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
