@@ -45,7 +45,7 @@ def build_command(
 @app.command("merge")
 def merge_command(
     out: Annotated[Path, typer.Argument(help="The corpus folder to write.")],
-    corpora: Annotated[list[Path], typer.Argument(metavar="CORPUS CORPUS...", help="Corpora of one tokenizer.")],
+    corpora: Annotated[list[Path], typer.Argument(metavar="CORPUS", help="Two or more corpora of one tokenizer.")],
 ) -> None:
     """Join prepared corpora that share a tokenizer. Sources of the same name become one."""
     from data_prep.merge import merge

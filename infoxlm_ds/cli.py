@@ -8,12 +8,13 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from data_prep.cli import app as prep
-from infoxlm_ds.config import Pooling, UserError
+from data_prep.cli import build_command
+from infoxlm_ds import shipped
+from infoxlm_ds.config import Pooling, UserError, load_recipe
 
 app = typer.Typer(
     help="Pre-training of cross-lingual encoders after InfoXLM.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
@@ -23,12 +24,112 @@ checkpoint = typer.Typer(help="List, verify, consolidate and remove a run's chec
 app.add_typer(checkpoint, name="checkpoint")
 Hostfile = Annotated[Path | None, typer.Option(help="Lines of HOST slots=N, see hostfile.example.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML, or the name of one that comes with the package.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")]
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        print(f"Python {sys.version.split()[0]}")
+        for name in ("infoxlm-ds", "torch", "deepspeed", "transformers"):
+            try:
+                print(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                print(f"{name} not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Pre-training of cross-lingual encoders after InfoXLM."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="The folder for everything that the demo writes.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train on the text that comes with the package, export and evaluate. Goes on where it ended, reuses the rest."""
+    from infoxlm_ds.demo import EVALUATED, LANGUAGES, places, write_recipe
+
+    recipe_path = write_recipe(folder)
+    recipe = load_recipe(recipe_path, overrides)
+    if not isinstance(recipe.corpus, Path):
+        raise UserError(f"corpus {recipe.corpus}: the demo writes its corpus: give a folder")
+    exported, table = recipe.run / "export", recipe.run / "retrieval.json"
+    build_command(shipped.EMBEDDED / "corpus.yaml", recipe.corpus)
+    from infoxlm_ds.cluster.launch import launch
+
+    if code := launch(recipe_path, overrides or []):
+        raise typer.Exit(code)
+    if not exported.is_dir():
+        export(recipe.run, exported)
+    if not table.is_file():
+        retrieval(exported, EVALUATED, languages=LANGUAGES, json=table)
+    compare([table])
+    print(places(recipe.run))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to write into.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Aligned files, one for each language: line i is the same sentence. Or one .tsv, .jsonl, .tmx or OPUS "
+            ".zip with all languages.",
+        ),
+    ],
+    languages: Annotated[
+        str, typer.Option(help="Of the files or columns, in their order, separated by commas: en,sw.")
+    ] = "",
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Start from this model: a Hugging Face folder or a name on its hub.")
+    ] = None,
+) -> None:
+    """Write a recipe and a corpus description for your own translations, ready to run."""
+    import torch
+
+    from data_prep import starter
+
+    base = None
+    if from_ is not None:
+        from infoxlm_ds.model.families import positions_of
+        from infoxlm_ds.model.pretrained import init_config
+
+        config = init_config(from_)
+        base = starter.Base(from_, config.num_hidden_layers, positions_of(config))
+    codes = [code.strip() for code in languages.split(",") if code.strip()]
+    counted = starter.init(folder, files, codes, base, torch.cuda.device_count())
+    print(starter.next_commands(folder, counted))
+
+
+@app.command("recipe")
+def show_recipe(
+    name: Annotated[
+        str | None, typer.Argument(help="Of a recipe that comes with the package. Default: list them.")
+    ] = None,
+) -> None:
+    """Print a recipe that comes with the package, to be changed: infoxlm recipe base > my.yaml."""
+    if name is None:
+        print("\n".join(shipped.RECIPES))
+    elif name in shipped.RECIPES:
+        print(shipped.RECIPES[name].read_text(encoding="utf-8"), end="")
+    else:
+        raise UserError(f"{name}: no such recipe: choose one of {', '.join(shipped.RECIPES)}")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     *,
     hostfile: Hostfile = None,
 ) -> None:
@@ -42,7 +143,7 @@ def train(
 @app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
+    overrides: Overrides = None,
     *,
     hostfile: Hostfile = None,
     json: Annotated[Path | None, typer.Option(help="Also write the findings here.")] = None,
@@ -62,8 +163,8 @@ def doctor(
 
 @prep.command()
 def mix(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
 ) -> None:
     """Show what a run will read of each source and language, and how often."""
     from rich.console import Console
@@ -75,8 +176,8 @@ def mix(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     *,
     gpus: Annotated[int, typer.Option(min=1, help="Number of ranks; it must divide batch.lanes.")],
     gpu_memory: Annotated[

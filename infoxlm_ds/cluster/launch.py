@@ -172,8 +172,7 @@ def _wait(
             print("\nsaving, then stopping (^C again: at once, without a save)", flush=True)
         requested, delivered = True, False
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     code = None
     while code is None:
         with suppress(subprocess.TimeoutExpired):
@@ -181,6 +180,8 @@ def _wait(
         if code is None and not delivered:
             with suppress(psutil.NoSuchProcess):
                 delivered = send(signal.SIGTERM, psutil.Process(process.pid))
+    for number, handler in before.items():  # the demo goes on with an export
+        signal.signal(number, handler)
     if requested and code in (-signal.SIGTERM, 256 - signal.SIGTERM):  # stopped before the ranks had anything to save
         return STOPPED_ON_REQUEST
     if code < 0 or code > 128:
