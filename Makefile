@@ -76,7 +76,7 @@ else
 	env -u OMP_NUM_THREADS $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_OPTIONS)
 endif
 
-# What a release promises beside the suite: an installation from wheels alone.
+# What a release promises beside the suite: installations from wheels alone, and the demo from one. Commit first.
 release-check: $(INSTALLED)
 	$(CPU_ONLY) $(BIN)/python -m pytest -m release
 

@@ -118,9 +118,7 @@ def count_rows(source: dict[str, object], wanted: Sequence[str]) -> Counted:
     if missing := [code for code in wanted if code not in languages]:
         raise UserError(f"no row has {', '.join(missing)} beside another language: correct --languages")
     if rows < LEAST_PAIRS:
-        raise UserError(
-            f"{rows} rows with two languages: training needs at least {LEAST_PAIRS}, and useful ones many more"
-        )
+        raise UserError(f"only {rows} rows have two languages: give at least {LEAST_PAIRS}")
     differing = {key: texts for key, _, texts in smallest}
     held_out = list(differing.values())[: rows // SHARE_HELD_OUT]
     return Counted(rows, characters, len(alphabet), tuple(sorted(languages)), held_out)

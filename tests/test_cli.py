@@ -1,9 +1,13 @@
 """The command line: fast help, exit codes, and `eval retrieval` from files to a table and JSON."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -178,3 +182,59 @@ def test_each_mistake_names_its_remedy(
         == 2
     )
     assert message in capsys.readouterr().err
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in getattr(group, "commands", {}).items():
+        yield (*path, name), command
+        yield from _commands(command, (*path, name))
+
+
+def test_usage_lines_name_what_may_be_repeated_once() -> None:
+    found = dict(_commands(typer.main.get_command(cli.app)))
+    assert ("prep", "mix") in found and ("demo",) in found
+    for path, command in found.items():
+        pieces = command.get_usage(command.make_context(" ".join(path), [], resilient_parsing=True))
+        assert not re.search(r"\[\[|\.\.\.[\]}]|\{\{", pieces), pieces
+        assert pieces.count("KEY.PATH=VALUE") <= 1
+
+
+def test_the_version_names_what_a_report_of_a_bug_needs() -> None:
+    script = """
+import sys
+from infoxlm_ds.cli import main
+sys.argv = ["infoxlm", "--version"]
+try:
+    main()
+finally:
+    print("heavy:", {"torch", "transformers", "deepspeed"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "Python",
+        "infoxlm-ds",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "heavy:",
+    ]
+    assert lines[-1] == "heavy: set()"
+
+
+@pytest.mark.parametrize(("words", "completed"), [("infoxlm che", "checkpoint"), ("infoxlm prep ver", "verify")])
+def test_the_shell_completes_verbs(words: str, completed: str) -> None:
+    environment = {"_INFOXLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    script = "import sys; sys.argv = ['infoxlm']; from infoxlm_ds.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [completed]
+
+
+def test_a_shipped_recipe_is_printed_and_a_wrong_name_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, "recipe") == 0 and capsys.readouterr().out.split() == ["base", "demo", "large", "xl"]
+    assert _run(monkeypatch, "recipe", "base") == 0 and "xlm-roberta-base" in capsys.readouterr().out
+    assert _run(monkeypatch, "recipe", "small") == 2 and "choose one of base, demo" in capsys.readouterr().err
