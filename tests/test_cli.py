@@ -119,7 +119,7 @@ def test_retrieval_prints_a_table_and_writes_rows(
     ]
     assert list(russian) == [
         *("data", "lang", "n", "cross_script", "layer", "pooling"),
-        *("forward", "backward", "trigram_forward", "trigram_backward", "chance"),
+        *("forward", "backward", "trigram_forward", "trigram_backward", "chance", "projected"),
     ]
     assert (
         russian["data"] == str(parallel_text)

@@ -27,8 +27,8 @@ from infoxlm_ds.model.attention import FLAT_ATTENTION
 from infoxlm_ds.model.checksums import CHANGED, check_checksums
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import family_of, positions_of
-from infoxlm_ds.model.heads import pool
 from infoxlm_ds.model.loading import loading
+from infoxlm_ds.model.sentence_vector import chosen_vector, pooled, read_projection
 
 Vectors = npt.NDArray[np.float32]
 BATCH = 128  # sentences
@@ -45,6 +45,7 @@ def embed(
     dense: bool = True,
     description: str = "",
     shared: bool = False,
+    quiet: bool = False,
 ) -> Vectors:
     """L2-normalised vectors of sentences, in their order. `encode` maps a batch to [b, D] or [b, L, D], and the result
     is [n, D] or [n, L, D].
@@ -52,9 +53,9 @@ def embed(
     `positions`: the longest sequence that the encoder takes. Sentences with more tokens than that, or than the
     tokenizer allows, are cut, with a warning. `dense`: attention runs in dense groups. `description`: text of a
     progress bar, shown on a terminal. `shared`: the ranks take batches of the same sentences in turn, and all ranks get
-    the result (collective); otherwise this process embeds alone.
+    the result (collective); otherwise this process embeds alone. `quiet`: no warning.
     """
-    token_ids = _tokenize(sentences, tokenizer, min(tokenizer.model_max_length, positions))
+    token_ids = _tokenize(sentences, tokenizer, min(tokenizer.model_max_length, positions), quiet)
     by_length = sorted(range(len(sentences)), key=lambda i: len(token_ids[i]), reverse=True)
     batches = [by_length[start : start + BATCH] for start in range(0, len(by_length), BATCH)]
     rank, world = (dist.rank(), dist.world_size()) if shared else (0, 1)
@@ -74,13 +75,13 @@ def embed(
     return result
 
 
-def _tokenize(sentences: list[str], tokenizer: Any, longest: int) -> list[list[int]]:
+def _tokenize(sentences: list[str], tokenizer: Any, longest: int, quiet: bool) -> list[list[int]]:
     if not sentences:
         return []
     token_ids: list[list[int]] = tokenizer(sentences, verbose=False)["input_ids"]
     too_long = sum(len(ids) > longest for ids in token_ids)
     if too_long:
-        if dist.rank() == 0:
+        if dist.rank() == 0 and not quiet:
             log.warning("%d of %d sentences have more than %d tokens and were cut", too_long, len(sentences), longest)
         token_ids = tokenizer(sentences, truncation=True, max_length=longest)["input_ids"]
     return token_ids
@@ -89,10 +90,9 @@ def _tokenize(sentences: list[str], tokenizer: Any, longest: int) -> list[list[i
 class SentenceEmbedder:
     """A model and its tokenizer, ready to embed, in fp32, on the GPU if there is one.
 
-    `layers`: the layers to pool: "all", one number, or None for the config's `universal_layer` (the inner layer that
-    the contrast reads) or, without that, the last layer. `pooling`: None means the config's `sentence_pooling` or,
-    without that, mean. Layers above the highest one asked for do not run. UserError if the folder has no model or no
-    tokenizer, if weights of the encoder are missing, or if a layer is out of range.
+    `layers` and `pooling`: None means the folder's own sentence vector, see `model/sentence_vector.py`; otherwise the
+    plain states of one layer, or of "all". `device`: as torch names it. UserError if the folder has no model or no
+    tokenizer, if weights of the encoder are missing, if a layer is out of range, or if there is no such device.
     """
 
     def __init__(
@@ -102,34 +102,42 @@ class SentenceEmbedder:
         pooling: Pooling | None = None,
         device: str | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         model, self.tokenizer = _load(folder)
-        config = model.config
-        self.layers = _chosen_layers(layers, config, folder)
-        self.pooling: Pooling = getattr(config, "sentence_pooling", "mean") if pooling is None else pooling
-        self._positions = positions_of(config)
+        self._vector = chosen_vector(model.config, layers, pooling, str(folder))
+        self.layers, self.pooling, self.projected = list(self._vector.layers), self._vector.pooling, False
+        self._projection: Tensor | None = None
+        if self._vector.projected:
+            self._projection, self.projected = read_projection(folder).to(self.device), True
+        self._positions = positions_of(model.config)
         self._body = Body(model.to(self.device).eval(), self.layers[-1])
-        self._width: int = config.hidden_size
+        self.width: int = model.config.hidden_size
 
-    def embed(self, sentences: list[str], *, description: str = "embedding") -> Vectors:
+    def embed(self, sentences: list[str], *, description: str = "embedding", quiet: bool = False) -> Vectors:
         """L2-normalised vectors [L, n, D] in the order of `sentences`. On a terminal, a
-        progress bar shows `description`."""
+        progress bar shows `description`. `quiet`: no warning of texts that are cut."""
         if not sentences:
-            return np.zeros((len(self.layers), 0, self._width), np.float32)
-        vectors = embed(sentences, self.tokenizer, self._positions, self._pooled, self.device, description=description)
+            return np.zeros((len(self.layers), 0, self.width), np.float32)
+        vectors = embed(
+            *(sentences, self.tokenizer, self._positions, self._pooled, self.device),
+            description=description,
+            quiet=quiet,
+        )
         return np.ascontiguousarray(vectors.swapaxes(0, 1))
 
     @torch.inference_mode()
     def _pooled(self, batch: FlatBatch) -> Tensor:
-        """[b, L, D]. A layer is pooled as soon as it is computed, so one layer's tokens [T, D] are in
-        memory at a time."""
-        hidden, pooled = self._body.embed(batch), []
-        for layer in range(self.layers[-1] + 1):
-            if layer:
-                hidden = self._body.run(hidden, batch.layout, layer - 1, layer)
-            if layer in self.layers:
-                pooled.append(pool(hidden, batch.layout, self.pooling))
-        return torch.stack(pooled, dim=1)
+        return pooled(self._body, batch, self._vector, self._projection)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each kind of device has its own
+        reason = str(error).splitlines()[0] if str(error) else "it cannot be used"
+        raise UserError(f"device {name}: {reason}: give cpu, cuda or cuda:N") from None
+    return device
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -165,16 +173,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
             f"model folder {folder} lacks {len(missing)} weights of its encoder, such as {missing[0]}: export it again"
         )
     return model, tokenizer
-
-
-def _chosen_layers(layers: int | Literal["all"] | None, config: Any, folder: Path) -> list[int]:
-    last: int = config.num_hidden_layers
-    if layers == "all":
-        return list(range(last + 1))
-    layer = getattr(config, "universal_layer", last) if layers is None else layers
-    if not 0 <= layer <= last:
-        raise UserError(f"layer {layer} is out of range: {folder} has layers 0 (embeddings) to {last}")
-    return [layer]
 
 
 def _progress(turns: list[list[list[int]]], description: str) -> Iterable[list[list[int]]]:

@@ -27,6 +27,7 @@ class Embedder(Protocol):
 
     layers: list[int]
     pooling: Pooling
+    projected: bool
 
     def embed(self, sentences: list[str], *, description: str = ...) -> Vectors:
         """L2-normalised vectors [L, n, D]."""
@@ -48,6 +49,7 @@ class RetrievalRow:
     trigram_forward: float
     trigram_backward: float
     chance: float
+    projected: bool = False  # whether the model's projection was applied
 
 
 def retrieval_accuracy(
@@ -120,6 +122,7 @@ def _rows_of_language(embedder: Embedder, data: str, pairs: Pairs, pivot: Vector
             trigram_forward=trigram_forward,
             trigram_backward=trigram_backward,
             chance=1 / len(pairs.text),
+            projected=embedder.projected,
         )
         for index, layer in enumerate(embedder.layers)
     ]

@@ -94,7 +94,8 @@ def _compare(table: Table, data: str, layer: str, parts: list[list[RetrievalRow]
 
 
 def _table(data: str, layers: list[list[RetrievalRow]]) -> Table:
-    title = f"{Path(data).name}: accuracy@1, {layers[0][0].pooling} pooling"
+    how = f"{layers[0][0].pooling} pooling{', projected' * layers[0][0].projected}"
+    title = f"{Path(data).name}: accuracy@1, {how}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("language", no_wrap=True)

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from infoxlm_ds.config import UserError
@@ -21,6 +21,10 @@ class Pairs:
     pivot_text: list[str]
     text: list[str]
     cross_script: bool  # the two languages are written in different scripts, judged by most of their letters
+
+    def first(self, count: int) -> "Pairs":
+        """The first pairs, at most so many."""
+        return replace(self, pivot_text=self.pivot_text[:count], text=self.text[:count])
 
 
 def pairs_with_pivot(

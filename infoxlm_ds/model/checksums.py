@@ -7,16 +7,16 @@ from pathlib import Path
 
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.files import sha256_of
+from infoxlm_ds.data.files import inside, sha256_of
 
 CHECKSUMS = "checksums.json"
 CHANGED = f"export or copy the folder again, or remove its {CHECKSUMS} if you changed the file"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of all files in a folder to CHECKSUMS."""
-    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    hashes.pop(CHECKSUMS, None)
+    """Write the SHA-256 of all files in a folder and in its subfolders to CHECKSUMS."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
+    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     write_file(folder / CHECKSUMS, json.dumps(hashes, indent=1) + "\n")
 
 
@@ -32,6 +32,6 @@ def check_checksums(folder: Path, advice: str) -> None:
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{path} cannot be read: {advice}") from None
     for name, digest in items:
-        file = folder / Path(name).name
+        file = inside(folder, name)
         if not file.is_file() or sha256_of(file) != digest:
             raise UserError(f"{file} {'differs from what was written' if file.is_file() else 'is missing'}: {advice}")

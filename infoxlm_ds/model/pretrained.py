@@ -21,8 +21,8 @@ from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.families import FAMILIES, family_of, positions_of
 from infoxlm_ds.model.heads import SentenceHead
 from infoxlm_ds.model.loading import loading
+from infoxlm_ds.model.sentence_vector import PROJECTION
 
-PROJECTION = "projection.safetensors"  # beside the weights of a Hugging Face folder
 VOCABULARY_MULTIPLE = 64  # matrices of other heights miss the GPU's fast kernels
 XLM_R = {"bos": 0, "pad": 1, "eos": 2}
 

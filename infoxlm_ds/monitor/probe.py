@@ -26,8 +26,7 @@ class RetrievalProbe:
     def __init__(self, probe: Probe, tokenizer: Path, positions: int) -> None:
         """`positions`: tokens of the longest sequence that the model takes; longer sentences are cut. Reads the data:
         UserError if it is missing or malformed."""
-        all_pairs = pairs_with_pivot(list(read_nway(probe.data)), probe.pivot, probe.languages, 2, str(probe.data))
-        self._pairs = [_first(p, probe.pairs) for p in all_pairs]
+        self._pairs = read_probe(probe)
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self._positions = positions
         self._baseline = {p.language: float(np.mean(trigram_accuracy(p.pivot_text, p.text))) for p in self._pairs}
@@ -58,5 +57,7 @@ class RetrievalProbe:
         return scores | {"probe/mean": float(means[0]), "probe/trigram_mean": float(means[1])}
 
 
-def _first(pairs: Pairs, count: int) -> Pairs:
-    return Pairs(pairs.language, pairs.pivot_text[:count], pairs.text[:count], pairs.cross_script)
+def read_probe(probe: Probe) -> list[Pairs]:
+    """The pairs of each language. UserError if the data is missing or malformed."""
+    pairs = pairs_with_pivot(list(read_nway(probe.data)), probe.pivot, probe.languages, 2, str(probe.data))
+    return [of_language.first(probe.pairs) for of_language in pairs]

@@ -92,6 +92,7 @@ class _Lookup:
     def __init__(self, layers: dict[int, dict[str, list[float]]]) -> None:
         self.layers = list(layers)
         self.pooling: Pooling = "mean"
+        self.projected = False
         self._tables = layers
 
     def embed(self, sentences: list[str], *, description: str = "") -> Vectors:
