@@ -216,11 +216,40 @@ def plan(
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    forms: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="hf, sentence-transformers or onnx; may be repeated. Default: the first two."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="This checkpoint. Default: the newest.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint with the highest probe accuracy.")] = False,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sentence vectors are the plain states of this layer. Default: as the run trained."),
+    ] = None,
 ) -> None:
-    """Write a run's encoder in Hugging Face format."""
+    """Write a run's model for transformers, sentence-transformers and ONNX, and check what was written."""
+    from infoxlm_ds.publish.export import DEFAULT
     from infoxlm_ds.publish.export import export as export_run
 
-    export_run(run, out)
+    export_run(run, out, forms or DEFAULT, step=step, best=best, layer=layer)
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="A model folder in Hugging Face format.")],
+    text: Annotated[Path | None, typer.Argument(help="A file of lines in UTF-8. Default: standard input.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write. Default: standard output.")] = None,
+    form: Annotated[
+        Literal["npy", "parquet"], typer.Option("--format", help="parquet has the columns text and vector.")
+    ] = "npy",
+    layer: Annotated[int | None, typer.Option(min=0, help="Plain states of this layer; 0: embeddings.")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="Default: as the folder's sentence vectors.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")] = None,
+) -> None:
+    """Write the sentence vector of each line of a text. By default, vectors are those of `infoxlm eval retrieval`."""
+    from infoxlm_ds.evaluation.vectors import embed_lines
+
+    embed_lines(model, text, out, form, layer=layer, pooling=pooling, device=device)
 
 
 @checkpoint.command("list")

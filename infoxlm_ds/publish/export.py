@@ -1,99 +1,80 @@
-"""Exports a run's newest checkpoint as a Hugging Face folder, and checks it."""
+"""Exports a checkpoint of a run for other libraries, in one folder, and checks that they give what was trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.checkpoint.store import read_state
-from infoxlm_ds.checkpoint.weights import Weights, undamaged
+from infoxlm_ds.checkpoint.weights import undamaged
 from infoxlm_ds.config import Recipe, UserError, check
-from infoxlm_ds.data.flat_batch import flat_batch
 from infoxlm_ds.model.checksums import check_checksums, write_checksums
-from infoxlm_ds.model.encoder import InfoXLM
-from infoxlm_ds.model.families import positions_of
-from infoxlm_ds.model.pretrained import PROJECTION, saved_shape, strip_vocabulary
+from infoxlm_ds.publish.choose import best_step
+from infoxlm_ds.publish.hugging_face import check_hugging_face, write_hugging_face
+from infoxlm_ds.publish.onnx import check_onnx, require_onnx, write_onnx
+from infoxlm_ds.publish.sentence_transformers import check_sentence_transformers, write_sentence_transformers
+from infoxlm_ds.publish.trained import Trained, read_trained
 
-# Of hidden states of order 1, in fp32: attention on padded and on flat batches adds up in different orders.
-TOLERANCE = 1e-4
-SAMPLE = [
-    "Hello, world!",
-    "Zwei Sprachen, ein Satz.",
-    "Ещё одно предложение, чуть длиннее первого.",
-    "文の意味は同じです。",
-]
+FORMS: dict[str, tuple[Callable[[Trained, Path], None], Callable[[Trained, Path], str]]] = {
+    "hf": (write_hugging_face, check_hugging_face),
+    "sentence-transformers": (write_sentence_transformers, check_sentence_transformers),
+    "onnx": (write_onnx, check_onnx),
+}
+DEFAULT = ("hf", "sentence-transformers")
 
 
-def export(run: Path, out: Path) -> None:
-    """Write model, tokenizer and configuration of the newest checkpoint of `run` to the new folder `out`.
+def export(
+    run: Path,
+    out: Path,
+    forms: Sequence[str] = DEFAULT,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    layer: int | None = None,
+) -> None:
+    """Write the newest checkpoint of `run`, or that of `step`, or the best by the probe, to the new folder `out`.
 
-    `out` loads with `AutoModelForMaskedLM` and `AutoTokenizer`. Its config names the layer and the pooling that the
-    contrast trained (`universal_layer`, `sentence_pooling`). A projection is in `projection.safetensors`. The folder
-    gets its name only after it was loaded again and gave the hidden states of the trained weights. UserError if there
-    is no checkpoint, if it is damaged, or if `out` exists.
+    `forms`: for which libraries, names in FORMS. `layer`: sentence vectors are the plain states of this layer; None: as
+    the run trained them. The folder gets its name only after each form was loaded again and gave the trained states and
+    vectors. UserError if there is no such checkpoint or layer, if the checkpoint is damaged, if `out` exists, or if a
+    package is missing.
     """
     if out.exists():
         raise UserError(f"{out} exists: remove it or export to another folder")
-    latest = undamaged(run)
-    recipe = check(Recipe, read_state(latest)["recipe"], str(latest))
+    if step is not None and best:
+        raise UserError("--step and --best exclude each other: give one of them")
+    if unknown := [form for form in forms if form not in FORMS]:
+        raise UserError(f"--as {unknown[0]}: give one of {', '.join(FORMS)}, and --as again for another one")
+    if "onnx" in forms:
+        require_onnx()
+    checkpoint = undamaged(run, best_step(run) if best else step)
+    trained = _trained(run, checkpoint, layer)
+    transformers_logging.disable_progress_bar()  # small files need no progress bars
+    with new_folder(out) as folder:
+        trained.tokenizer.save_pretrained(folder)
+        chosen = {form: FORMS[form] for form in forms}
+        for write, _ in chosen.values():
+            write(trained, folder)
+        found = {form: examine(trained, folder) for form, (_, examine) in chosen.items()}
+        write_checksums(folder)
+    print(f"{out}: {checkpoint.name}, sentence vectors: {_describe(trained)}")
+    for form, result in found.items():
+        print(f"  {form}: {result}")
+
+
+def _trained(run: Path, checkpoint: Path, layer: int | None) -> Trained:
+    recipe = check(Recipe, read_state(checkpoint)["recipe"], str(checkpoint))
     advice = f"train once more with run={run}, which writes {run / 'model'} anew"
     if not (run / "model" / "config.json").is_file():
         raise UserError(f"{run / 'model'} is missing: {advice}")
     check_checksums(run / "model", advice)
-    model = _trained(recipe, run, latest)
-    disable_progress_bar()  # small files need no progress bars
-    with new_folder(out) as folder:
-        _write(model, recipe, run / "model", folder)
-        write_checksums(folder)
-        difference = _difference(model, folder)
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"{out}: hidden states differ by {difference:.1e} from the trained ones")
-    print(f"{out}: {latest.name}, hidden states equal to {difference:.1e} when loaded again")
+    return read_trained(recipe, run, checkpoint, layer)
 
 
-def _trained(recipe: Recipe, run: Path, latest: Path) -> InfoXLM:
-    model, weights = saved_shape(run / "model", recipe.model), Weights(latest)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters(prefix="model"):  # as the objective calls it
-            parameter.copy_(weights[name])
-    strip_vocabulary(model.lm)
-    return model.eval()
-
-
-def _write(model: InfoXLM, recipe: Recipe, tokenizer: Path, folder: Path) -> None:
-    lm = model.lm
-    lm.config.universal_layer, lm.config.sentence_pooling = recipe.model.universal_layer, recipe.model.pooling
-    lm.save_pretrained(folder)
-    own = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    own.model_max_length = positions_of(lm.config)  # with it, truncation cuts a longer text, which would crash
-    own.save_pretrained(folder)
-    if model.head.projection is not None:
-        save_file({"weight": model.head.projection.weight.detach().contiguous()}, folder / PROJECTION)
-
-
-@torch.no_grad()
-def _difference(model: InfoXLM, folder: Path) -> float:
-    """Largest difference of a hidden state between the trained model on a flat batch and the exported model on a padded
-    one."""
-    loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=False).eval()
-    padded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(SAMPLE, padding=True, return_tensors="pt")
-    real = padded["attention_mask"].bool()
-    states = loaded(**padded, output_hidden_states=True).hidden_states
-    batch = flat_batch(padded["input_ids"][real].numpy(), real.sum(1).numpy().astype(np.int64))
-    hidden = model.body.embed(batch)
-    worst = _largest(hidden - states[0][real])
-    for layer, expected in enumerate(states[1:]):
-        hidden = model.body.run(hidden, batch.layout, layer, layer + 1)
-        worst = max(worst, _largest(hidden - expected[real]))
-    return worst
-
-
-def _largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
+def _describe(trained: Trained) -> str:
+    vector, projection = trained.vector, trained.projection
+    without = "" if projection is None else ", without the projection"
+    return f"layer {vector.layers[0]}, {vector.pooling} pooling{', projection' if vector.projected else without}"

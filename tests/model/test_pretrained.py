@@ -18,7 +18,8 @@ from infoxlm_ds.config import Model, Recipe, UserError
 from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.pretrained import build_model, check_fit, init_config, shape_of
-from infoxlm_ds.publish.export import SAMPLE, export
+from infoxlm_ds.publish.export import export
+from infoxlm_ds.publish.trained import SAMPLE
 from infoxlm_ds.trainer import fit
 from tests.conftest import HubCache
 from tests.corpus import ROOT, small_recipe

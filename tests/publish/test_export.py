@@ -15,7 +15,8 @@ from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine.engine import start_ranks
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.checksums import check_checksums
-from infoxlm_ds.publish.export import SAMPLE, export
+from infoxlm_ds.publish.export import export
+from infoxlm_ds.publish.trained import SAMPLE
 from infoxlm_ds.trainer import fit
 from tests.corpus import small_recipe
 from tests.distributed.masters import whole_masters

@@ -1,0 +1,51 @@
+"""Which checkpoint of a run to export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from infoxlm_ds.checkpoint.store import Store, step_of
+from infoxlm_ds.config import UserError
+
+
+def best_step(run: Path) -> int:
+    """The step whose checkpoint had the highest probe accuracy, of the checkpoints that the run still has; of equals,
+    the latest. UserError if none of them was probed."""
+    accuracies, kept = _probed(run), [step_of(path) for path in Store(run).steps()]
+    if not kept:
+        raise UserError(f"{run} holds no checkpoint: train there first, or correct the path")
+    if not accuracies:
+        raise UserError(f"--best: {run / 'metrics.jsonl'} has no probe: set probe in the recipe, or give --step")
+    candidates = [step for step in kept if step in accuracies]
+    if not candidates:
+        raise UserError(
+            f"--best: the probes were at steps {_list(accuracies)}, the checkpoints are of steps {_list(kept)}: give "
+            "--step, and next time make probe.every and checkpoint.every the same"
+        )
+    best = max(candidates, key=lambda step: (accuracies[step], step))
+    highest = max(accuracies, key=lambda step: (accuracies[step], step))
+    print(f"step {best} has the best probe of the {len(candidates)} checkpoints that have one: {accuracies[best]:.3f}")
+    if accuracies[highest] > accuracies[best]:
+        print(f"step {highest} had {accuracies[highest]:.3f}, but its checkpoint is not kept (checkpoint.keep)")
+    return best
+
+
+def _probed(run: Path) -> dict[int, float]:
+    """Mean probe accuracy by step. A run that went back measured a step again: the last line counts."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+            found[int(values["step"])] = float(values["probe/mean"])
+        except (ValueError, KeyError, TypeError):  # another line, or one that a full disk cut
+            continue
+    return dict(sorted(found.items()))
+
+
+def _list(steps: dict[int, float] | list[int]) -> str:
+    return ", ".join(map(str, steps))
