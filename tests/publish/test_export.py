@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from infoxlm_ds.model.pretrained import init_config
 from infoxlm_ds.publish.export import export
 from infoxlm_ds.publish.trained import SAMPLE
 from infoxlm_ds.trainer import fit
-from tests.corpus import EMBEDDED, small_recipe
+from tests.corpus import EMBEDDED, ROOT, small_recipe
 from tests.distributed.masters import whole_masters
 from tests.distributed.ranks import run_ranks
 
@@ -221,6 +222,26 @@ def test_an_export_that_does_not_give_the_trained_vectors_leaves_nothing(
     with pytest.raises(RuntimeError, match="sentence vectors differ"):
         export(exported.parent / "run", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/export.md"])
+def test_the_documented_lines_of_python_run(
+    document: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript", "sentence_transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    export(exported.parent / "run", tmp_path / "my-model", ["hf", "sentence-transformers", "onnx"], layer=1)
+    expected = SentenceEmbedder(tmp_path / "my-model").embed(["Open the door.", "Öffne die Tür."])[0]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == {"README.md": 1, "docs/export.md": 3}[document]
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        torch.testing.assert_close(torch.as_tensor(names["vectors"]), torch.as_tensor(expected), atol=1e-5, rtol=0)
+        if "means" in names:
+            means = torch.nn.functional.normalize(names["means"].detach(), dim=1)
+            torch.testing.assert_close(means, torch.as_tensor(expected), atol=1e-5, rtol=0)
 
 
 def _start(rank: int, world: int, recipe: Recipe) -> None:
