@@ -10,7 +10,7 @@ mkdir -p $run
 # --ignore-requires-python: the wheel is read, not installed
 [ -f $run/$wheel ] || pip download --quiet --no-deps --ignore-requires-python --dest $run homeassistant==2026.11.0
 [ -f $run/rows.jsonl ] || python -m data_prep.recipes.home_assistant $run/$wheel $run/rows.jsonl
-infoxlm prep build recipes/evening.corpus.yaml $run/corpus
+infoxlm prep build data_prep/recipes/evening.yaml $run/corpus
 unset OMP_NUM_THREADS # `infoxlm train` divides the cores among its ranks
 infoxlm train recipes/evening.yaml
 [ -d $run/export ] || infoxlm export $run $run/export

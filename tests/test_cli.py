@@ -235,6 +235,12 @@ def test_the_shell_completes_verbs(words: str, completed: str) -> None:
 def test_a_shipped_recipe_is_printed_and_a_wrong_name_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _run(monkeypatch, "recipe") == 0 and capsys.readouterr().out.split() == ["base", "demo", "large", "xl"]
+    assert _run(monkeypatch, "recipe") == 0 and capsys.readouterr().out.split() == [
+        "base",
+        "demo",
+        "evening",
+        "large",
+        "xl",
+    ]
     assert _run(monkeypatch, "recipe", "base") == 0 and "xlm-roberta-base" in capsys.readouterr().out
     assert _run(monkeypatch, "recipe", "small") == 2 and "choose one of base, demo" in capsys.readouterr().err

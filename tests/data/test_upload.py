@@ -26,7 +26,8 @@ def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
     parts: dict[Any, Any] = dict(enumerate(value)) if isinstance(value, tuple) else {}
     if dataclasses.is_dataclass(value):
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    parts.pop("text_ids", None)
+    for on_host in ("text_ids", "hard_ids"):
+        parts.pop(on_host, None)
     return {path: x for key, part in parts.items() for path, x in _tensors(part, f"{name}.{key}").items()}
 
 
@@ -65,7 +66,7 @@ def test_a_lane_is_uploaded_by_one_copy_that_does_not_hold_up_the_host(lane: Joi
     for name, x in _tensors(lane).items():
         assert there[name].device == META and there[name].shape == x.shape and there[name].dtype == x.dtype, name
     assert uploaded.names == lane.names and uploaded.sides == lane.sides
-    assert torch.equal(uploaded.text_ids, lane.text_ids)
+    assert torch.equal(uploaded.text_ids, lane.text_ids) and torch.equal(uploaded.hard_ids, lane.hard_ids)
 
 
 def test_a_lane_for_varlen_attention_has_no_dense_groups(corpus: Path, tmp_path: Path) -> None:
