@@ -102,7 +102,7 @@ def build(inputs: Inputs) -> TrainState:
         saved = inputs.checkpoints.load(checkpoint, state.engine, state.momentum, state.queue)
         state.step, state.consumed, state.best = saved.step, saved.consumed, saved.best
         _check_filling(state)
-        inputs.loader.restore(saved.consumed, saved.cursors)
+        inputs.loader.restore(saved.consumed, saved.cursors, saved.left_out)
     if dist.rank() == 0:  # an export needs these files beside the weights; a start mends them
         folder = recipe.run / "model"
         shutil.copytree(inputs.corpus.tokenizer, folder, dirs_exist_ok=True)

@@ -357,6 +357,7 @@ class Recipe(Section):
     run: Path  # the folder for everything that the run writes
     corpus: Annotated[Place, PlainValidator(place)]  # a prepared corpus: a folder, or a URL (docs/data.md)
     engine: Path  # a DeepSpeed configuration: a name or a path, see ds_configs/README.md
+    on_damage: Literal["stop", "skip"] = "stop"  # skip: go on without damaged packs, at most 1 % (docs/data.md)
     seed: int = Field(default=1, ge=0, lt=2**63)
     model: Model = Model()
     contrast: Contrast

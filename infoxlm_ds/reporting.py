@@ -39,6 +39,8 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     }
     if sinks is not None and (gpu := this_gpu()):
         values["speed/mfu"] = mfu(state.operations * steps, seconds, gpu.peak, world)
+    if state.loader.left_out:
+        values["data/damaged_draws"] = len(state.loader.left_out)
     if state.engine.loss_scale != 1:
         values["optimizer/loss_scale"] = state.engine.loss_scale
     if state.queue is not None:
@@ -78,6 +80,12 @@ def tell_of_skip(state: TrainState, sinks: Sinks | None) -> None:
             f"{times} steps in a row after step {state.step} were not applied: {why}. Look at that data, or {on} a "
             "lower optimizer.learning_rate"
         )
+
+
+def tell_of_damage(state: TrainState, sinks: Sinks | None, known: int) -> None:
+    """Name the damaged packs that the last step found, but for the first `known`."""
+    for what in state.loader.left_out[known:]:
+        say(sinks, f"the step after {state.step}: pack {what.pack} is damaged, {what.stream} goes on without it")
 
 
 def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None) -> None:

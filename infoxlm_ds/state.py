@@ -60,4 +60,4 @@ class TrainState:
 
     def saved(self) -> Saved:
         """What a checkpoint holds beside its tensors, at this moment."""
-        return Saved(self.step, self.consumed, self.loader.cursors, self.best)
+        return Saved(self.step, self.consumed, self.loader.cursors, self.loader.left_out, self.best)

@@ -13,6 +13,7 @@ from torch import Tensor
 from infoxlm_ds import dist, reporting
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.batch import JointBatch
+from infoxlm_ds.data.stream import DamagedDraw
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.monitor.faults import explain, find_faults
 from infoxlm_ds.monitor.sinks import Sinks
@@ -26,10 +27,14 @@ class SaveFailed(dist.AllRanksError):
     """The last checkpoint of a run could not be written."""
 
 
+class TooMuchDamage(dist.AllRanksError):
+    """`on_damage` is skip, and more packs are damaged than a run should go on without."""
+
+
 def fit(state: TrainState, sinks: Sinks | None) -> bool:
     """Train to the recipe's last step. Returns True if it was reached, False if a signal asked to stop. In both cases
-    the last step is saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied. SaveFailed if
-    the last step could not be saved.
+    the last step is saved. NotFinite after `optimizer.most_skipped` steps in a row that were not applied.
+    TooMuchDamage, see `_read`. SaveFailed if the last step could not be saved.
 
     `sinks`: rank 0's outputs; None on other ranks.
     """
@@ -46,7 +51,10 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
 
     # A step that failed only because of the loss scale is made first: its data would be lost.
     while state.step < recipe.optimizer.steps and (state.again is not None or not stop.agreed()):
-        if not train_step(state):
+        known = len(state.loader.left_out)
+        applied = train_step(state)
+        reporting.tell_of_damage(state, sinks, known)
+        if not applied:
             reporting.tell_of_skip(state, sinks)
             continue
         reporting.tell_of_save(state, sinks, state.checkpoints.poll())
@@ -100,11 +108,33 @@ def train_step(state: TrainState) -> bool:
 def _next_lanes(state: TrainState) -> list[JointBatch]:
     """This rank's lanes of the next step, on its device."""
     waited = time.monotonic()
-    lanes = state.again or [lane.to(dist.device()) for lane in next(state.loader)]
+    lanes = state.again or [lane.to(dist.device()) for lane in _read(state)]
     state.meter.add({"data_wait": time.monotonic() - waited})
     state.consumed += state.again is None
     state.again = None
     return lanes
+
+
+def _read(state: TrainState) -> list[JointBatch]:
+    """This rank's lanes of the next step. If `on_damage` is skip, all ranks leave out the packs that one of them finds
+    damaged, so that all see the same order; collective then. TooMuchDamage if these are more than 1 % of the corpus."""
+    if state.recipe.on_damage == "stop":
+        return next(state.loader)
+    while True:
+        lanes, found = [], None
+        try:
+            lanes = next(state.loader)
+        except DamagedDraw as error:
+            found = error.what
+        if dist.agree(found is None):
+            return lanes
+        state.loader.leave_out(sorted({what for what in dist.gather_objects(found) if what is not None}))
+        damaged = sorted({what.pack for what in state.loader.left_out})
+        if len(damaged) > max(1, state.loader.packs // 100):
+            raise TooMuchDamage(
+                f"{len(damaged)} of {state.loader.packs} packs are damaged ({', '.join(damaged[:5])}), more than 1 %: "
+                f"restore the corpus {state.recipe.corpus}; `infoxlm prep verify` checks it"
+            )
 
 
 def _added(losses: dict[str, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from infoxlm_ds.checkpoint.store import (
 )
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.loader import Cursors
+from infoxlm_ds.data.stream import LeftOut
 from infoxlm_ds.engine.engine import Engine
 from infoxlm_ds.losses.queue import KeyQueue
 from infoxlm_ds.model.momentum import MomentumEncoder
@@ -44,11 +45,13 @@ class Best:
 
 @dataclass(frozen=True)
 class Saved:
-    """`step`: optimizer steps applied; `consumed`: steps whose batches were read; `cursors`: the streams' positions."""
+    """`step`: optimizer steps applied; `consumed`: steps whose batches were read; `cursors`: the streams' positions;
+    `left_out`: draws whose packs are damaged."""
 
     step: int
     consumed: int
     cursors: Cursors
+    left_out: list[LeftOut]
     best: Best | None
 
 
@@ -155,7 +158,8 @@ class Checkpoints:
         }
         comparable = _measured(state["recipe"]["probe"]) == self._measured
         best = Best(**state["best"]) if state["best"] and comparable else None
-        return Saved(state["step"], state["consumed"], cursors, best)
+        left_out = [] if skipped else [LeftOut(*what) for what in state.get("left_out", [])]
+        return Saved(state["step"], state["consumed"], cursors, left_out, best)
 
     def save(
         self, saved: Saved, identity: Identity, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None
@@ -211,6 +215,7 @@ class Checkpoints:
                 "consumed": saved.consumed,
                 "best": saved.best and vars(saved.best),
                 "cursors": _merge(everyone),
+                "left_out": saved.left_out,
                 "counters": engine.counters(),
                 "world_size": dist.world_size(),
             }

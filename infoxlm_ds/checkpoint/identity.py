@@ -13,7 +13,7 @@ from infoxlm_ds.engine.config import precision_of, stage_of
 
 # Keys that may always change: no step depends on them, or only by rounding. A corpus is compared by content, not by
 # path; a preset by its values.
-FREE = {"preset", "run", "corpus", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
+FREE = {"preset", "run", "corpus", "on_damage", "engine", "memory", "timeout", "log", "checkpoint", "resume", "probe"}
 # Keys that can never change, because the tensors would have other shapes.
 FIXED = (
     "model",

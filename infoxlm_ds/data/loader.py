@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import BatchBuilder, JointBatch
 from infoxlm_ds.data.corpus import Corpus
+from infoxlm_ds.data.stream import LeftOut
 from infoxlm_ds.data.upload import in_one_buffer
 
 Cursors = dict[str, dict[int, tuple[int, int]]]  # stream -> lane -> (window, offset)
@@ -35,29 +37,46 @@ class Loader:
         self._builder = BatchBuilder(recipe, corpus, self.lanes, dense=not varlen)
         self._pinned = torch.cuda.is_available()
         self.cursors: Cursors = self._position()
-        self._step = 0
+        self.left_out: list[LeftOut] = []
+        self.packs = sum(source.packs for source in corpus.sources)
+        self._consumed = self._step = 0  # steps: taken, and made
+        self._before = (0, self.cursors)
         self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(STEPS_AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def restore(self, step: int, cursors: Cursors) -> None:
-        """Go on after `step` consumed steps. Call it only before the first `next`. A stream without a position
-        starts at its beginning."""
+    def restore(self, step: int, cursors: Cursors, left_out: Sequence[LeftOut] = ()) -> None:
+        """Go on after `step` consumed steps, without the draws that were left out before. Call it only before the first
+        `next`. A stream without a position starts at its beginning."""
         assert self._thread is None
-        self._step = step
+        self._consumed = self._step = step
+        self.left_out = list(left_out)
         for task, reader in self._builder.readers.items():
             if task in cursors:
-                reader.restore({lane: cursors[task][lane] for lane in self.lanes})
+                reader.restore({lane: cursors[task][lane] for lane in self.lanes}, left_out)
+        self.cursors = self._position()
+
+    def leave_out(self, draws: Sequence[LeftOut]) -> None:
+        """Make the last step again, without these draws. Call it after a `next` that gave a step or raised
+        DamagedDraw, on all ranks with the same draws."""
+        self.close()
+        self._stop, self._ready, self._thread = threading.Event(), queue.Queue(STEPS_AHEAD), None
+        self.restore(*self._before, self.left_out)
+        for what in draws:
+            self._builder.readers[what.stream].leave_out(what.draw)
+        self.left_out += draws
         self.cursors = self._position()
 
     def __next__(self) -> list[JointBatch]:
+        """This rank's lanes of the next step. DamagedDraw if a pack is damaged."""
+        self._before = (self._consumed, self.cursors)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
         ready = self._ready.get()
         if isinstance(ready, BaseException):
             raise ready
-        self.cursors = ready.cursors
+        self._consumed, self.cursors = self._consumed + 1, ready.cursors
         return ready.lanes
 
     def close(self) -> None:

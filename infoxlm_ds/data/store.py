@@ -45,6 +45,10 @@ class Range(NamedTuple):
         return len(data) == self.size and zlib.crc32(data) == self.crc32
 
 
+class DamagedPack(UserError):
+    """The bytes of a pack are not those that were written, or the disk cannot read them."""
+
+
 class Folder:
     """A corpus in a folder."""
 
@@ -78,7 +82,7 @@ class Folder:
         return self._path
 
     def read(self, wanted: Range) -> bytes:
-        """The bytes of a pack. UserError if they are not those that were written."""
+        """The bytes of a pack. DamagedPack if they are not those that were written."""
         return read_range(self._path / wanted.file.name, wanted)
 
     def ahead(self, wanted: Iterable[Range]) -> list[Future[dict[int, bytes]]]:
@@ -87,15 +91,15 @@ class Folder:
 
 
 def read_range(path: Path, wanted: Range) -> bytes:
-    """The bytes of a pack in a local shard. UserError if they are not those that were written."""
+    """The bytes of a pack in a local shard. DamagedPack if they are not those that were written."""
     try:
         with path.open("rb") as file:
             file.seek(wanted.offset)
             data = file.read(wanted.size)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; {RESTORE}") from None
+        raise DamagedPack(f"{path}: cannot be read: {error.strerror}; {RESTORE}") from None
     if not wanted.is_right(data):
-        raise UserError(f"{path}: the pack at byte {wanted.offset} is damaged: {RESTORE}")
+        raise DamagedPack(f"{path}: the pack at byte {wanted.offset} is damaged: {RESTORE}")
     return data
 
 
@@ -144,7 +148,7 @@ class Server:
         return self._cache.folder(key)
 
     def read(self, wanted: Range) -> bytes:
-        """The bytes of a pack. UserError if they are not those that were written."""
+        """The bytes of a pack. DamagedPack if they are not those that were written, UserError if none come."""
         coming = self._coming.get((wanted.file.name, wanted.offset))
         if coming is None or coming.exception():  # the server may have recovered since then
             return self._read([wanted])[wanted.offset]
@@ -176,7 +180,8 @@ class Server:
                 return packs
             self._cache.forget(file)
         part = _bytes_named(damaged[0].offset, damaged[0].size)
-        raise UserError(f"{self.where(file.name)}: the pack in {part} is damaged, also when it is read again: {UPLOAD}")
+        problem = f"the pack in {part} is damaged, also when it is read again"
+        raise DamagedPack(f"{self.where(file.name)}: {problem}: {UPLOAD}")
 
     def _bytes(self, file: File, start: int, size: int) -> bytes:
         kept = self._cache.shard(file, start, size, self._pieces, self.where(file.name))

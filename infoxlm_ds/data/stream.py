@@ -11,7 +11,7 @@ Legend: n items, s sides (1 monolingual, 2 a pair), h hard negatives of an item,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from infoxlm_ds.data.manifest import Source
 from infoxlm_ds.data.mixture import Mixture
 from infoxlm_ds.data.order import Draw, Plan, SourceSize, keyed_generator
 from infoxlm_ds.data.packs import Pack, runs
+from infoxlm_ds.data.store import DamagedPack
 
 ROUNDS = 4  # if all lanes together read a corpus in fewer windows each, they share windows
 
@@ -92,6 +93,22 @@ class Grouping:
         return self.pairs_per_row if sides > 2 else 1
 
 
+class LeftOut(NamedTuple):
+    """A draw of a stream whose pack is damaged: the stream goes on without its items. `pack`: which one, for people."""
+
+    stream: str
+    draw: int
+    pack: str
+
+
+class DamagedDraw(UserError):
+    """A lane cannot take its items, because the pack of a draw is damaged."""
+
+    def __init__(self, what: LeftOut, problem: str) -> None:
+        super().__init__(problem)
+        self.what = what
+
+
 class Amount(NamedTuple):
     """What a lane takes: so many items, or as many as fit into `tokens`, each counting its length plus `overhead`."""
 
@@ -144,10 +161,11 @@ class StreamReader:
         self._at = dict.fromkeys([0] if self.shared else own_lanes, (0, 0))
         self._windows: dict[int, tuple[int, Rows]] = {}
         self._next: dict[int, object] = {}  # what a server sends for the windows after these
+        self._left_out: set[int] = set()  # draws
 
     def take(self, lane: int, *, items: int | None = None, tokens: int | None = None, overhead: int = 0) -> Rows:
-        """The lane's next `items`, or as many as fit into `tokens` (at least one). Each counts
-        its length plus `overhead`."""
+        """The lane's next `items`, or as many as fit into `tokens` (at least one). Each counts its length plus
+        `overhead`. DamagedDraw if one of their packs is damaged; then only `restore` may be called."""
         amount = Amount(items, tokens, overhead)
         if not self.shared:
             return self._take(lane, amount)
@@ -170,6 +188,9 @@ class StreamReader:
         assert left is not None
         while left > 0:
             k, offset = self._at[lane]
+            if self._left_out and not self._draws(lane, k):
+                self._at[lane] = (k + 1, 0)
+                continue
             window = self._window(lane, k)
             rest = len(window) - offset
             if items is not None:
@@ -193,16 +214,27 @@ class StreamReader:
         self._pass_over(0)
         return dict.fromkeys(self._own, self._at[0])
 
-    def restore(self, state: dict[int, tuple[int, int]]) -> None:
+    def restore(self, state: dict[int, tuple[int, int]], left_out: Iterable[LeftOut] = ()) -> None:
+        """Go on at the positions of the own lanes, without the draws of this stream that were left out before."""
         assert state.keys() == set(self._own)
         self._at, self._turn = ({0: next(iter(state.values()))} if self.shared else dict(state)), 0
+        self._left_out = {what.draw for what in left_out if what.stream == self._key[1]}
+        self._windows.clear()
+
+    def leave_out(self, draw: int) -> None:
+        """Leave out a draw from now on. If a lane has begun its window, whose order changes, the lane leaves out the
+        rest of it. Call it between steps."""
+        k, lane = divmod(draw // self._packs, self._orders)
+        self._left_out.add(draw)
+        self._windows.pop(lane, None)
+        if self._at.get(lane, (k, 0)) > (k, 0):
+            self._at[lane] = max(self._at[lane], (k + 1, 0))
 
     def _window(self, lane: int, k: int) -> Rows:
         if lane not in self._windows or self._windows[lane][0] != k:
             coming = self._corpus.ahead(self._packs_of(lane, k))
             self._next[lane] = self._corpus.ahead(self._packs_of(lane, k + 1))
-            draws = self._plan.window(lane, k, self._orders, self._packs)
-            parts, groups = zip(*(self._rows(draw) for draw in draws), strict=True)
+            parts, groups = zip(*self._read(lane, k), strict=True)
             del coming
             sizes = np.concatenate(groups)
             order = keyed_generator(*self._key, "window", k * self._orders + lane).permutation(len(sizes))
@@ -210,9 +242,24 @@ class StreamReader:
             self._windows[lane] = (k, Rows.concatenate(parts).select(items))
         return self._windows[lane][1]
 
+    def _read(self, lane: int, k: int) -> Iterator[tuple[Rows, np.ndarray]]:
+        """The items of a window, pack by pack, and the sizes of the groups that they form."""
+        for t, draw in self._draws(lane, k):
+            try:
+                yield self._rows(draw)
+            except DamagedPack as error:
+                name = f"{self._corpus.sources[self._numbers[draw.source]].name} {draw.pack}"
+                raise DamagedDraw(LeftOut(self._key[1], t, name), str(error)) from None
+
+    def _draws(self, lane: int, k: int) -> list[tuple[int, Draw]]:
+        """The draws of a window with their numbers, but for those that are left out."""
+        first = (k * self._orders + lane) * self._packs
+        numbered = enumerate(self._plan.window(lane, k, self._orders, self._packs), first)
+        return [(t, draw) for t, draw in numbered if t not in self._left_out]
+
     def _packs_of(self, lane: int, k: int) -> Iterator[tuple[int, int]]:
         """Source and number of a window's packs."""
-        for draw in self._plan.window(lane, k, self._orders, self._packs):
+        for _, draw in self._draws(lane, k):
             yield self._numbers[draw.source], draw.pack
 
     def _rows(self, draw: Draw) -> tuple[Rows, np.ndarray]:
