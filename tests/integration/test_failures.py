@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,12 @@ def _start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def _ranks(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     """In rank order."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    leaves = [child for child in children if not child.children() and "RANK" in child.environ()]
-    return sorted(leaves, key=lambda child: int(child.environ()["RANK"]))
+    ranks = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):  # one that ends just now
+            if "RANK" in (variables := child.environ()) and not child.children():
+                ranks[int(variables["RANK"])] = child
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _told(stderr: str) -> str:
