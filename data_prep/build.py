@@ -25,9 +25,10 @@ from rich.console import Console
 
 from data_prep.description import CorpusDescription, load_description
 from data_prep.encode import Encoder
-from data_prep.filters.report import Report
+from data_prep.filters.report import QUOTED, Report, Sample
 from data_prep.map import MapTask, Setting, map_block
-from data_prep.reduce import ReduceTask, Target, read_reduced, reduce_shard, shards_of, targets_of
+from data_prep.near_duplicates import ChooseTask, LinkTask, SignTask, choose, link, sign
+from data_prep.reduce import Reduced, ReduceTask, Target, read_reduced, reduce_shard, shards_of, targets_of
 from data_prep.rows import Block
 from data_prep.run import ONE, How, Stage, Task, run
 from data_prep.sample import LEAST, SampleTask, sample_block
@@ -35,7 +36,7 @@ from data_prep.sources import READERS
 from data_prep.sources.files import is_compressed, raw, size_of
 from data_prep.table import Footer, read_footer
 from data_prep.texts import Texts, texts_of
-from data_prep.tokenizer import TokenizerTask, describe_tokenizer, make_tokenizer
+from data_prep.tokenizer import TokenizerTask, describe_tokenizer, load_fast, make_tokenizer
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
@@ -165,7 +166,7 @@ class _Build:
         setting = setting._replace(pieces=Encoder(tokenizer, unknown, pieces=True).agrees(tried))
         mapped = self._map(setting)
         folder = self._work / f"corpus-{_short_hash([str(path.relative_to(self._work)) for path in mapped.spills])}"
-        reduced = self._reduce(mapped, folder)
+        reduced = self._reduce(mapped, folder, self._near_duplicates(mapped))
         if self._how.part[0] == 0:
             shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
             self._finish(folder, described, mapped, reduced, prep)
@@ -248,7 +249,43 @@ class _Build:
             if not any(footer.frames for footer in of_source):
                 self._console.print(f"source {source.name}: nothing is left of it", highlight=False, markup=False)
 
-    def _reduce(self, mapped: Mapped, folder: Path) -> dict[str, list[Task]]:
+    def _near_duplicates(self, mapped: Mapped) -> dict[str, Path]:
+        """By source, the file with the hashes of the rows that go, if they are to be looked for."""
+        settings, reference = self._description.filters.near_duplicates, self._description.filters.reference
+        if settings is None:
+            return {}
+        work = self._work / f"near-{_short_hash([str(path.relative_to(self._work)) for path in mapped.spills])}"
+        signing = [
+            Task(
+                sign,
+                SignTask(spill, settings, reference, self._buckets),
+                work / f"{spill.name}.npz",
+                spill.stat().st_size,
+            )
+            for spill in mapped.spills
+        ]
+        self._run("near-duplicates, signing", signing)
+        linking = {
+            name: [
+                Task(link, LinkTask(name, part, self._of(name, mapped, signing)), work / f"{name}-{part}.npy", 1)
+                for part in range(self._buckets)
+            ]
+            for name in mapped.targets
+        }
+        self._run("near-duplicates, linking", list(itertools.chain.from_iterable(linking.values())))
+        choosing = {
+            name: Task(choose, ChooseTask(tuple(task.out for task in tasks)), work / f"{name}.npy", 1)
+            for name, tasks in linking.items()
+        }
+        self._run("near-duplicates, choosing", list(choosing.values()))
+        return {name: task.out for name, task in choosing.items()}
+
+    @staticmethod
+    def _of(name: str, mapped: Mapped, tasks: list[Task]) -> tuple[Path, ...]:
+        """The outputs of the spills' tasks that hold a source."""
+        return tuple(task.out for task, held in zip(tasks, mapped.held, strict=True) if name in held)
+
+    def _reduce(self, mapped: Mapped, folder: Path, left_out: dict[str, Path]) -> dict[str, list[Task]]:
         tasks: dict[str, list[Task]] = {}
         for name, target in mapped.targets.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -256,14 +293,14 @@ class _Build:
             spills = tuple(spill for spill, held in zip(mapped.spills, mapped.held, strict=True) if name in held)
             for number, buckets in enumerate(shards_of(target.sizes)):
                 shard = folder / name / f"{name}-{number:05d}.tar"
-                argument = ReduceTask(shard, name, target.languages, spills, buckets)
+                argument = ReduceTask(shard, name, target.languages, spills, buckets, left_out.get(name))
                 size = int(target.sizes[slice(*buckets)].sum())
                 out = self._work / "reduce" / folder.name / f"{shard.stem}.json"
                 if not shard.exists():  # it went into a corpus before
                     out.unlink(missing_ok=True)
                 tasks[name].append(Task(reduce_shard, argument, out, size))
         everything = [task for of_target in tasks.values() for task in of_target]
-        self._run("shuffling and writing", everything, lambda out: Counter(duplicates=read_reduced(out).duplicates))
+        self._run("shuffling and writing", everything, lambda out: Counter(_dropped(read_reduced(out))))
         return tasks
 
     def _finish(
@@ -276,12 +313,15 @@ class _Build:
     ) -> None:
         """Write indices, samples and manifest."""
         files = tuple(file_of(folder, path) for path in sorted((folder / "tokenizer").iterdir()))
-        counts = Counter(mapped.report.counts)
+        counts, tokenizer = Counter(mapped.report.counts), load_fast(folder / "tokenizer")
         sources = []
         for name, tasks in reduced.items():
-            source, duplicates = _source(folder, name, mapped.targets[name].languages, tasks)
+            source, written = _source(folder, name, mapped.targets[name].languages, tasks)
             sources.append(source)
-            counts[f"duplicate_{'blocks' if source.kind == 'mono' else 'rows'}"] += duplicates
+            counts[f"duplicate_{'blocks' if source.kind == 'mono' else 'rows'}"] += sum(r.duplicates for r in written)
+            if self._description.filters.near_duplicates is not None:
+                counts["near_duplicates"] += sum(reduced.near_duplicates for reduced in written)
+                mapped.report.merge(self._samples(name, written, tokenizer))
         order = [source.name for source in self._description.sources]
         sources.sort(key=lambda source: (order.index(source.name) if source.name in order else len(order), source.name))
         samples = mapped.report.tree()["samples"]
@@ -299,6 +339,16 @@ class _Build:
         )
         write_file(folder / manifests.NAME, manifest.render(), durable=True)
 
+    def _samples(self, source: str, written: list[Reduced], tokenizer: Any) -> Report:
+        """Texts of near-duplicates that went, for the report."""
+        report = Report(self._description.seed)
+        report.samples["near_duplicates"] = [
+            Sample(key, f"source {source}", {language: tokenizer.decode(ids)[:QUOTED]})
+            for reduced in written
+            for key, language, ids in reduced.samples
+        ]
+        return report
+
 
 class Mapped(NamedTuple):
     """What the map stage wrote and found. `held`: the sources of the corpus that each spill holds."""
@@ -309,8 +359,12 @@ class Mapped(NamedTuple):
     targets: dict[str, Target]
 
 
-def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Task]) -> tuple[Source, int]:
-    """The manifest's entry of a source, after its index is written, and how many duplicates were dropped."""
+def _dropped(reduced: Reduced) -> dict[str, int]:
+    return {"duplicates": reduced.duplicates, "near_duplicates": reduced.near_duplicates}
+
+
+def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Task]) -> tuple[Source, list[Reduced]]:
+    """The manifest's entry of a source, after its index is written, and what was written."""
     shards, indices, written = [], [], [read_reduced(task.out) for task in tasks]
     for number, (task, reduced) in enumerate(zip(tasks, written, strict=True)):
         of_shard = np.array(reduced.packs, np.int64).reshape(-1, 5)
@@ -329,7 +383,7 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
         index=file_of(folder, path),
         shards=tuple(shards),
     )
-    return source, sum(reduced.duplicates for reduced in written)
+    return source, written
 
 
 def _hashes(description: CorpusDescription, base: Path, inputs: list[Input]) -> dict[str, str]:

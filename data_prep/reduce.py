@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.filters.report import SAMPLES
+from data_prep.near_duplicates import goes
 from data_prep.table import WRONG, Footer, Table, read_footer, read_frames
 from infoxlm_ds.atomic import sync
 from infoxlm_ds.data.files import sha256_of
@@ -23,20 +25,25 @@ SHARD = 64 * 2**20  # bytes of the arrays of a shard, about
 
 
 class ReduceTask(NamedTuple):
-    """A shard. `spills`: all that hold the source; `buckets`: the first and the one after the last."""
+    """A shard. `spills`: all that hold the source; `buckets`: the first and the one after the last. `left_out`: hashes
+    of rows that go, if near-duplicates were looked for."""
 
     shard: Path
     source: str
     languages: tuple[str, ...]
     spills: tuple[Path, ...]
     buckets: tuple[int, int]
+    left_out: Path | None = None
 
 
 class Reduced(NamedTuple):
-    """What was written. `packs`: the rows of the index, see `write_shard`."""
+    """What was written. `samples`: hash, language and ids of a text of some near-duplicates. `packs`: the rows of the
+    index, see `write_shard`."""
 
     items: int
     duplicates: int
+    near_duplicates: int
+    samples: list[tuple[str, str, list[int]]]
     bytes: int
     sha256: str
     packs: list[list[int]]
@@ -79,17 +86,36 @@ def reduce_shard(task: ReduceTask, out: Path) -> None:
     table = Table.concatenate([Table.empty(), *_parts(task)]).in_order()
     different = np.ones(len(table), bool)
     different[1:] = (table.keys[1:] != table.keys[:-1]).any(1)
-    (rows,) = np.nonzero(different)
+    near = goes(table, np.load(task.left_out)) & different if task.left_out else np.zeros(len(table), bool)
+    (rows,) = np.nonzero(different & ~near)
     partial = task.shard.with_name(f"{task.shard.name}.partial")
     index = write_shard(partial, packs_of(table.select(rows), len(task.languages)), task.shard.stem)
     sync(partial)
-    written = Reduced(len(rows), len(table) - len(rows), partial.stat().st_size, sha256_of(partial), index.tolist())
+    written = Reduced(
+        items=len(rows),
+        duplicates=len(table) - int(different.sum()),
+        near_duplicates=int(near.sum()),
+        samples=_samples(table.select(np.flatnonzero(near)[:SAMPLES]), task.languages),
+        bytes=partial.stat().st_size,
+        sha256=sha256_of(partial),
+        packs=index.tolist(),
+    )
     partial.replace(task.shard)
     out.write_text(json.dumps(written._asdict()), encoding="utf-8")
 
 
 def read_reduced(path: Path) -> Reduced:
     return Reduced(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _samples(table: Table, languages: tuple[str, ...]) -> list[tuple[str, str, list[int]]]:
+    """The first side of each row."""
+    first = np.cumsum(table.sides, dtype=np.int64) - table.sides
+    ids = np.split(table.ids, np.cumsum(table.lengths, dtype=np.int64)[:-1])
+    return [
+        (f"{key:016x}", languages[int(table.languages[side])], ids[side].tolist())
+        for key, side in zip(table.keys[:, 0].tolist(), first.tolist(), strict=True)
+    ]
 
 
 def packs_of(table: Table, languages: int) -> Iterator[Pack]:
