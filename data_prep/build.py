@@ -259,7 +259,7 @@ class _Build:
             Task(
                 sign,
                 SignTask(spill, settings, reference, self._buckets),
-                work / f"{spill.name}.npz",
+                work / spill.name,
                 spill.stat().st_size,
             )
             for spill in mapped.spills

@@ -19,11 +19,12 @@ from data_prep.description import CorpusDescription, SourceDescription
 from data_prep.encode import Encoder
 from data_prep.filters.report import Report
 from data_prep.rows import Block, Document, Row
-from data_prep.table import WRONG, Table, write_spill
+from data_prep.table import WRONG, SpillWriter, Table
 from data_prep.texts import Texts, texts_of
 from infoxlm_ds.data.packs import content_id, runs, text_id
 
-CHUNK = 4096  # rows or documents that are encoded together
+CHUNK, CHARACTERS = 4096, 2**22  # rows or documents that are encoded together, at most; their characters, about
+GROUP = 2**26  # bytes of tables in memory, about
 
 
 class Setting(NamedTuple):
@@ -49,10 +50,26 @@ def map_block(task: MapTask, out: Path) -> None:
     source = setting.description.sources[task.source]
     texts = Texts(setting.description, setting.base, source, task.block)
     made = _Rows(setting, source, texts.report)
-    items = iter(texts)
-    while chunk := list(itertools.islice(items, CHUNK)):
-        made.add(chunk)
-    write_spill(out, made.tables(), setting.buckets, texts.report.tree() | {"notices": texts.notices})
+    with SpillWriter(out, setting.buckets) as spill:
+        for chunk in _chunks(texts):
+            made.add(chunk)
+            if made.bytes > GROUP:
+                made.write(spill)
+        made.write(spill)
+        spill.end(made.languages, texts.report.tree() | {"notices": texts.notices})
+
+
+def _chunks(items: Iterable[Row | Document]) -> Iterator[list[Row | Document]]:
+    chunk: list[Row | Document] = []
+    characters = 0
+    for item in items:
+        chunk.append(item)
+        characters += sum(map(len, texts_of(item)))
+        if len(chunk) == CHUNK or characters > CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 class _Sides(NamedTuple):
@@ -73,17 +90,19 @@ class _Rows:
         self._source, self._counts = source, report.counts
         self._tables: dict[str, list[Table]] = {}
         self._languages: dict[str, int] = {}
+        self.languages: dict[str, list[str]] = {}  # that the written tables of each source number
+        self.bytes = 0  # of what is not written yet
 
-    def tables(self) -> dict[str, tuple[list[str], Table]]:
-        """The rows of each source, and the languages that they number."""
-        joined = {name: Table.concatenate(parts) for name, parts in self._tables.items()}
-        languages = list(self._languages)
-        found = {}
-        for name, table in joined.items():
+    def write(self, spill: SpillWriter) -> None:
+        """Write the rows of each source, and forget them."""
+        codes = list(self._languages)
+        for name, parts in sorted(self._tables.items()):
+            table, known = Table.concatenate(parts), self.languages.setdefault(name, [])
             used, numbers = np.unique(table.languages % WRONG, return_inverse=True)
-            renumbered = replace(table, languages=numbers.astype(np.uint16) + table.languages // WRONG * WRONG)
-            found[name] = [languages[number] for number in used], renumbered
-        return found
+            known += [code for code in (codes[number] for number in used) if code not in known]
+            places = np.array([known.index(codes[number]) for number in used], np.uint16)
+            spill.add(name, replace(table, languages=places[numbers] + table.languages // WRONG * WRONG))
+        self._tables, self.bytes = {}, 0
 
     def add(self, chunk: list[Row | Document]) -> None:
         found: dict[str, int] = {}  # different texts: real ones come again and again
@@ -104,6 +123,7 @@ class _Rows:
     def _add(self, name: str, table: Table) -> None:
         if len(table):
             self._tables.setdefault(name, []).append(table)
+            self.bytes += table.nbytes
 
     def _parallel(self, rows: list[Row], sides: _Sides) -> Table:
         """The rows that have at least two sides of at most `max_tokens` pieces, with their negatives. Rows with the

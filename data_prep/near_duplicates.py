@@ -48,20 +48,18 @@ class ChooseTask(NamedTuple):
 
 
 def sign(task: SignTask, out: Path) -> None:
-    """Write the records of a spill, by source and part."""
-    footer, found = read_footer(task.spill), dict[str, np.ndarray]()
+    """Write the records of a spill into a folder, a file for each source and part that has some."""
+    footer = read_footer(task.spill)
+    out.mkdir()
     for name, frames in footer.frames.items():
         languages = footer.languages[name]
         reference = languages.index(task.reference) if task.reference in languages else None
-        tables = read_frames(task.spill, [frame for _, frame in sorted(frames.items())])
-        records = np.concatenate(
-            [np.zeros(0, Record), *(_records(table, reference, task.settings) for table in tables)]
-        )
-        part = (records["band"] >> np.uint64(32)) * np.uint64(task.parts) >> np.uint64(32)
-        for number in range(task.parts):
-            found[f"{name}/{number}"] = records[part == number]
-    with out.open("wb") as file:
-        np.savez(file, **found)  # type: ignore[arg-type]
+        for table in read_frames(task.spill, footer.of(name, range(max(frames) + 1))):
+            records = _records(table, reference, task.settings)
+            part = (records["band"] >> np.uint64(32)) * np.uint64(task.parts) >> np.uint64(32)
+            for number in np.unique(part).tolist():
+                with (out / f"{name}-{number}").open("ab") as file:
+                    records[part == number].tofile(file)
 
 
 def link(task: LinkTask, out: Path) -> None:
@@ -154,10 +152,10 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def _of_part(task: LinkTask) -> Iterator[np.ndarray]:
-    for path in task.signed:
-        with np.load(path) as records:
-            if f"{task.source}/{task.part}" in records:
-                yield records[f"{task.source}/{task.part}"]
+    for folder in task.signed:
+        path = folder / f"{task.source}-{task.part}"
+        if path.exists():
+            yield np.fromfile(path, Record)
 
 
 def _save(out: Path, array: np.ndarray) -> None:

@@ -64,8 +64,8 @@ def targets_of(footers: Sequence[Footer], buckets: int) -> dict[str, Target]:
         for name, frames in footer.frames.items():
             languages.setdefault(name, set()).update(footer.languages[name])
             sums = sizes.setdefault(name, np.zeros(buckets, np.int64))
-            for bucket, frame in frames.items():
-                sums[bucket] += frame.bytes
+            for bucket, of_bucket in frames.items():
+                sums[bucket] += sum(frame.bytes for frame in of_bucket)
     return {name: Target(tuple(sorted(languages[name])), sizes[name]) for name in sorted(sizes)}
 
 
@@ -140,8 +140,6 @@ def _parts(task: ReduceTask) -> Iterator[Table]:
     numbers = {language: number for number, language in enumerate(task.languages)}
     for spill in task.spills:
         footer = read_footer(spill)
-        frames = footer.frames.get(task.source, {})
-        wanted = [frame for bucket, frame in sorted(frames.items()) if bucket in range(*task.buckets)]
-        for table in read_frames(spill, wanted):
+        for table in read_frames(spill, footer.of(task.source, range(*task.buckets))):
             new = np.array([numbers[language] for language in footer.languages[task.source]], np.uint16)
             yield replace(table, languages=new[table.languages % WRONG] + table.languages // WRONG * WRONG)

@@ -42,11 +42,15 @@ def sample_block(task: SampleTask, out: Path) -> None:
             of_language = hashes.setdefault(language, {})
             if text not in of_language:
                 of_language[text] = hashlib.blake2b(text.encode(), digest_size=8, key=key).hexdigest()
-    kept = {
-        language: heapq.nsmallest(most, ((digest, text) for text, digest in of_language.items()))
-        for language, of_language in hashes.items()
-    }
+            if len(of_language) > 4 * most:  # of a large block
+                hashes[language] = {text: digest for digest, text in _smallest(of_language, most)}
+    kept = {language: _smallest(of_language, most) for language, of_language in hashes.items()}
     out.write_bytes(zstandard.compress(json.dumps({"totals": totals, "texts": kept}).encode()))
+
+
+def _smallest(hashes: dict[str, str], most: int) -> list[tuple[str, str]]:
+    """The smallest hashes with their texts."""
+    return heapq.nsmallest(most, ((digest, text) for text, digest in hashes.items()))
 
 
 def merge_samples(samples: Sequence[Path], count: int, alpha: float) -> list[str]:

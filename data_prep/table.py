@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,10 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.sides)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, f.name).nbytes for f in fields(self))
 
     def select(self, rows: np.ndarray) -> Table:
         """These rows, in this order."""
@@ -71,33 +75,51 @@ class Frame(NamedTuple):
 
 
 class Footer(NamedTuple):
-    """`languages` and `frames` by source; frames by bucket. `notes`: what else a task reports."""
+    """`languages` and `frames` by source; frames by bucket, in the order of the rows. `notes`: what else a task
+    reports."""
 
     languages: dict[str, list[str]]
-    frames: dict[str, dict[int, Frame]]
+    frames: dict[str, dict[int, list[Frame]]]
     notes: Any
 
+    def of(self, source: str, buckets: range) -> list[Frame]:
+        """The frames of some buckets, one bucket behind the other."""
+        frames = self.frames.get(source, {})
+        return [frame for bucket in sorted(frames.keys() & set(buckets)) for frame in frames[bucket]]
 
-def write_spill(path: Path, tables: Mapping[str, tuple[list[str], Table]], buckets: int, notes: Any) -> None:
-    """Write the rows of some sources, with the languages that their tables number. A bucket holds the rows whose keys
-    lie in its part of the range; `buckets` is a power of two."""
-    compressor = zstandard.ZstdCompressor(LEVEL, write_checksum=True)
-    footer = Footer({}, {}, notes)
-    with path.open("wb") as file:
-        for name, (languages, table) in sorted(tables.items()):
-            ordered = table.in_order()
-            ends = np.searchsorted(bucket_of(ordered.keys, buckets), np.arange(buckets + 1)).tolist()
-            footer.languages[name], footer.frames[name] = languages, {}
-            for bucket in range(buckets):
-                rows = ends[bucket + 1] - ends[bucket]
-                if rows:
-                    data = _to_bytes(ordered.select(np.arange(ends[bucket], ends[bucket + 1])))
-                    frame = compressor.compress(data)
-                    footer.frames[name][bucket] = Frame(file.tell(), len(frame), rows, len(data))
-                    file.write(frame)
-        end = file.tell()
-        file.write(compressor.compress(json.dumps(footer._asdict()).encode()))
-        file.write(end.to_bytes(END, "little"))
+
+class SpillWriter:
+    """Writes rows of some sources to a file, group by group. A bucket holds the rows whose keys lie in its part of the
+    range; `buckets` is a power of two."""
+
+    def __init__(self, path: Path, buckets: int) -> None:
+        self._file, self._buckets = path.open("wb"), buckets
+        self._compressor = zstandard.ZstdCompressor(LEVEL, write_checksum=True)
+        self._frames: dict[str, dict[int, list[Frame]]] = {}
+
+    def __enter__(self) -> SpillWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, source: str, table: Table) -> None:
+        ordered = table.in_order()
+        ends = np.searchsorted(bucket_of(ordered.keys, self._buckets), np.arange(self._buckets + 1)).tolist()
+        of_source = self._frames.setdefault(source, {})
+        for bucket in range(self._buckets):
+            rows = ends[bucket + 1] - ends[bucket]
+            if rows:
+                data = _to_bytes(ordered.select(np.arange(ends[bucket], ends[bucket + 1])))
+                frame = self._compressor.compress(data)
+                of_source.setdefault(bucket, []).append(Frame(self._file.tell(), len(frame), rows, len(data)))
+                self._file.write(frame)
+
+    def end(self, languages: dict[str, list[str]], notes: Any) -> None:
+        """Write the footer. `languages`: those that the tables of each source number."""
+        footer, end = Footer(languages, self._frames, notes), self._file.tell()
+        self._file.write(self._compressor.compress(json.dumps(footer._asdict()).encode()))
+        self._file.write(end.to_bytes(END, "little"))
 
 
 def read_footer(path: Path) -> Footer:
@@ -106,13 +128,17 @@ def read_footer(path: Path) -> Footer:
         start = int.from_bytes(file.read(END), "little")
         file.seek(start)
         tree = json.loads(zstandard.decompress(file.read(stop - start)))
-    frames = {name: {int(b): Frame(*f) for b, f in of_name.items()} for name, of_name in tree["frames"].items()}
+    frames = {
+        name: {int(bucket): [Frame(*frame) for frame in of_bucket] for bucket, of_bucket in of_name.items()}
+        for name, of_name in tree["frames"].items()
+    }
     return Footer(tree["languages"], frames, tree["notes"])
 
 
-def read_frames(path: Path, frames: Sequence[Frame]) -> list[Table]:
+def read_frames(path: Path, frames: Sequence[Frame]) -> Iterator[Table]:
     with path.open("rb") as file:
-        return [_from_bytes(zstandard.decompress(_at(file, frame))) for frame in frames]
+        for frame in frames:
+            yield _from_bytes(zstandard.decompress(_at(file, frame)))
 
 
 def bucket_of(keys: np.ndarray, buckets: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from data_prep.build import build
 from data_prep.clean import clean
+from data_prep.table import SpillWriter, Table
 from data_prep.verify import verify
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
@@ -41,6 +42,31 @@ def test_the_order_of_the_input_does_not_matter(corpus: Path, tmp_path: Path) ->
         prepare(tmp_path / name, corpus, [source])
         packs.append((tmp_path / name / "corpus" / "nway.rows" / "nway.rows-00000.tar").read_bytes())
     assert packs[0] == packs[1]
+
+
+def test_a_large_compressed_file_is_one_block_of_many_groups(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows do not wait in memory; the corpus is that of the plain file."""
+    source = {"name": "nway.rows", "kind": "nway", "format": "jsonl", "mono": True}
+    text = (corpus.parent / "rows.jsonl").read_bytes()
+    (tmp_path / "rows.jsonl").write_bytes(text)
+    (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(text))
+    plain = prepare(tmp_path / "plain", corpus, [source | {"path": "../rows.jsonl"}])
+    groups = []
+    add = SpillWriter.add
+
+    def counted(spill: SpillWriter, name: str, table: Table) -> None:
+        groups.append(name)
+        add(spill, name, table)
+
+    for name, value in {"CHUNK": 50, "GROUP": 2**13}.items():
+        monkeypatch.setattr(f"data_prep.map.{name}", value)
+    monkeypatch.setattr(SpillWriter, "add", counted)
+    packed = prepare(tmp_path / "packed", corpus, [source | {"path": "../rows.jsonl.xz"}])
+    assert groups.count("nway.rows") > 3
+    for one, other in zip(plain.sources, packed.sources, strict=True):
+        assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in other.shards]
 
 
 def test_negatives_are_stored_with_their_rows(corpus: Path, tmp_path: Path) -> None:
