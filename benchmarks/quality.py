@@ -74,7 +74,7 @@ class Course:
             while self._spent < mark and not self.finished():
                 self._spent += self.step()
             encoder = self.encoder()
-            scores = {name: probe.run(encoder)["probe/mean"] for name, probe in self._probes.items()}
+            scores = {name: probe.run(encoder).scores["probe/mean"] for name, probe in self._probes.items()}
             curve.append((self._spent, scores))
         return curve
 

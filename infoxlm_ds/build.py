@@ -24,6 +24,7 @@ from infoxlm_ds.model.checksums import write_checksums
 from infoxlm_ds.model.momentum import MomentumEncoder
 from infoxlm_ds.model.pretrained import build_model, check_fit, head_width
 from infoxlm_ds.monitor import failures
+from infoxlm_ds.monitor.boards import check_boards
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective
 from infoxlm_ds.state import TrainState
@@ -74,6 +75,7 @@ def check_inputs(recipe: Recipe, rank: int, world: int) -> Inputs:
     does not fit. Writes nothing. Only rank 0 looks at every file of the corpus and at the run's checkpoints: thousands
     of ranks would keep a shared file system busy."""
     engine_config = load_engine_config(recipe.engine)
+    check_boards(recipe.log)
     corpus = Corpus(recipe.corpus, look_at_files=rank == 0)
     positions = check_fit(recipe.model, corpus.tokenizer, longest_sequence(recipe, corpus))
     slow = why_not_varlen(dist.device(), dtype_of(engine_config), head_width(recipe.model))
@@ -139,6 +141,7 @@ def _from_scratch(inputs: Inputs) -> TrainState:
         queue=queue,
         checkpoints=inputs.checkpoints,
         probe=inputs.probe,
+        pairs=inputs.corpus.pairs,
     )
 
 

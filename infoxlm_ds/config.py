@@ -317,6 +317,8 @@ class Log(Section):
     every: Positive = 10  # steps between two lines
     geometry: Positive = 100  # steps between two measurements of alignment, uniformity and effective rank
     tensorboard: bool = True
+    csv: bool = False  # metrics.csv: step, tag, value
+    wandb: str | None = None  # a project of Weights & Biases; WANDB_MODE=offline keeps it on this machine
 
 
 class Checkpoint(Section):

@@ -6,15 +6,23 @@ import ctypes
 import resource
 
 import torch
+import yaml
 
 from infoxlm_ds import dist
 from infoxlm_ds.checkpoint.checkpoints import Best
+from infoxlm_ds.checkpoint.identity import FREE, leaves
 from infoxlm_ds.checkpoint.protocol import Outcome
+from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine.engine import NotFinite, schedule
-from infoxlm_ds.monitor.meters import Scalars, scalars
+from infoxlm_ds.monitor.meters import Interval, Scalars, by_language, scalars
 from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.monitor.starts import environment
+from infoxlm_ds.monitor.tags import of_languages
+from infoxlm_ds.objective import Report
 from infoxlm_ds.planner.speed import Gpu, known_gpu, mfu
 from infoxlm_ds.state import TrainState
+
+SHOWN_PAIRS = 100  # of more pairs of languages, the boards show the languages only
 
 
 def say(sinks: Sinks | None, text: str) -> None:
@@ -23,9 +31,24 @@ def say(sinks: Sinks | None, text: str) -> None:
         sinks.say(text)
 
 
+def count(state: TrainState, lane: JointBatch, report: Report) -> None:
+    """Add a lane of an applied step to the figures of the interval."""
+    meter, names = state.meter, lane.names
+    meter.add(report.sums | {"tokens": lane.text_tokens})
+    meter.count_languages(names)
+    sequences = lane.tokens.layout.sequence[lane.rows]  # MMLM's, then TLM's
+    blocks = len(names.get("mmlm", ()))
+    for task, part, first in (("mmlm", slice(None, lane.mmlm), 0), ("tlm", slice(lane.mmlm, None), blocks)):
+        if len(report.masked[part]):
+            meter.add_rows(task, names[task], report.masked[None, part], sequences[part] - first)
+    if report.contrast is not None and report.pair_names is not None:
+        meter.add_rows("xlco", report.pair_names, report.contrast)
+
+
 def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     """Write the figures of the interval since the last log. Collective."""
-    sums, languages, pairs, seconds = state.meter.collect()
+    interval = state.meter.collect()
+    sums, seconds = interval.sums, interval.seconds
     _return_freed_memory()
     steps, world = sums["steps"] / dist.world_size(), dist.world_size()
     values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
@@ -50,19 +73,49 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     values |= state.observed
     state.observed = {}
     if sinks is not None:
-        sinks.write(state.step, values, {"languages": languages, "pairs": pairs, "seconds": seconds})
+        more = {"languages": interval.languages, "pairs": interval.means("xlco"), "seconds": seconds}
+        masked = {task: interval.means(task) for task in ("mmlm", "tlm") if task in interval.rows}
+        sinks.write(state.step, values, more | {"masked": masked}, _by_language(state, interval))
+        if state.queue is not None and state.queue.filled == 1.0 and state.due(state.recipe.log.geometry):
+            sinks.histogram(state.step, "contrast/queue_age", state.step - state.queue.steps.numpy())
         sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)
+
+
+def _by_language(state: TrainState, interval: Interval) -> Scalars:
+    """The losses of each language and, if they are few, of each pair of languages, by tag."""
+    values: Scalars = {}
+    for task, rows in interval.rows.items():
+        values |= {of_languages(task, name): loss for name, loss in by_language(rows, state.pairs).items()}
+        if task != "mmlm" and len(state.pairs) <= SHOWN_PAIRS:
+            values |= {of_languages(task, name): means["loss"] for name, means in interval.means(task).items()}
+    return values
+
+
+def begin(state: TrainState, sinks: Sinks) -> None:
+    """Describe the run to the boards."""
+    recipe = state.recipe.model_dump(mode="json", exclude_defaults=True)
+    compared = {key: value for key, value in recipe.items() if key not in FREE}
+    found = environment(state.step)
+    texts = {
+        "recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
+        "environment": f"```yaml\n{yaml.safe_dump(found, sort_keys=False)}```",
+    }
+    sinks.begin(texts, {key: x for key, x in leaves(compared) if isinstance(x, int | float | str)})
 
 
 def probe(state: TrainState, sinks: Sinks | None) -> None:
     """Measure retrieval on held-out text. Collective."""
     assert state.probe is not None
-    values = state.probe.run(state.objective.model.sentence_encoder())
+    encoder, log = state.objective.model.sentence_encoder(), state.recipe.log
+    probed = state.probe.run(encoder, pictured=log.tensorboard or log.wandb is not None)
+    values = probed.scores
     if state.best is None or values["probe/mean"] > state.best.value:
         state.best = Best(state.step, values["probe/mean"])
     values["probe/best"] = state.best.value
     if sinks is not None:
         sinks.write(state.step, values)
+        for tag, picture in probed.pictures.items():
+            sinks.picture(state.step, tag, picture)
         beside = f"best {state.best.value:.3f} at step {state.best.step}, trigrams {values['probe/trigram_mean']:.3f}"
         sinks.say(f"step {state.step}: held-out accuracy@1 {values['probe/mean']:.3f} ({beside})")
 

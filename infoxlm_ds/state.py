@@ -34,6 +34,7 @@ class TrainState:
     queue: KeyQueue | None
     checkpoints: Checkpoints
     probe: RetrievalProbe | None
+    pairs: dict[str, tuple[str, str]]  # the two languages of each pair, by the pair's name
     step: int = 0
     consumed: int = 0
     best: Best | None = None  # of the probes

@@ -154,10 +154,7 @@ def _after_update(
     state.skipped.clear()
     state.meter.add({"steps": 1})
     for lane, report in zip(lanes, reports, strict=True):
-        state.meter.add(report.sums | {"tokens": lane.text_tokens})
-        if report.contrast is not None and report.pair_names is not None:
-            state.meter.add_pairs(report.pair_names, report.contrast)
-        state.meter.count_languages(lane.names)
+        reporting.count(state, lane, report)
     if state.momentum is not None:
         if state.due(state.recipe.log.every):
             state.observed |= state.momentum.follow(state.step)

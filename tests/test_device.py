@@ -163,6 +163,7 @@ def _state(recipe: Recipe, device: PretendedDevice | None, family: str = "xlm-ro
         queue=queue,
         checkpoints=inputs.checkpoints,
         probe=None,
+        pairs=inputs.corpus.pairs,
     )
 
 

@@ -105,14 +105,15 @@ class Identity:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """The values that differ in two trees of keys."""
-    flat, other = dict(_leaves(then)), dict(_leaves(now))
+    flat, other = dict(leaves(then)), dict(leaves(now))
     keys = [key for key in dict.fromkeys((*flat, *other)) if flat.get(key) != other.get(key)]
     return [Difference(key, flat.get(key), other.get(key)) for key in keys]
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree of keys, with its path."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable
 from concurrent.futures import Future
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ PACKS_KEPT = 64  # decoded packs in memory: windows of several lanes and streams
 
 class Corpus:
     """A corpus in a folder or on a server: manifest, indices, and packs on demand. `tokenizer`: a folder on this
-    host."""
+    host. `pairs`: the two languages of each pair, by its name."""
 
     def __init__(self, path: Place, look_at_files: bool = True) -> None:
         """UserError if there is no corpus, an index is damaged or, with `look_at_files`, a file is missing, lies
@@ -35,6 +36,8 @@ class Corpus:
         self.tokenizer = self._tokenizer(look_at_files)
         self.sources = self.manifest.sources
         self.languages = sorted({language for source in self.sources for language in source.languages})
+        together = [source.languages for source in self.sources if source.kind != "mono"]
+        self.pairs = {f"{a}-{b}": (a, b) for languages in together for a, b in combinations(sorted(languages), 2)}
         self._indices = [self._index(source) for source in self.sources]
         self._first_rows = [np.cumsum(index[:, 3]) - index[:, 3] for index in self._indices]
         self.pack = lru_cache(PACKS_KEPT)(self._read)

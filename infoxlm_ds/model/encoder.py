@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from infoxlm_ds.data.flat_batch import FlatBatch, Layout
 from infoxlm_ds.model import attention  # noqa: F401  # registers flat attention with transformers
 from infoxlm_ds.model.families import compile_finish, family_of, part
-from infoxlm_ds.model.heads import SentenceHead
+from infoxlm_ds.model.heads import SentenceHead, pool
 
 
 class Body(nn.Module):
@@ -86,6 +86,16 @@ class SentenceEncoder(nn.Module):
         body, read = self.body, self.head.reads(batch.layout)
         out: Tensor = self.head(body.run(body.embed(batch), batch.layout, 0, len(body.layers), read), batch.layout)
         return out
+
+    def by_layer(self, batch: FlatBatch) -> Tensor:
+        """The pooled states of the embeddings and of each layer, then the representations, [S, K + 2, D] in
+        fp32."""
+        hidden, found = self.body.embed(batch), []
+        for layer in range(len(self.body.layers) + 1):
+            if layer:
+                hidden = self.body.run(hidden, batch.layout, layer - 1, layer)
+            found.append(pool(hidden, batch.layout, self.head.pooling))
+        return torch.stack([x.float() for x in (*found, self.head.finish(found[-1]))], dim=1)
 
 
 class InfoXLM(nn.Module):

@@ -34,7 +34,10 @@ class SentenceHead(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
         """The states of the rows that `reads` names, [S, D] or [T, D], to [S, D]."""
-        pooled = hidden if self.pooling == "cls" else pool(hidden, layout, self.pooling)
+        return self.finish(hidden if self.pooling == "cls" else pool(hidden, layout, self.pooling))
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """What follows pooling, [S, D] to [S, D]."""
         if self.projection is not None:
             pooled = self.projection(pooled)
         return normalize(pooled.float(), dim=1) if self.normalized else pooled

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +20,21 @@ Scalars = dict[str, float]
 
 class Interval(NamedTuple):
     """The sums of one interval, over all ranks. `sums`: by name; `languages`: number of items by task and language;
-    `pairs`: mean loss and accuracy of the contrast by language pair; `seconds`: its length."""
+    `rows`: for each task and language or pair of languages, the number of rows, the sum of their losses and, of the
+    contrast, the number of hits; `seconds`: its length."""
 
     sums: Scalars
     languages: dict[str, dict[str, int]]
-    pairs: dict[str, dict[str, float]]
+    rows: dict[str, dict[str, np.ndarray]]
     seconds: float
+
+    def means(self, task: str) -> dict[str, dict[str, float]]:
+        """Mean loss and, of the contrast, accuracy of each language or pair of languages."""
+        names = ("loss", "accuracy")
+        return {
+            name: dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=False))
+            for name, sums in self.rows.get(task, {}).items()
+        }
 
 
 class Meter:
@@ -43,10 +52,11 @@ class Meter:
         for task, of_task in names.items():
             self._languages.setdefault(task, Counter()).update(of_task.ravel().tolist())
 
-    def add_pairs(self, names: np.ndarray, columns: Tensor) -> None:
-        """`columns`: loss and hit of the contrast's rows, [2, R]; `names`: the language pairs of their items, [b, 1 or
-        2]. R is b, or 2 b if the rows of a second direction follow."""
-        self._pairs.append((names, columns.detach()))
+    def add_rows(self, task: str, names: np.ndarray, columns: Tensor, items: Tensor | None = None) -> None:
+        """`columns`: losses of a task's rows and, of the contrast, whether they hit, [1 or 2, R]; `names`: the language
+        or pairs of languages of their items, [b, 1 or 2]; `items` [R] int64: each row's item. None: R is b, or 2 b if
+        the rows of a second direction follow. Nothing waits for the device before `collect`."""
+        self._rows.append((task, names, columns.detach(), items))
 
     def collect(self) -> Interval:
         """The sums over all ranks. Starts the next interval. Collective."""
@@ -54,38 +64,62 @@ class Meter:
         sums = torch.tensor([float(self._sums[name]) for name in names], dtype=torch.float64, device=dist.device())
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
-        pairs: dict[str, np.ndarray] = {}
-        for counts, of_rank in dist.gather_objects((self._languages, _by_pair(self._pairs))):
+        rows: dict[str, dict[str, np.ndarray]] = {}
+        for counts, of_rank in dist.gather_objects((self._languages, _by_name(self._rows))):
             for task, counter in counts.items():
                 languages.setdefault(task, Counter()).update(counter)
-            for name, values in of_rank.items():
-                pairs[name] = pairs.get(name, 0) + values
+            for task, of_task in of_rank.items():
+                _add(rows.setdefault(task, {}), of_task)
         seconds = time.monotonic() - self._since
         self._clear()
         return Interval(
             dict(zip(names, sums.tolist(), strict=True)),
             {task: dict(counter) for task, counter in languages.items()},
-            {name: {"loss": loss / rows, "accuracy": hits / rows} for name, (rows, loss, hits) in pairs.items()},
+            rows,
             seconds,
         )
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._languages: dict[str, Counter[str]] = {}
-        self._pairs: list[tuple[np.ndarray, Tensor]] = []
+        self._rows: list[tuple[str, np.ndarray, Tensor, Tensor | None]] = []
         self._since = time.monotonic()
 
 
-def _by_pair(parts: list[tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
-    """Number of rows, sum of losses and number of hits for each language pair."""
+def _by_name(parts: list[tuple[str, np.ndarray, Tensor, Tensor | None]]) -> dict[str, dict[str, np.ndarray]]:
+    """The sums of `Interval.rows` on this rank."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for task, names, columns, items in parts:
+        values = columns.double().cpu().numpy()
+        of_row = np.resize(np.arange(len(names)), values.shape[1]) if items is None else items.cpu().numpy()
+        known, numbers = np.unique(names, return_inverse=True)
+        numbers = numbers.reshape(len(names), -1)[of_row]  # [R, 1 or 2]
+        counted = np.ones(numbers.shape, bool)
+        counted[:, 1:] = numbers[:, 1:] != numbers[:, :1]  # a mixed pair of two pairs with one name
+        sums = np.stack(
+            [
+                np.bincount(numbers[counted], np.broadcast_to(column[:, None], numbers.shape)[counted], len(known))
+                for column in (np.ones(len(numbers)), *values)
+            ],
+            axis=1,
+        )
+        _add(found.setdefault(task, {}), dict(zip(known.tolist(), sums, strict=True)))
+    return found
+
+
+def _add(sums: dict[str, np.ndarray], more: Mapping[str, np.ndarray]) -> None:
+    for name, values in more.items():
+        sums[name] = sums.get(name, 0) + values
+
+
+def by_language(rows: Mapping[str, np.ndarray], sides: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The mean loss of each language: of pairs, over all that the language is a side of. `rows`: of one task, see
+    `Interval`; `sides`: the languages of each pair; what is not in it is a language."""
     sums: dict[str, np.ndarray] = {}
-    for names, columns in parts:
-        loss, hits = columns.double().cpu().numpy()
-        rows = np.resize(names, (len(loss), names.shape[1]))  # the second direction's rows repeat the items
-        for name in np.unique(rows):
-            chosen = (rows == name).any(1)
-            sums[name] = sums.get(name, 0) + np.array([chosen.sum(), loss[chosen].sum(), hits[chosen].sum()])
-    return sums
+    for name, values in rows.items():
+        for language in sides.get(name, [name]):
+            _add(sums, {language: values[:2]})
+    return {language: float(loss / count) for language, (count, loss) in sorted(sums.items()) if count}
 
 
 def scalars(sums: Scalars, vocabulary: int) -> Scalars:

@@ -1,21 +1,25 @@
-"""Writes the metrics: always to metrics.jsonl, by default to TensorBoard, and as a progress line on the screen."""
+"""Writes the metrics: always to metrics.jsonl, to the boards that the recipe asks for, and as a progress line on the
+screen."""
 
 from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from infoxlm_ds.atomic import write_file
+from infoxlm_ds.config import Log
+from infoxlm_ds.monitor.boards import Board, Numbers, open_boards
 from infoxlm_ds.monitor.meters import Scalars
+from infoxlm_ds.monitor.pictures import Picture
+from infoxlm_ds.monitor.tags import tag
 
 SHOWN = {
     "mmlm/loss": "mmlm",
@@ -62,7 +66,7 @@ class Sinks:
     """Rank 0's outputs of a run. A context manager, which flushes and closes them. If the disk is full, training goes
     on, and what is not written is said once."""
 
-    def __init__(self, run: Path, first: int, steps: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path, first: int, steps: int, log: Log) -> None:
         """The run starts after step `first` of `steps`. Lines of later steps, from before a crash, are removed."""
         run.mkdir(parents=True, exist_ok=True)
         self._console = Console()
@@ -72,12 +76,7 @@ class Sinks:
                 f"{self._path} had lines that cannot be read: it is kept as {aside.name}, and the others go on here"
             )
         self._metrics = _Lines(self._path)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = partial(_of_a_thread, threading.excepthook)
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
+        self._boards = open_boards(log, run, first)
         self._bar = _progress(self._console) if self._console.is_terminal else None
         self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
         self._steps = steps
@@ -93,10 +92,16 @@ class Sinks:
         if self._bar:
             self._bar.stop()
         self._metrics.close()
-        self._to_board(lambda board: board.close())
+        self._to_boards(lambda board: board.close())
 
-    def write(self, step: int, values: Scalars, more: dict[str, Any] | None = None) -> None:
-        """Write the scalars of a step; `more` goes to metrics.jsonl only."""
+    def begin(self, texts: Mapping[str, str], settings: Numbers) -> None:
+        """Describe the run to the boards, see `Board.begin`."""
+        self._to_boards(lambda board: board.begin(texts, settings))
+
+    def write(
+        self, step: int, values: Scalars, more: dict[str, Any] | None = None, tagged: Scalars | None = None
+    ) -> None:
+        """Write the scalars of a step. `more` goes to metrics.jsonl only, `tagged` to the boards only, by tag."""
         try:
             self._metrics.append({"step": step} | values | (more or {}))
         except OSError as error:
@@ -107,15 +112,23 @@ class Sinks:
             if self._missing:
                 self.say(f"{self._path} is written again; {self._missing} lines are missing")
             self._missing = 0
-        self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        shown = {tag(name): value for name, value in values.items()} | (tagged or {})
+        self._to_boards(lambda board: board.scalars(step, shown))
 
-    def _to_board(self, job: Callable[[Any], object]) -> None:
-        try:
-            if self._board:
-                job(self._board)
-        except OSError as error:  # of the writer's thread, which has ended
-            self._board = None
-            self.say(f"TensorBoard's files cannot be written: {error.strerror}. They end here until the next start")
+    def picture(self, step: int, tag: str, picture: Picture) -> None:
+        self._to_boards(lambda board: board.picture(step, tag, picture))
+
+    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
+        """Show how `values` [n] are distributed."""
+        self._to_boards(lambda board: board.histogram(step, tag, values))
+
+    def _to_boards(self, job: Callable[[Board], object]) -> None:
+        for board in list(self._boards):
+            try:
+                job(board)
+            except OSError as error:  # TensorBoard's is of its writer's thread, which has ended
+                self._boards.remove(board)
+                self.say(f"{board.name} cannot be written: {error.strerror}. It ends here until the next start")
 
     def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
         figures = " ".join(f"{short} {_short(values[name])}" for name, short in SHOWN.items() if name in values)
@@ -129,12 +142,6 @@ class Sinks:
     def say(self, text: str) -> None:
         """Print a line that the progress bar does not overwrite."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _of_a_thread(others: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer raises its thread's error again where it is used: here it would only be a traceback."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        others(args)
 
 
 def _cut(path: Path, first: int) -> Path | None:

@@ -14,7 +14,7 @@ import torch
 
 from infoxlm_ds import dist
 from infoxlm_ds.build import agreed_inputs, build
-from infoxlm_ds.config import Recipe
+from infoxlm_ds.config import Log, Recipe
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine.engine import NotFinite, schedule, start_ranks
 from infoxlm_ds.monitor.sinks import Sinks
@@ -124,7 +124,7 @@ def test_an_infinite_loss_with_finite_gradients_is_not_applied(corpus: Path, tmp
 def _diverge(rank: int, world: int, recipe: Recipe) -> tuple[str, int]:
     state = _start(recipe)
     with (
-        Sinks(recipe.run, 0, recipe.optimizer.steps, False) if rank == 0 else nullcontext() as sinks,
+        Sinks(recipe.run, 0, recipe.optimizer.steps, Log(tensorboard=False)) if rank == 0 else nullcontext() as sinks,
         pytest.raises(NotFinite) as caught,
     ):
         fit(state, sinks)

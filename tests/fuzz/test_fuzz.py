@@ -25,7 +25,7 @@ from infoxlm_ds.checkpoint.fragments import Index
 from infoxlm_ds.checkpoint.store import Store, damage_of
 from infoxlm_ds.checkpoint.weights import Weights, undamaged
 from infoxlm_ds.cluster.hosts import read_hostfile
-from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.config import Log, UserError, load_recipe
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.engine.config import load_engine_config
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(corpus: Path, tmp_pat
     def run(path: Path, damage: tuple[str, float, int]) -> None:
         path.write_bytes(_harmed(whole[path], damage))
         try:
-            Sinks(recipe.run, 1, 9, tensorboard=False).__exit__(None, None, None)
+            Sinks(recipe.run, 1, 9, Log(tensorboard=False)).__exit__(None, None, None)
             got: list[dict[str, bytes]] = []
             if _one_line(lambda: got.append(read())) and path.parent == folder:
                 assert got == [weights], f"{path.name} was damaged and read as something else"

@@ -72,7 +72,7 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path, whole: 
     assert read_losses(run) == whole  # bit-equal: the figures are written in full
     probes = [m for m in read_metrics(run) if "probe/mean" in m]
     assert probes and all({"probe/de", "probe/ru", "probe/trigram_mean"} <= m.keys() for m in probes)
-    assert list((run / "tensorboard").glob("events*"))
+    assert list((run / "tensorboard" / run.name).glob("events*"))
     finished = infoxlm_here("train", recipe)
     assert finished.returncode == 0 and "nothing to do" in finished.stdout
 

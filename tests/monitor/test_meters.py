@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from infoxlm_ds.monitor.meters import Interval, Meter, scalars
+from infoxlm_ds.monitor.meters import Interval, Meter, by_language, scalars
 from tests.distributed.ranks import run_ranks
 
 
@@ -18,18 +18,30 @@ def _on_rank(rank: int, world: int) -> Interval:
     meter = Meter()
     # Three items in two directions: losses 1, 2, 3 and 4, 5, 6. The last three rows are hits.
     columns = torch.stack([torch.arange(1.0, 7.0) + rank, torch.tensor([0.0, 0, 0, 1, 1, 1])])
-    meter.add_pairs(np.array([["de-en"], ["en-ru"], ["de-en"]], object), columns)
-    meter.add_pairs(np.array([["de-en", "en-ru"]], object), torch.tensor([[10.0], [1.0]]))  # a mixed pair
+    meter.add_rows("xlco", np.array([["de-en"], ["en-ru"], ["de-en"]], object), columns)
+    meter.add_rows("xlco", np.array([["de-en", "en-ru"]], object), torch.tensor([[10.0], [1.0]]))  # a mixed pair
     return meter.collect()
 
 
 def test_loss_and_accuracy_by_language_pair() -> None:
     for interval in run_ranks(_on_rank, 2):
-        pairs = interval.pairs
+        pairs = interval.means("xlco")
         assert pairs["de-en"]["loss"] == pytest.approx(np.mean([1, 3, 4, 6, 10, 2, 4, 5, 7, 10]))
         assert pairs["en-ru"]["loss"] == pytest.approx(np.mean([2, 5, 10, 3, 6, 10]))
         assert pairs["de-en"]["accuracy"] == pytest.approx(0.6)
         assert pairs["en-ru"]["accuracy"] == pytest.approx(4 / 6)
+
+
+def test_the_loss_of_each_language_is_the_mean_over_its_rows() -> None:
+    meter = Meter()
+    meter.add_rows("mmlm", np.array(["de", "en", "de"]), torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([0, 0, 1, 2]))
+    meter.add_rows("tlm", np.array(["de-en", "en-fr"]), torch.tensor([[1.0, 5, 6]]), torch.tensor([0, 1, 1]))
+    interval = meter.collect()
+    assert interval.means("mmlm") == {"de": {"loss": pytest.approx(7 / 3)}, "en": {"loss": 3.0}}
+    assert by_language(interval.rows["mmlm"], {}) == {"de": pytest.approx(7 / 3), "en": 3.0}
+    sides = {"de-en": ("de", "en"), "en-fr": ("en", "fr")}
+    assert by_language(interval.rows["tlm"], sides) == {"de": 1.0, "en": 4.0, "fr": 5.5}
+    assert meter.collect().rows == {}
 
 
 def test_the_bound_counts_the_negatives_that_were_left() -> None:

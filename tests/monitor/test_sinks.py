@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from infoxlm_ds.config import Log
 from infoxlm_ds.monitor.sinks import Sinks
 
 
@@ -17,7 +18,7 @@ def _rows(path: Path) -> list[dict[str, object]]:
 
 
 def _write(run: Path, first: int, *steps: int) -> None:
-    with Sinks(run, first, 10, tensorboard=False) as sinks:
+    with Sinks(run, first, 10, Log(tensorboard=False)) as sinks:
         for step in steps:
             sinks.write(step, {"loss": step / 2})
 
@@ -49,19 +50,19 @@ def test_no_flipped_bit_stops_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_folder_that_is_removed_in_mid_run_is_begun_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    with Sinks(run, 0, 10, tensorboard=True) as sinks:
+    with Sinks(run, 0, 10, Log()) as sinks:
         sinks.write(1, {"loss": 0.5})
         while run.exists():  # TensorBoard's thread may write meanwhile
             shutil.rmtree(run, ignore_errors=True)
         sinks.write(2, {"loss": 0.5})
     assert [row["step"] for row in _rows(run / "metrics.jsonl")] == [2]
     said = capfd.readouterr()
-    assert "TensorBoard's files cannot be written: No such file" in said.out and "Traceback" not in said.err
+    assert "TensorBoard cannot be written: No such file" in said.out and "Traceback" not in said.err
 
 
 def test_a_full_disk_is_said_once_and_its_end_too(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ballast = small_disk / "ballast"
-    with Sinks(small_disk, 0, 10, tensorboard=True) as sinks:
+    with Sinks(small_disk, 0, 10, Log()) as sinks:
         sinks.write(1, {"loss": 0.5})
         ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
         more = {"text": "x" * 10_000}
