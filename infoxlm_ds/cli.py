@@ -235,6 +235,20 @@ def export(
 
 
 @app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder that `infoxlm export` wrote.")],
+    name: Annotated[str, typer.Argument(help="The repository, such as my-team/my-model.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Upload an export to the hub of Hugging Face, with your token, after asking you."""
+    from infoxlm_ds.publish.upload import publish as upload
+
+    if address := upload(folder, name, private=private, yes=yes):
+        print(address)
+
+
+@app.command()
 def embed(
     model: Annotated[Path, typer.Argument(help="A model folder in Hugging Face format.")],
     text: Annotated[Path | None, typer.Argument(help="A file of lines in UTF-8. Default: standard input.")] = None,

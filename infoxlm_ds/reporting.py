@@ -16,7 +16,8 @@ from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine.engine import NotFinite, schedule
 from infoxlm_ds.monitor.meters import Interval, Scalars, by_language, scalars
 from infoxlm_ds.monitor.sinks import Sinks
-from infoxlm_ds.monitor.starts import environment
+from infoxlm_ds.monitor.starts import NAME as STARTS
+from infoxlm_ds.monitor.starts import environment, record_start
 from infoxlm_ds.monitor.tags import of_languages
 from infoxlm_ds.objective import Report
 from infoxlm_ds.planner.speed import Gpu, known_gpu, mfu
@@ -92,10 +93,16 @@ def _by_language(state: TrainState, interval: Interval) -> Scalars:
 
 
 def begin(state: TrainState, sinks: Sinks) -> None:
-    """Describe the run to the boards."""
+    """Record this start of the run, and describe the run to the boards."""
     recipe = state.recipe.model_dump(mode="json", exclude_defaults=True)
     compared = {key: value for key, value in recipe.items() if key not in FREE}
     found = environment(state.step)
+    try:
+        record_start(state.recipe.run, found)
+    except OSError as error:
+        sinks.say(
+            f"{state.recipe.run / STARTS} cannot be written: {error.strerror}. A model card will not know this start"
+        )
     texts = {
         "recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
         "environment": f"```yaml\n{yaml.safe_dump(found, sort_keys=False)}```",

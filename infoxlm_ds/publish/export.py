@@ -12,6 +12,7 @@ from infoxlm_ds.checkpoint.store import read_state
 from infoxlm_ds.checkpoint.weights import undamaged
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.model.checksums import check_checksums, write_checksums
+from infoxlm_ds.publish.card import CARD, write_card
 from infoxlm_ds.publish.choose import best_step
 from infoxlm_ds.publish.hugging_face import check_hugging_face, write_hugging_face
 from infoxlm_ds.publish.onnx import check_onnx, require_onnx, write_onnx
@@ -59,10 +60,12 @@ def export(
         for write, _ in chosen.values():
             write(trained, folder)
         found = {form: examine(trained, folder) for form, (_, examine) in chosen.items()}
+        missing = write_card(folder, out, forms, trained, run, read_state(checkpoint))
         write_checksums(folder)
     print(f"{out}: {checkpoint.name}, sentence vectors: {_describe(trained)}")
     for form, result in found.items():
         print(f"  {form}: {result}")
+    print(f"  {CARD}: a model card{', ' * bool(missing)}{missing}")
 
 
 def _trained(run: Path, checkpoint: Path, layer: int | None) -> Trained:

@@ -26,7 +26,8 @@ from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
 
 
-def _train(rank: int, world: int, recipe: Recipe) -> None:
+def train_with_sinks(rank: int, world: int, recipe: Recipe) -> None:
+    """Train, with rank 0's outputs open."""
     start_ranks()
     inputs = agreed_inputs(recipe)
     state = build(inputs)
@@ -47,7 +48,7 @@ def shown(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recip
     run = tmp_path_factory.mktemp("shown") / "kiswahili"
     probe = f"probe={{data: {corpus.parent / 'rows.jsonl'}, every: 2, pairs: 20, languages: [de, fr]}}"
     recipe = small_recipe(corpus, run, "log.csv=true", "log.geometry=2", "batch.xlco_pairs=10", probe)
-    run_ranks(_train, 2, recipe)
+    run_ranks(train_with_sinks, 2, recipe)
     events = EventAccumulator(str(run / "tensorboard" / "kiswahili"), {"scalars": 0, "images": 0, "tensors": 0})
     return recipe, events.Reload()
 

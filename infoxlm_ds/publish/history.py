@@ -1,0 +1,79 @@
+"""What a run's metrics.jsonl says of the steps up to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """The lines of metrics.jsonl, in the order of their steps."""
+
+    rows: tuple[Row, ...]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a scalar."""
+        found = [(row["step"], float(row[name])) for row in self.rows if isinstance(row.get(name), int | float)]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, name: str) -> Row | None:
+        """The last line that has a scalar."""
+        return next((row for row in reversed(self.rows) if name in row), None)
+
+    @property
+    def intervals(self) -> list[Row]:
+        """The lines that tell of an interval between two logs."""
+        return [row for row in self.rows if "seconds" in row and "speed/tokens" in row]
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of text that all ranks have read."""
+        return sum(row["speed/tokens"] * row["seconds"] for row in self.intervals)
+
+    def items(self) -> dict[str, Counter[str]]:
+        """For each task, how many sides of its items were in each language. A pair has two."""
+        tasks: dict[str, Counter[str]] = {}
+        alone = {language for row in self.intervals for language in row["languages"].get("mmlm", {})}
+        for row in self.intervals:
+            for task, counts in row["languages"].items():
+                of_task = tasks.setdefault(task, Counter())
+                for name, count in counts.items():
+                    for language in [name] if task == "mmlm" else sides_of(name, alone):
+                        of_task[language] += count
+        return tasks
+
+
+def read_history(run: Path, step: int) -> History:
+    """The lines up to `step`. Lines that cannot be read are left out; without the file, there are none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return History(())
+    return History(tuple(row for row in _rows(lines) if row["step"] <= step))
+
+
+def _rows(lines: Sequence[str]) -> Iterator[Row]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def sides_of(pair: str, known: set[str]) -> list[str]:
+    """The two languages of a pair such as en-sv. A code may have a hyphen itself: then `known` decides, and a pair that
+    cannot be divided stays as it is."""
+    parts = pair.split("-")
+    if len(parts) == 2:
+        return parts
+    cuts = [("-".join(parts[:i]), "-".join(parts[i:])) for i in range(1, len(parts))]
+    return next((list(cut) for cut in cuts if set(cut) <= known), [pair])
