@@ -73,6 +73,7 @@ def demo(
     if not table.is_file():
         retrieval(exported, EVALUATED, languages=LANGUAGES, json=table)
     compare([table])
+    report([recipe.run, recipe.run / "report.html"])
     print(places(recipe.run))
 
 
@@ -232,6 +233,30 @@ def export(
     from infoxlm_ds.publish.export import export as export_run
 
     export_run(run, out, forms or DEFAULT, step=step, best=best, layer=layer)
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="RUN... OUT.html", help="Folders of runs, and the page to write.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Parallel text to look at the models with, JSON lines. Default: that of the run's probe."),
+    ] = None,
+    pivot: Annotated[str, typer.Option(help="The pivot language of --data.")] = "en",
+    with_model: Annotated[
+        bool, typer.Option("--model/--no-model", help="Whether to look at the models: takes some seconds a run.")
+    ] = True,
+) -> None:
+    """Write one HTML page about runs: curves, retrieval by layer and language, languages, settings, warnings."""
+    from infoxlm_ds.publish.report.page import write_report
+
+    *runs, out = paths
+    if not runs:
+        raise UserError("give the folder of a run, or several, and then the page to write: RUN... OUT.html")
+    write_report(runs, out, data, pivot, with_model)
+    print(out)
 
 
 @app.command()

@@ -39,4 +39,5 @@ def places(run: Path) -> str:
     return f"""\
 model, Hugging Face format   {run / "export"}
 retrieval table as JSON      {run / "retrieval.json"}
+report, for a browser        {run / "report.html"}
 curves                       tensorboard --logdir {run / "tensorboard"}   (figures: {run / "metrics.jsonl"})"""

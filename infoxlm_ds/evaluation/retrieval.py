@@ -63,6 +63,12 @@ def retrieval_accuracy(
     return _accuracy(lambda start, end: query[start:end] @ key.T, ids, chunk)
 
 
+def pair_accuracy(pivot: Vectors, other: Vectors, pairs: Pairs) -> float:
+    """Accuracy@1 of pairs whose vectors are `pivot` and `other` [n, D], the mean of both directions."""
+    forward = retrieval_accuracy(pivot, other, pairs.text)
+    return (forward + retrieval_accuracy(other, pivot, pairs.pivot_text)) / 2
+
+
 def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk: int = 1024) -> tuple[float, float]:
     """(forward, backward) accuracy@1 of the cosine of character-trigram TF-IDF, an untrained baseline.
 

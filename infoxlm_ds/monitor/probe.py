@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from infoxlm_ds import dist
 from infoxlm_ds.config import Probe
 from infoxlm_ds.data.text import read_nway
-from infoxlm_ds.evaluation.embed import Vectors, embed
-from infoxlm_ds.evaluation.retrieval import retrieval_accuracy, trigram_accuracy
+from infoxlm_ds.evaluation.embed import embed
+from infoxlm_ds.evaluation.retrieval import pair_accuracy, trigram_accuracy
 from infoxlm_ds.evaluation.text import Pairs, pairs_with_pivot
 from infoxlm_ds.model.attention import why_not_varlen
 from infoxlm_ds.model.encoder import SentenceEncoder
@@ -63,7 +63,7 @@ class RetrievalProbe:
         for pairs in self._pairs:
             pivot, other = (vectors_of(texts).swapaxes(0, 1) for texts in (pairs.pivot_text, pairs.text))
             layers = range(len(pivot)) if dist.rank() == 0 else [-1]
-            by_language.append([_accuracy(pivot[layer], other[layer], pairs) for layer in layers])
+            by_language.append([pair_accuracy(pivot[layer], other[layer], pairs) for layer in layers])
             if pairs is self._shown:
                 similarity = pivot[-1][:SAMPLE] @ other[-1][:SAMPLE].T
         table = np.array(by_language).T  # [K + 2 or 1, languages]
@@ -82,12 +82,6 @@ class RetrievalProbe:
             "retrieval/layers": heat_map("accuracy@1, %, by layer and language", table[::-1], layers[::-1], languages),
             "retrieval/similarity": heat_map(title, similarity, sample, sample, figures=False),
         }
-
-
-def _accuracy(pivot: Vectors, other: Vectors, pairs: Pairs) -> float:
-    """Accuracy@1, mean of both directions."""
-    forward = retrieval_accuracy(pivot, other, pairs.text)
-    return (forward + retrieval_accuracy(other, pivot, pairs.pivot_text)) / 2
 
 
 def read_probe(probe: Probe) -> list[Pairs]:

@@ -216,18 +216,17 @@ def _results(facts: Facts) -> str:
             if f"{task}/loss" in last
         ]
         lines += [f"At step {last['step']}, in nats:", _table(("loss", "mean", "bound on mutual information"), rows)]
-    if probe:
-        data = facts.trained.recipe.probe
-        assert data is not None
+    data = facts.trained.recipe.probe
+    if probe and data:
         scores = {name.removeprefix("probe/"): value for name, value in probe.items() if name.startswith("probe/")}
-        trigrams, mean, _ = scores.pop("trigram_mean"), scores.pop("mean"), scores.pop("best", None)
+        trigrams, mean, _ = (scores.pop(name, None) for name in ("trigram_mean", "mean", "best"))
         rows = [(language, f"{value:.3f}") for language, value in sorted(scores.items())]
         lines += [
             f"Held-out retrieval at step {probe['step']} on `{Path(data.data).name}`, at most {data.pairs} pairs with "
             f"{data.pivot} a language: accuracy@1, mean of both directions. Character trigrams, untrained, have a mean "
-            f"of {trigrams:.3f}. All languages were chosen by the recipe, which may also have chosen its settings on "
+            f"of {_number(trigrams)}. All languages were chosen by the recipe, which may also have chosen its settings on "
             "this text.",
-            _table(("language", "accuracy@1"), [*rows, ("**mean**", f"**{mean:.3f}**")]),
+            _table(("language", "accuracy@1"), [*rows, ("**mean**", f"**{_number(mean)}**")]),
         ]
     return "\n\n".join(lines) or "Nothing was measured during training."
 

@@ -48,7 +48,7 @@ def _logged(rank: int, world: int, recipe: Recipe) -> tuple[dict[str, float], di
     written: dict[str, float] = {}
 
     class Written:
-        def write(self, step: int, values: dict[str, float], more: dict[str, float]) -> None:
+        def write(self, step: int, values: dict[str, float], more: dict[str, float], _: object) -> None:
             written.update(values, seconds=more["seconds"])
 
         def progress(self, *_: object) -> None: ...
