@@ -224,8 +224,7 @@ def _results(facts: Facts) -> str:
         lines += [
             f"Held-out retrieval at step {probe['step']} on `{Path(data.data).name}`, at most {data.pairs} pairs with "
             f"{data.pivot} a language: accuracy@1, mean of both directions. Character trigrams, untrained, have a mean "
-            f"of {_number(trigrams)}. All languages were chosen by the recipe, which may also have chosen its settings on "
-            "this text.",
+            f"of {_number(trigrams)}. The recipe chose the languages, and its settings may have been chosen on this text.",
             _table(("language", "accuracy@1"), [*rows, ("**mean**", f"**{_number(mean)}**")]),
         ]
     return "\n\n".join(lines) or "Nothing was measured during training."
