@@ -224,7 +224,7 @@ def _results(facts: Facts) -> str:
         lines += [
             f"Held-out retrieval at step {probe['step']} on `{Path(data.data).name}`, at most {data.pairs} pairs with "
             f"{data.pivot} a language: accuracy@1, mean of both directions. Character trigrams, untrained, have a mean "
-            f"of {_number(trigrams)}. The recipe chose the languages, and its settings may have been chosen on this text.",
+            f"of {_number(trigrams)}. The recipe chose the languages, and may have chosen settings on this text.",
             _table(("language", "accuracy@1"), [*rows, ("**mean**", f"**{_number(mean)}**")]),
         ]
     return "\n\n".join(lines) or "Nothing was measured during training."
