@@ -265,9 +265,15 @@ class _Build:
             for spill in mapped.spills
         ]
         self._run("near-duplicates, signing", signing)
+        signed = [task.out for task in signing]
         linking = {
             name: [
-                Task(link, LinkTask(name, part, self._of(name, mapped, signing)), work / f"{name}-{part}.npy", 1)
+                Task(
+                    link,
+                    LinkTask(name, part, mapped.holding(name, signed)),
+                    work / f"{name}-{part}.npy",
+                    1,
+                )
                 for part in range(self._buckets)
             ]
             for name in mapped.targets
@@ -280,17 +286,12 @@ class _Build:
         self._run("near-duplicates, choosing", list(choosing.values()))
         return {name: task.out for name, task in choosing.items()}
 
-    @staticmethod
-    def _of(name: str, mapped: Mapped, tasks: list[Task]) -> tuple[Path, ...]:
-        """The outputs of the spills' tasks that hold a source."""
-        return tuple(task.out for task, held in zip(tasks, mapped.held, strict=True) if name in held)
-
     def _reduce(self, mapped: Mapped, folder: Path, left_out: dict[str, Path]) -> dict[str, list[Task]]:
         tasks: dict[str, list[Task]] = {}
         for name, target in mapped.targets.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             tasks[name] = []
-            spills = tuple(spill for spill, held in zip(mapped.spills, mapped.held, strict=True) if name in held)
+            spills = mapped.holding(name, mapped.spills)
             for number, buckets in enumerate(shards_of(target.sizes)):
                 shard = folder / name / f"{name}-{number:05d}.tar"
                 argument = ReduceTask(shard, name, target.languages, spills, buckets, left_out.get(name))
@@ -357,6 +358,10 @@ class Mapped(NamedTuple):
     held: list[set[str]]
     report: Report
     targets: dict[str, Target]
+
+    def holding(self, source: str, outputs: Sequence[Path]) -> tuple[Path, ...]:
+        """Of one output for each spill, those of the spills that hold a source."""
+        return tuple(out for out, held in zip(outputs, self.held, strict=True) if source in held)
 
 
 def _dropped(reduced: Reduced) -> dict[str, int]:

@@ -37,8 +37,7 @@ def count(state: TrainState, lane: JointBatch, report: Report) -> None:
     meter, names = state.meter, lane.names
     meter.add(report.sums | {"tokens": lane.text_tokens})
     meter.count_languages(names)
-    sequences = lane.tokens.layout.sequence[lane.rows]  # MMLM's, then TLM's
-    blocks = len(names.get("mmlm", ()))
+    sequences, blocks = lane.masked_sequences, len(names.get("mmlm", ()))
     for task, part, first in (("mmlm", slice(None, lane.mmlm), 0), ("tlm", slice(lane.mmlm, None), blocks)):
         if len(report.masked[part]):
             meter.add_rows(task, names[task], report.masked[None, part], sequences[part] - first)

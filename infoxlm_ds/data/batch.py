@@ -79,6 +79,11 @@ class JointBatch:
         return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
 
     @property
+    def masked_sequences(self) -> Tensor:
+        """The sequence of each masked token, [M] int64: MMLM's blocks come first, then TLM's pairs."""
+        return self.tokens.layout.sequence[self.rows]
+
+    @property
     def queries_alone(self) -> FlatBatch:
         """The queries as a batch of their own. Their layout has dense groups only if they get a pass of their own."""
         return FlatBatch(self.tokens.ids[self.trunk.tokens :], self.queries)

@@ -7,6 +7,7 @@ Legend: T tokens, S sequences, M masked rows, R rows that are read, D width, K t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,6 +67,15 @@ class Body(nn.Module):
             flat = self.norm(flat)
         return flat.squeeze(0)
 
+    def states(self, batch: FlatBatch) -> Iterator[Tensor]:
+        """The embeddings and the output of each layer, [T, D], as `hidden_states` of transformers. A layer runs when
+        its output is asked for."""
+        hidden = self.embed(batch)
+        yield hidden
+        for layer in range(len(self.layers)):
+            hidden = self.run(hidden, batch.layout, layer, layer + 1)
+            yield hidden
+
     def _layer(self, layer: nn.Module, flat: Tensor, rows: Tensor | None, inputs: dict[str, Any]) -> Tensor:
         """One layer on [1, T, D], of which only `rows` go on after attention."""
         context = self._family.attend(layer, flat, **inputs)
@@ -90,11 +100,7 @@ class SentenceEncoder(nn.Module):
     def by_layer(self, batch: FlatBatch) -> Tensor:
         """The pooled states of the embeddings and of each layer, then the representations, [S, K + 2, D] in
         fp32."""
-        hidden, found = self.body.embed(batch), []
-        for layer in range(len(self.body.layers) + 1):
-            if layer:
-                hidden = self.body.run(hidden, batch.layout, layer - 1, layer)
-            found.append(pool(hidden, batch.layout, self.head.pooling))
+        found = [pool(hidden, batch.layout, self.head.pooling) for hidden in self.body.states(batch)]
         return torch.stack([x.float() for x in (*found, self.head.finish(found[-1]))], dim=1)
 
 

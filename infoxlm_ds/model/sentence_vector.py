@@ -10,6 +10,7 @@ Legend: T tokens, S sequences, D width, L layers asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -68,12 +69,8 @@ def pooled(body: Body, batch: FlatBatch, vector: SentenceVector, projection: Ten
     """[S, L, D], not yet normalised. A layer is pooled as soon as it is computed, so one layer's tokens [T, D] are in
     memory at a time, and layers above the highest one do not run. `projection` [D, D]: the weights, if
     `vector.projected`."""
-    hidden, found = body.embed(batch), []
-    for layer in range(vector.layers[-1] + 1):
-        if layer:
-            hidden = body.run(hidden, batch.layout, layer - 1, layer)
-        if layer in vector.layers:
-            found.append(pool(hidden, batch.layout, vector.pooling))
+    hidden = enumerate(islice(body.states(batch), vector.layers[-1] + 1))
+    found = [pool(x, batch.layout, vector.pooling) for layer, x in hidden if layer in vector.layers]
     states = torch.stack(found, dim=1)
     return states if projection is None else states @ projection.T
 

@@ -8,7 +8,6 @@ import csv
 import importlib
 import importlib.util
 import io
-import os
 import secrets
 import threading
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import numpy as np
 
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Log, UserError
+from infoxlm_ds.monitor.lines import Lines
 from infoxlm_ds.monitor.meters import Scalars
 from infoxlm_ds.monitor.pictures import Picture
 from infoxlm_ds.monitor.tags import FINAL, GROUPS, TASKS
@@ -103,37 +103,29 @@ def _of_a_thread(others: Any, args: threading.ExceptHookArgs) -> None:
 class Csv(Board):
     """`metrics.csv`: a line for each step and tag, so that a spreadsheet can pivot them."""
 
-    HEAD = ("step", "tag", "value")
+    HEAD = "step,tag,value\n"
 
     def __init__(self, run: Path, first: int) -> None:
         path = run / "metrics.csv"
         self.name = str(path)
         if path.is_file():
             _keep(path, first)
-        new = not path.is_file()
-        self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
-        if new:
-            self._append([self.HEAD])
+        self._lines = Lines(path, self.HEAD)
 
     def scalars(self, step: int, values: Scalars) -> None:
-        self._append([(step, name, repr(value)) for name, value in values.items()])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows((step, name, repr(value)) for name, value in values.items())
+        self._lines.append(text.getvalue())
 
     def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _append(self, rows: list[tuple[Any, ...]]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        data = text.getvalue().encode()
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        self._lines.close()
 
 
 def _keep(path: Path, first: int) -> None:
     """Remove the lines of steps after `first`, and those that are not whole."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines[1:] if line.count(",") == 2 and line.endswith("\n") and _step(line) <= first]
-    write_file(path, f"{','.join(Csv.HEAD)}\n" + "".join(kept))
+    write_file(path, Csv.HEAD + "".join(kept))
 
 
 def _step(line: str) -> float:

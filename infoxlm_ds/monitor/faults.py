@@ -45,8 +45,7 @@ def explain(faults: Sequence[str], scale: float, next_scale: float) -> str:
 def _faults(lane: JointBatch, report: Report, own: Representations) -> dict[str, str]:
     """The tasks of a lane whose losses are not finite, with the languages of the items that cause it."""
     blamed: dict[str, Iterable[str]] = {}
-    ends = lane.tokens.layout.cu_seqlens[1:].cpu().numpy()
-    sequences = np.searchsorted(ends, lane.rows.cpu().numpy(), side="right")
+    sequences = lane.masked_sequences.cpu().numpy()
     bad = _not_finite(report.masked[:, None])
     names = np.concatenate([lane.names.get(task, np.zeros(0, str)) for task in ("mmlm", "tlm")])
     for task, part in (("mmlm", slice(None, lane.mmlm)), ("tlm", slice(lane.mmlm, None))):

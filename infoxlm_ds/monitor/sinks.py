@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Log
 from infoxlm_ds.monitor.boards import Board, Numbers, open_boards
+from infoxlm_ds.monitor.lines import Lines
 from infoxlm_ds.monitor.meters import Scalars
 from infoxlm_ds.monitor.pictures import Picture
 from infoxlm_ds.monitor.tags import tag
@@ -29,37 +30,6 @@ SHOWN = {
     "speed/tokens": "tok/s",
     "speed/mfu": "mfu",
 }
-
-
-class _Lines:
-    """A file of JSON lines. A line that the disk has no space for is left out whole. A file that was removed is begun
-    again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, _opened(path)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """OSError if the line does not fit; nothing of it stays then."""
-        if not os.fstat(self._descriptor).st_nlink:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            new = _opened(self._path)
-            self.close()
-            self._descriptor = new
-        end = os.lseek(self._descriptor, 0, os.SEEK_END)
-        data = f"{json.dumps(row)}\n".encode()
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        except OSError:
-            os.ftruncate(self._descriptor, end)
-            raise
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def _opened(path: Path) -> int:
-    return os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
 
 
 class Sinks:
@@ -75,7 +45,7 @@ class Sinks:
             self.say(
                 f"{self._path} had lines that cannot be read: it is kept as {aside.name}, and the others go on here"
             )
-        self._metrics = _Lines(self._path)
+        self._metrics = Lines(self._path)
         self._boards = open_boards(log, run, first)
         self._bar = _progress(self._console) if self._console.is_terminal else None
         self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
@@ -103,7 +73,7 @@ class Sinks:
     ) -> None:
         """Write the scalars of a step. `more` goes to metrics.jsonl only, `tagged` to the boards only, by tag."""
         try:
-            self._metrics.append({"step": step} | values | (more or {}))
+            self._metrics.append(f"{json.dumps({'step': step} | values | (more or {}))}\n")
         except OSError as error:
             if self._missing == 0:
                 self.say(f"{self._path} cannot be written: {error.strerror}. Training goes on without it")

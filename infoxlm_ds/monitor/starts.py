@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from infoxlm_ds import dist
+from infoxlm_ds.monitor.lines import Lines
 
 NAME = "starts.jsonl"
 PACKAGES = ("infoxlm-ds", "torch", "deepspeed", "transformers")
@@ -41,8 +43,8 @@ def _version(package: str) -> str:
 
 def record_start(run: Path, found: dict[str, Any]) -> None:
     """Add a line. OSError if it cannot be written."""
-    with (run / NAME).open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps(found)}\n")
+    with closing(Lines(run / NAME)) as lines:
+        lines.append(f"{json.dumps(found)}\n")
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:

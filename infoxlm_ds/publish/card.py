@@ -135,7 +135,7 @@ def _metadata(facts: Facts) -> str:
 
 
 def _codes(facts: Facts) -> set[str]:
-    counted = {code for counts in facts.history.items().values() for code in counts}
+    counted = {code for counts in facts.history.items.values() for code in counts}
     if counted:
         return counted
     try:
@@ -231,7 +231,7 @@ def _results(facts: Facts) -> str:
 
 
 def _languages(facts: Facts) -> str:
-    tasks = facts.history.items()
+    tasks = facts.history.items
     if not tasks:
         codes = ", ".join(sorted(_codes(facts)))
         return f"The run's counts are missing. The corpus has {codes}." if codes else "The run's counts are missing."
@@ -256,7 +256,7 @@ def _training(facts: Facts) -> str:
         spent = hours(history, facts.run, state["world_size"])
         lines.append(f"- {history.tokens / 1e6:,.1f}M tokens of text, each counted as often as it was read")
         lines += [f"- {value:,.2f} rank hours on {device}" for device, value in spent.hours.items()]
-        lines.append(f"- {spent.wall:,.2f} hours of the clock on {' or '.join(map(str, spent.ranks))} rank(s)")
+        lines.append(f"- {history.hours:,.2f} hours of the clock on {' or '.join(map(str, spent.ranks))} rank(s)")
         count = operations(history, recipe, state)
         if count is not None:
             lines.append(f"- {count:.2e} floating-point operations, estimated from the sizes of model and batches")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from infoxlm_ds.checkpoint.store import Store, step_of
 from infoxlm_ds.config import UserError
+from infoxlm_ds.publish.history import read_history
 
 
 def best_step(run: Path) -> int:
@@ -33,18 +33,7 @@ def best_step(run: Path) -> int:
 
 def _probed(run: Path) -> dict[int, float]:
     """Mean probe accuracy by step. A run that went back measured a step again: the last line counts."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for line in lines:
-        try:
-            values = json.loads(line)
-            found[int(values["step"])] = float(values["probe/mean"])
-        except (ValueError, KeyError, TypeError):  # another line, or one that a full disk cut
-            continue
-    return dict(sorted(found.items()))
+    return dict(sorted(dict(zip(*read_history(run).series("probe/mean"), strict=True)).items()))
 
 
 def _list(steps: dict[int, float] | list[int]) -> str:

@@ -15,14 +15,11 @@ UNKNOWN = "devices that were not recorded"
 
 
 class Compute(NamedTuple):
-    """`hours`: of all ranks together, by device. `wall`: hours of the clock. `ranks`: all numbers of ranks that it ran
-    on. `known`: whether the run recorded its starts; otherwise the devices are not known, and every step counts with
-    the ranks of the checkpoint."""
+    """`hours`: of all ranks together, by device. `ranks`: all numbers of ranks that it ran on. Where the run recorded
+    no start, the device is UNKNOWN, and a step counts with the ranks of the checkpoint."""
 
     hours: dict[str, float]
-    wall: float
     ranks: list[int]
-    known: bool
 
 
 def hours(history: History, run: Path, ranks: int) -> Compute:
@@ -34,8 +31,7 @@ def hours(history: History, run: Path, ranks: int) -> Compute:
         device, used_now = (str(before[-1]["device"]), int(before[-1]["ranks"])) if before else (UNKNOWN, ranks)
         found[device] = found.get(device, 0.0) + row["seconds"] / 3600 * used_now
         used.add(used_now)
-    wall = sum(row["seconds"] for row in history.intervals) / 3600
-    return Compute(found, wall, sorted(used), bool(starts))
+    return Compute(found, sorted(used))
 
 
 def operations(history: History, recipe: Recipe, state: dict[str, Any]) -> float | None:

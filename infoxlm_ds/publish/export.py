@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -52,7 +53,8 @@ def export(
     if "onnx" in forms:
         require_onnx()
     checkpoint = undamaged(run, best_step(run) if best else step)
-    trained = _trained(run, checkpoint, layer)
+    state = read_state(checkpoint)
+    trained = _trained(run, checkpoint, state, layer)
     transformers_logging.disable_progress_bar()  # small files need no progress bars
     with new_folder(out) as folder:
         trained.tokenizer.save_pretrained(folder)
@@ -60,7 +62,7 @@ def export(
         for write, _ in chosen.values():
             write(trained, folder)
         found = {form: examine(trained, folder) for form, (_, examine) in chosen.items()}
-        missing = write_card(folder, out, forms, trained, run, read_state(checkpoint))
+        missing = write_card(folder, out, forms, trained, run, state)
         write_checksums(folder)
     print(f"{out}: {checkpoint.name}, sentence vectors: {_describe(trained)}")
     for form, result in found.items():
@@ -68,8 +70,8 @@ def export(
     print(f"  {CARD}: a model card{', ' * bool(missing)}{missing}")
 
 
-def _trained(run: Path, checkpoint: Path, layer: int | None) -> Trained:
-    recipe = check(Recipe, read_state(checkpoint)["recipe"], str(checkpoint))
+def _trained(run: Path, checkpoint: Path, state: dict[str, Any], layer: int | None) -> Trained:
+    recipe = check(Recipe, state["recipe"], str(checkpoint))
     advice = f"train once more with run={run}, which writes {run / 'model'} anew"
     if not (run / "model" / "config.json").is_file():
         raise UserError(f"{run / 'model'} is missing: {advice}")

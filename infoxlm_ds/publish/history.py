@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class History:
-    """The lines of metrics.jsonl, in the order of their steps."""
+    """The lines of metrics.jsonl, in the order of their steps. `unreadable`: how many others the file has."""
 
     rows: tuple[Row, ...]
+    unreadable: int = 0
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a scalar."""
@@ -27,7 +29,7 @@ class History:
         """The last line that has a scalar."""
         return next((row for row in reversed(self.rows) if name in row), None)
 
-    @property
+    @cached_property
     def intervals(self) -> list[Row]:
         """The lines that tell of an interval between two logs."""
         return [row for row in self.rows if "seconds" in row and "speed/tokens" in row]
@@ -37,6 +39,12 @@ class History:
         """Tokens of text that all ranks have read."""
         return sum(row["speed/tokens"] * row["seconds"] for row in self.intervals)
 
+    @property
+    def hours(self) -> float:
+        """Of the clock, in all intervals."""
+        return sum(row["seconds"] for row in self.intervals) / 3600
+
+    @cached_property
     def items(self) -> dict[str, Counter[str]]:
         """For each task, how many sides of its items were in each language. A pair has two."""
         tasks: dict[str, Counter[str]] = {}
@@ -50,13 +58,15 @@ class History:
         return tasks
 
 
-def read_history(run: Path, step: int) -> History:
-    """The lines up to `step`. Lines that cannot be read are left out; without the file, there are none."""
+def read_history(run: Path, step: int | None = None) -> History:
+    """The lines up to `step`; None: all. Lines that cannot be read are left out; without the file, there are none."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return History(())
-    return History(tuple(row for row in _rows(lines) if row["step"] <= step))
+    rows = list(_rows(lines))
+    kept = tuple(row for row in rows if step is None or row["step"] <= step)
+    return History(kept, sum(1 for line in lines if line.strip()) - len(rows))
 
 
 def _rows(lines: Sequence[str]) -> Iterator[Row]:

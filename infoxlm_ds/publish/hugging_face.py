@@ -60,13 +60,8 @@ def hidden_state_difference(trained: Trained, loaded: PreTrainedModel, folder: P
     real = padded["attention_mask"].bool()
     states = loaded(**padded, output_hidden_states=True).hidden_states
     batch = flat_batch(padded["input_ids"][real].numpy(), real.sum(1).numpy().astype(np.int64))
-    body = trained.model.body
-    hidden = body.embed(batch)
-    worst = _largest(hidden - states[0][real])
-    for layer, expected in enumerate(states[1:]):
-        hidden = body.run(hidden, batch.layout, layer, layer + 1)
-        worst = max(worst, _largest(hidden - expected[real]))
-    return worst
+    ours = trained.model.body.states(batch)
+    return max(_largest(hidden - expected[real]) for hidden, expected in zip(ours, states, strict=True))
 
 
 def _largest(difference: Tensor) -> float:

@@ -97,11 +97,7 @@ def _vectors(model: InfoXLM, texts: list[str], tokenizer: Any, positions: int, d
 
     @torch.no_grad()
     def encode(batch: FlatBatch) -> Tensor:
-        hidden, found = body.embed(batch), []
-        for layer in range(len(body.layers) + 1):
-            if layer:
-                hidden = body.run(hidden, batch.layout, layer - 1, layer)
-            found.append(pool(hidden, batch.layout, head.pooling))
+        found = [pool(hidden, batch.layout, head.pooling) for hidden in body.states(batch)]
         return torch.stack([*found, head.finish(found[middle])], dim=1)
 
     device = torch.device("cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +95,7 @@ def _name_apart(runs: list[Run]) -> None:
     names = [run.name for run in runs]
     for number, run in enumerate(runs):
         if names.count(run.name) > 1:
-            runs[number] = Run(**{**vars(run), "name": str(run.folder)})
+            runs[number] = replace(run, name=str(run.folder))
 
 
 def _overview(runs: Sequence[Run]) -> Part:
@@ -104,8 +104,8 @@ def _overview(runs: Sequence[Run]) -> Part:
         last = run.history.last("loss") or {}
         losses = [_value(last.get(f"{task}/loss")) for task in TASKS]
         best = f"{run.best[1]:.3f} at step {run.best[0]:,}" if run.best else "not measured"
-        tokens, wall = run.history.tokens / 1e6, sum(row["seconds"] for row in run.history.intervals) / 3600
-        rows.append((run.name, f"{run.last_step:,}", *losses, best, f"{tokens:,.1f}M", f"{wall:.2f}"))
+        spent = f"{run.history.tokens / 1e6:,.1f}M", f"{run.history.hours:.2f}"
+        rows.append((run.name, f"{run.last_step:,}", *losses, best, *spent))
     head = ("run", "step", *(f"{name} loss" for name in TASKS.values()), "best retrieval", "tokens", "hours")
     body = svg.table(head, rows)
     for run in runs:
@@ -207,7 +207,7 @@ def _seen(seen: Seen) -> str:
 def _languages(runs: Sequence[Run]) -> Part:
     body = ""
     for run in runs:
-        counted, planned = run.history.items(), planned_shares(run)
+        counted, planned = run.history.items, planned_shares(run)
         if not counted:
             continue
         totals = {task: max(sum(counts.values()), 1) for task, counts in counted.items()}

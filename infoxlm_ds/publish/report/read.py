@@ -15,8 +15,6 @@ from infoxlm_ds.data.mixture import expected
 from infoxlm_ds.planner.mixture import language_shares
 from infoxlm_ds.publish.history import History, read_history
 
-NEVER = 2**62  # after every step
-
 
 class Saved(NamedTuple):
     """A checkpoint: its folder, step, time of writing and bytes."""
@@ -29,12 +27,11 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """`recipe`: of the newest checkpoint; None if there is none yet. `unreadable`: lines of metrics.jsonl."""
+    """`recipe`: of the newest checkpoint; None if there is none yet."""
 
     folder: Path
     name: str
     history: History
-    unreadable: int
     recipe: Recipe | None
     checkpoints: list[Saved]
 
@@ -59,15 +56,14 @@ def read_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} has no metrics.jsonl: give the folder of a run, `run` in its recipe")
-    history = read_history(folder, NEVER)
+    history = read_history(folder)
     if not history.rows:
         raise UserError(f"{path} has no line that can be read: wait for the first line of the log, or check the file")
-    lines = sum(1 for line in path.read_bytes().splitlines() if line.strip())
     saved = [_saved(path) for path in Store(folder).steps()]
     recipe = None
     if saved:
         recipe = check(Recipe, read_state(saved[-1].folder)["recipe"], str(saved[-1].folder))
-    return Run(folder, folder.absolute().name, history, lines - len(history.rows), recipe, saved)
+    return Run(folder, folder.absolute().name, history, recipe, saved)
 
 
 def _saved(folder: Path) -> Saved:
@@ -79,8 +75,8 @@ def _saved(folder: Path) -> Saved:
 def warnings_of(run: Run) -> Iterator[str]:
     """What a reader should know first, a sentence each."""
     rows = run.history.rows
-    if run.unreadable:
-        yield f"{run.unreadable} lines of metrics.jsonl could not be read and are missing here."
+    if run.history.unreadable:
+        yield f"{run.history.unreadable} lines of metrics.jsonl could not be read and are missing here."
     if skipped := [row for row in rows if "skipped" in row]:
         last = skipped[-1]
         yield f"{len(skipped)} steps were not applied; the last, after step {last['step']}: {last['skipped']}"
