@@ -58,6 +58,6 @@ def read_starts(run: Path) -> list[dict[str, Any]]:
         try:
             start = json.loads(line)
             found.append(start | {"step": int(start["step"]), "ranks": int(start["ranks"])})
-        except (ValueError, KeyError, TypeError):  # half a line, from a kill or a full disk
+        except (ValueError, KeyError, TypeError):  # half a line, from a kill
             continue
     return found

@@ -1,0 +1,54 @@
+"""A run records each of its starts, and a start that cannot be recorded does not end training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from infoxlm_ds.build import agreed_inputs, build
+from infoxlm_ds.config import Recipe
+from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.monitor.starts import NAME, environment, read_starts, record_start
+from infoxlm_ds.train import fit_and_close
+from tests.corpus import small_recipe
+from tests.distributed.ranks import run_ranks
+
+
+def _train(rank: int, world: int, recipe: Recipe) -> int:
+    start_ranks()
+    inputs = agreed_inputs(recipe)
+    try:
+        return fit_and_close(build(inputs))
+    finally:
+        inputs.loader.close()
+
+
+def test_each_start_is_recorded_and_training_goes_on_where_it_cannot_be(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, allowed = tmp_path / "run", "resume.allow_change=[optimizer]"
+    assert run_ranks(_train, 2, small_recipe(corpus, run, "optimizer.steps=2", allowed)) == [0, 0]
+    assert run_ranks(_train, 1, small_recipe(corpus, run, "optimizer.steps=4", allowed)) == [0]
+    starts = read_starts(run)
+    assert [(start["step"], start["ranks"], start["device"]) for start in starts] == [(0, 2, "cpu"), (2, 1, "cpu")]
+    assert starts[0]["versions"].keys() == {"infoxlm-ds", "torch", "deepspeed", "transformers"}
+    (run / NAME).unlink()
+    (run / NAME).mkdir()  # nothing can be written there, not even by root
+    capfd.readouterr()
+    assert run_ranks(_train, 1, small_recipe(corpus, run, "optimizer.steps=6", allowed)) == [0]
+    assert capfd.readouterr().out.count(f"{NAME} cannot be written: Is a directory") == 1
+    assert read_starts(run) == []
+
+
+def test_a_full_disk_leaves_no_half_of_a_line(small_disk: Path) -> None:
+    record_start(small_disk, environment(0))
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(OSError, match="No space left"):
+        record_start(small_disk, environment(1) | {"system": "x" * 10_000})
+    assert [start["step"] for start in read_starts(small_disk)] == [0]
+    ballast.unlink()
+    record_start(small_disk, environment(2))
+    assert [start["step"] for start in read_starts(small_disk)] == [0, 2]
