@@ -144,7 +144,8 @@ class _Build:
         """Of the tasks of a block. It holds all that the block's text depends on."""
         source = self._description.sources[one.source]
         read = [(*part[1:], hashes[_stated(part.file, self._base)]) for part in one.block.parts]
-        return f"{source.name}-{number:06d}-{_short_hash([source.model_dump(mode='json'), read])}"
+        settings = source.model_dump(mode="json", exclude={"license", "homepage"})
+        return f"{source.name}-{number:06d}-{_short_hash([settings, read])}"
 
     def has_done(self) -> bool:
         """Whether a task has left anything."""

@@ -84,8 +84,8 @@ class SourceDescription(Section):
         default=None, description="what ends a document of text: a blank line (if not set), each line, or the file"
     )
     mono: bool = Field(default=False, description="each side of each row also becomes monolingual text")
-    license: str = Field(default="", description="of the texts, such as cc-by-4.0; a model card names it")
-    homepage: str = Field(default="", description="where the texts come from; a model card names it")
+    license: str | None = Field(default=None, description="of the texts, such as cc-by-4.0; a model card names it")
+    homepage: str | None = Field(default=None, description="where the texts come from; a model card names it")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

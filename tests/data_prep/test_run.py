@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+import yaml
 
 from data_prep.build import build
 from data_prep.run import How
@@ -135,6 +136,24 @@ def test_what_is_done_is_not_done_again(description: Path, whole: dict[str, byte
     with patch("data_prep.build.map_block", side_effect=AssertionError):
         build(description, out)
     assert files(out) == whole
+
+
+def test_a_licence_that_is_stated_meanwhile_does_nothing_again(
+    description: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(description.parent, tmp_path / "texts"))
+    out = tmp_path / "corpus"
+    with patch("data_prep.build.reduce_shard", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        build(folder / "corpus.yaml", out)
+    tree = yaml.safe_load((folder / "corpus.yaml").read_text(encoding="utf-8"))
+    tree["sources"][0] |= {"license": "cc-by-4.0", "homepage": "https://example.org"}
+    (folder / "corpus.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with patch("data_prep.build.map_block", side_effect=AssertionError):
+        build(folder / "corpus.yaml", out)
+    assert verify(out) == []
+    assert files(out).items() - whole.items() == {("manifest.json", files(out)["manifest.json"])}
+    stated = Corpus(out).manifest.prep["description"]["sources"][0]
+    assert (stated["license"], stated["homepage"]) == ("cc-by-4.0", "https://example.org")
 
 
 def test_what_changed_meanwhile_is_done_again(description: Path, tmp_path: Path) -> None:
