@@ -10,16 +10,19 @@ from typing import Any
 
 import yaml
 
-from infoxlm_ds.config import UserError
+from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.manifest import load_manifest
 from infoxlm_ds.monitor.starts import read_starts
 from infoxlm_ds.monitor.tags import TASKS
 from infoxlm_ds.publish.compute import hours, operations
 from infoxlm_ds.publish.curves import MISSING, NAME, can_draw, write_curves
 from infoxlm_ds.publish.history import History, read_history
+from infoxlm_ds.publish.origins import Origin, licence_of, origins_of
 from infoxlm_ds.publish.trained import Trained
+from infoxlm_ds.publish.usage import usage
 
 CARD = "README.md"
+SMALL = 250e6  # parameters
 PAPER = """\
 @inproceedings{chi-etal-2021-infoxlm,
   title = "{I}nfo{XLM}: An Information-Theoretic Framework for Cross-Lingual Language Model Pre-Training",
@@ -29,15 +32,6 @@ PAPER = """\
   year = "2021",
   note = "arXiv:2007.07834",
 }"""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """A source of texts as CORPUS.yaml describes it. An empty string: not stated."""
-
-    name: str
-    license: str
-    homepage: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def card(facts: Facts, drawn: bool) -> str:
         f"# {facts.name}",
         _what_it_is(facts),
         "## How to use it",
-        *_uses(facts),
+        *usage(facts.name, facts.forms, facts.trained.vector),
         "## Results",
         _results(facts),
         *([f"![Losses, bounds, retrieval and speed over the steps]({NAME})"] if drawn else []),
@@ -94,44 +88,24 @@ def card(facts: Facts, drawn: bool) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def origins_of(corpus: Any) -> list[Origin]:
-    """The sources that a corpus was built from. Empty if it is not there any more."""
-    try:
-        prep = load_manifest(corpus).prep
-    except (UserError, OSError):
-        return []
-    return [
-        Origin(source["name"], source.get("license") or "", source.get("homepage") or "")
-        for description in _descriptions(prep)
-        for source in description["sources"]
-    ]
-
-
-def _descriptions(prep: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    for part in prep.get("merged", ()):
-        yield from _descriptions(part["prep"])
-    if "description" in prep:
-        yield prep["description"]
-
-
-def licence_of(origins: Sequence[Origin]) -> str:
-    """The licence of the data if all sources state the same one, in the hub's spelling, else other."""
-    stated = {origin.license.lower() for origin in origins}
-    return stated.pop() if len(stated) == 1 and "" not in stated else "other"
-
-
 def _metadata(facts: Facts) -> str:
     from huggingface_hub import ModelCardData
 
-    languages = sorted({re.split("[_-]", code)[0].lower() for code in _codes(facts)})
+    init, languages = facts.trained.recipe.model.init, {re.split("[_-]", code)[0].lower() for code in _codes(facts)}
     data = ModelCardData(
-        language=[code for code in languages if re.fullmatch("[a-z]{2,3}", code)],
+        base_model=init if init and not _is_local(init) else None,
+        language=sorted(code for code in languages if re.fullmatch("[a-z]{2,3}", code)) or None,
         license=licence_of(facts.origins),
         library_name="sentence-transformers" if "sentence-transformers" in facts.forms else "transformers",
         pipeline_tag="sentence-similarity",
-        tags=["infoxlm", "cross-lingual", "multilingual", "feature-extraction", "fill-mask"],
+        tags=["infoxlm", "cross-lingual", "multilingual", "feature-extraction"],
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _is_local(model: str) -> bool:
+    """Whether `model.init` is a folder, also one that is not there any more, and no name on the hub."""
+    return Path(model).is_absolute() or Path(model).exists() or model.startswith(".") or model.count("/") > 1
 
 
 def _codes(facts: Facts) -> set[str]:
@@ -149,93 +123,65 @@ def _what_it_is(facts: Facts) -> str:
     tasks = [TASKS[task] for task, used in facts.trained.recipe.tasks.items() if used]
     parameters = sum(p.numel() for p in facts.trained.model.lm.parameters())
     start = facts.trained.recipe.model.init
-    begun = f"It began with the weights of `{start}`." if start else "It began with random weights."
+    named = start and (Path(start).name if _is_local(start) else start)
+    begun = (
+        f"It began with the weights of `{named}`, which have a licence of their own."
+        if named
+        else "It began with random weights."
+    )
     projection = ", times a trained projection," if vector.projected else ""
+    is_universal = vector.layers[0] == facts.trained.recipe.model.universal_layer
+    universal = " (the universal layer, which the contrast reads)" if is_universal else ""
     return (
         f"A cross-lingual encoder ({config.model_type}: {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}, {config.vocab_size:,} pieces, {parameters / 1e6:.1f}M parameters), trained with "
         f"{', '.join(tasks)} as in [InfoXLM](https://arxiv.org/abs/2007.07834). {begun} "
         f"Sentences that translate each other have vectors that lie close to each other. A sentence vector is the "
         f"{'mean over all tokens' if vector.pooling == 'mean' else 'first token'} of layer {vector.layers[0]}"
-        f"{projection} divided by its L2 norm; compare vectors by their cosine."
+        f"{universal}{projection} divided by its L2 norm; compare vectors by their cosine."
     )
 
 
-def _uses(facts: Facts) -> Iterable[str]:
-    name, vector = facts.name, facts.trained.vector
-    sentences = '["Open the door.", "Öffne die Tür."]'
-    if "sentence-transformers" in facts.forms:
-        yield "With sentence-transformers:"
-        yield f"""```python
-from sentence_transformers import SentenceTransformer
-
-vectors = SentenceTransformer("{name}").encode({sentences})
-print(vectors @ vectors.T)
-```"""
-    if "hf" in facts.forms:
-        pooled = "(states * mask).sum(1) / mask.sum(1)" if vector.pooling == "mean" else "states[:, 0]"
-        project, load = "", ""
-        if vector.projected:
-            load = "from safetensors.torch import load_file\n"
-            project = f'pooled = pooled @ load_file("{name}/projection.safetensors")["weight"].T\n'
-        yield f"With transformers alone, in the folder above `{name}`:"
-        yield f"""```python
-import torch
-{load}from transformers import AutoModel, AutoTokenizer
-
-tokenizer, model = AutoTokenizer.from_pretrained("{name}/encoder"), AutoModel.from_pretrained("{name}/encoder")
-inputs = tokenizer({sentences}, padding=True, truncation=True, return_tensors="pt")
-mask = inputs["attention_mask"][:, :, None]
-with torch.no_grad():
-    states = model(**inputs, output_hidden_states=True).hidden_states[{vector.layers[0]}]
-pooled = {pooled}
-{project}vectors = torch.nn.functional.normalize(pooled, dim=1).numpy()
-print(vectors @ vectors.T)
-```"""
-        yield f"`AutoModel` and the like load `{name}/encoder`, to fine-tune it; `AutoModelForMaskedLM` loads `{name}`."
-    if "onnx" in facts.forms:
-        yield "With onnxruntime:"
-        yield f"""```python
-import onnxruntime
-from transformers import AutoTokenizer
-
-session, tokenizer = onnxruntime.InferenceSession("{name}/onnx/model.onnx"), AutoTokenizer.from_pretrained("{name}")
-inputs = tokenizer({sentences}, padding=True, truncation=True, return_tensors="np")
-(vectors,) = session.run(None, {{key: inputs[key] for key in ("input_ids", "attention_mask")}})
-print(vectors @ vectors.T)
-```"""
-
-
 def _results(facts: Facts) -> str:
-    probe, last = facts.history.last("probe/mean"), facts.history.last("loss")
-    lines, rows = list[str](), list[Sequence[str]]()
-    if last:
-        rows = [
-            (TASKS[task], f"{last[f'{task}/loss']:.3f}", _number(last.get(f"{task}/information_bound")))
-            for task in TASKS
-            if f"{task}/loss" in last
-        ]
-        lines += [f"At step {last['step']}, in nats:", _table(("loss", "mean", "bound on mutual information"), rows)]
-    data = facts.trained.recipe.probe
-    if probe and data:
-        scores = {name.removeprefix("probe/"): value for name, value in probe.items() if name.startswith("probe/")}
-        trigrams, mean, _ = (scores.pop(name, None) for name in ("trigram_mean", "mean", "best"))
-        rows = [(language, f"{value:.3f}") for language, value in sorted(scores.items())]
-        lines += [
-            f"Held-out retrieval at step {probe['step']} on `{Path(data.data).name}`, at most {data.pairs} pairs with "
-            f"{data.pivot} a language: accuracy@1, mean of both directions. Character trigrams, untrained, have a mean "
-            f"of {_number(trigrams)}. The recipe chose the languages, and may have chosen settings on this text.",
-            _table(("language", "accuracy@1"), [*rows, ("**mean**", f"**{_number(mean)}**")]),
-        ]
-    return "\n\n".join(lines) or "Nothing was measured during training."
+    return "\n\n".join([*_losses(facts.history), *_retrieval(facts)]) or "Nothing was measured during training."
+
+
+def _losses(history: History) -> list[str]:
+    last = history.last("loss")
+    if last is None:
+        return []
+    rows = [
+        (label, f"{last[f'{task}/loss']:.3f}", _number(last.get(f"{task}/information_bound")))
+        for task, label in TASKS.items()
+        if f"{task}/loss" in last
+    ]
+    return [f"At step {last['step']}, in nats:", _table(("loss", "mean", "bound on mutual information"), rows)]
+
+
+def _retrieval(facts: Facts) -> list[str]:
+    probe, settings = facts.history.last("probe/mean"), facts.trained.recipe.probe
+    if probe is None:
+        return []
+    scores = {name.removeprefix("probe/"): value for name, value in probe.items() if name.startswith("probe/")}
+    trigrams, mean, _ = scores.pop("trigram_mean", None), scores.pop("mean"), scores.pop("best", None)
+    rows = [(language, _number(value)) for language, value in sorted(scores.items())]
+    on = ""
+    if settings is not None:
+        on = f" on `{settings.data.name}`, at most {settings.pairs} pairs with {settings.pivot} a language"
+    text = (
+        f"Held-out retrieval at step {probe['step']}{on}: accuracy@1, mean of both directions. The recipe chose these "
+        "languages, and its settings may have been chosen on this text."
+    )
+    means = [("**mean**", f"**{_number(mean)}**"), ("mean of character trigrams, untrained", _number(trigrams))]
+    return [text, _table(("language", "accuracy@1"), [*rows, *means])]
 
 
 def _languages(facts: Facts) -> str:
-    tasks = facts.history.items
+    tasks = {task: counts for task, counts in facts.history.items.items() if counts.total()}
     if not tasks:
         codes = ", ".join(sorted(_codes(facts)))
         return f"The run's counts are missing. The corpus has {codes}." if codes else "The run's counts are missing."
-    totals = {task: sum(counts.values()) for task, counts in tasks.items()}
+    totals = {task: counts.total() for task, counts in tasks.items()}
     ordered = sorted(_codes(facts), key=lambda code: -sum(tasks[task][code] / totals[task] for task in tasks))
     rows = [(code, *(f"{tasks[task][code] / totals[task]:.1%}" for task in tasks)) for code in ordered]
     explained = "Shares of the texts that were read, by task; a pair counts for both its languages."
@@ -246,7 +192,8 @@ def _data(facts: Facts) -> str:
     if not facts.origins:
         return "The corpus was not there any more when this card was written."
     rows = [(o.name, o.license or "not stated", o.homepage or "not stated") for o in facts.origins]
-    return _table(("source", "licence", "where from"), rows)
+    note = "The licence in this card's metadata is that of the texts, and `other` if they have several or state none."
+    return f"{_table(('source', 'licence', 'where from'), rows)}\n\n{note}"
 
 
 def _training(facts: Facts) -> str:
@@ -256,29 +203,44 @@ def _training(facts: Facts) -> str:
         spent = hours(history, facts.run, state["world_size"])
         lines.append(f"- {history.tokens / 1e6:,.1f}M tokens of text, each counted as often as it was read")
         lines += [f"- {value:,.2f} rank hours on {device}" for device, value in spent.hours.items()]
-        lines.append(f"- {history.hours:,.2f} hours of the clock on {' or '.join(map(str, spent.ranks))} rank(s)")
+        ranks = " or ".join(map(str, spent.ranks))
+        lines.append(
+            f"- {history.hours:,.2f} hours of the clock on {ranks} {'rank' if spent.ranks == [1] else 'ranks'}"
+        )
         count = operations(history, recipe, state)
         if count is not None:
             lines.append(f"- {count:.2e} floating-point operations, estimated from the sizes of model and batches")
     for start in read_starts(facts.run)[-1:]:
         lines.append("- " + ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items()))
-    tree = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run", "corpus", "log", "checkpoint"})
-    if "probe" in tree:
-        tree["probe"]["data"] = Path(tree["probe"]["data"]).name
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(_recipe(recipe), sort_keys=False, allow_unicode=True)
     return "\n".join(lines) + f"\n\n<details><summary>Recipe</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
-def _limits(facts: Facts) -> str:
-    return "\n".join(
-        (
-            f"- A text of more than {facts.trained.positions} tokens is cut.",
-            "- Languages that are not in the table above were not trained; few texts of a language teach little of it.",
-            "- Retrieval was measured on the text named above only. Other kinds of text and tasks such as "
-            "classification were not measured.",
-            "- The model repeats the prejudices and errors of its texts. No one has looked for them here.",
-        )
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    """What differs from the defaults and decides about the model. Of files and folders it has the names only."""
+    tree = recipe.model_dump(
+        mode="json", exclude_defaults=True, exclude={"run", "corpus", "log", "checkpoint", "resume"}
     )
+    tree["engine"] = recipe.engine.stem
+    if recipe.probe is not None:
+        tree["probe"]["data"] = recipe.probe.data.name
+    if recipe.model.init and _is_local(recipe.model.init):
+        tree["model"]["init"] = Path(recipe.model.init).name
+    return tree
+
+
+def _limits(facts: Facts) -> str:
+    measured = facts.history.last("probe/mean") is not None
+    retrieval = "Retrieval was measured on the text named above only." if measured else "Retrieval was not measured."
+    parameters = sum(p.numel() for p in facts.trained.model.lm.parameters())
+    lines = [
+        f"A text of more than {facts.trained.positions} tokens is cut.",
+        f"It has {parameters / 1e6:.1f}M parameters; XLM-R base has 278M." if parameters < SMALL else "",
+        "Other languages than those above were not trained by this run; few texts of a language teach little of it.",
+        f"{retrieval} Other kinds of text and tasks such as classification were not measured.",
+        "The model repeats the prejudices and errors of its texts. No one has looked for them here.",
+    ]
+    return "\n".join(f"- {line}" for line in lines if line)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

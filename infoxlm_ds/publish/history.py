@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from infoxlm_ds.monitor.tags import TASKS
+
 Row = dict[str, Any]
 
 
@@ -59,10 +61,10 @@ class History:
 
 
 def read_history(run: Path, step: int | None = None) -> History:
-    """The lines up to `step`; None: all. Lines that cannot be read are left out; without the file, there are none."""
+    """The lines up to `step`; None: all. Damaged lines are left out; without a readable file, there are none."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return History(())
     rows = list(_rows(lines))
     kept = tuple(row for row in rows if step is None or row["step"] <= step)
@@ -75,8 +77,21 @@ def _rows(lines: Sequence[str]) -> Iterator[Row]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and _is_sound(row):
             yield row
+
+
+def _is_sound(row: Row) -> bool:
+    """Whether all figures are numbers and an interval has its counts: with flipped bits, a line may still be JSON."""
+    figures = [value for name, value in row.items() if "/" in name or name in ("loss", "seconds")]
+    tasks = row.get("languages") if "seconds" in row else {}
+    return (
+        all(isinstance(figure, int | float) for figure in figures)
+        and isinstance(tasks, dict)
+        and tasks.keys() <= TASKS.keys()
+        and all(isinstance(counts, dict) for counts in tasks.values())
+        and all(isinstance(count, int) for counts in tasks.values() for count in counts.values())
+    )
 
 
 def sides_of(pair: str, known: set[str]) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
+import random
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,24 @@ import numpy as np
 import pytest
 from huggingface_hub import metadata_load
 
-from infoxlm_ds.config import Recipe
+from data_prep.merge import merge
+from infoxlm_ds.checkpoint.store import read_state
+from infoxlm_ds.config import Model, Recipe
+from infoxlm_ds.data.manifest import load_manifest
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.checksums import check_checksums
 from infoxlm_ds.monitor.starts import read_starts
-from infoxlm_ds.publish.card import Origin, licence_of
+from infoxlm_ds.publish.card import Facts, card
 from infoxlm_ds.publish.compute import hours
 from infoxlm_ds.publish.export import export
 from infoxlm_ds.publish.history import read_history, sides_of
+from infoxlm_ds.publish.origins import Origin, licence_of, origins_of
+from infoxlm_ds.publish.trained import read_trained
 from tests.corpus import small_recipe
+from tests.data_prep.small import prepare
 from tests.distributed.ranks import run_ranks
 from tests.monitor.test_boards import train_with_sinks
-from tests.publish.hub import running
 
-INFOXLM = str(Path(sys.executable).with_name("infoxlm"))
 SENTENCES = ["Open the door.", "Öffne die Tür."]
 
 
@@ -63,14 +67,18 @@ def test_the_code_of_a_card_gives_our_vectors(exported: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_the_code_of_a_run_without_projection(corpus: Path, tmp_path: Path, pooling: str) -> None:
+def test_the_code_of_a_run_without_projection(
+    corpus: Path, tmp_path: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = (f"model.pooling={pooling}", "model.projection=false", "log.tensorboard=false", "optimizer.steps=2")
     run_ranks(train_with_sinks, 1, small_recipe(corpus, tmp_path / "run", *settings))
-    export(tmp_path / "run", tmp_path / "out", ("hf",))
-    (block,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), re.S)
+    out = tmp_path / 'a "model"'
+    export(tmp_path / "run", out, ("hf",))
+    (block,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.S)
     found: dict[str, Any] = {}
-    exec(block.replace('"out', f'"{tmp_path}/out'), found)
-    np.testing.assert_allclose(found["vectors"], SentenceEmbedder(tmp_path / "out").embed(SENTENCES)[0], atol=1e-5)
+    monkeypatch.chdir(tmp_path)
+    exec(block, found)
+    np.testing.assert_allclose(found["vectors"], SentenceEmbedder(out).embed(SENTENCES)[0], atol=1e-5)
 
 
 def test_a_card_says_what_the_run_did(run: Recipe, exported: Path) -> None:
@@ -80,8 +88,9 @@ def test_a_card_says_what_the_run_did(run: Recipe, exported: Path) -> None:
     assert f"| XlCo | {last['xlco/loss']:.3f} | {last['xlco/information_bound']:.3f} |" in text
     probe = [row for row in rows if "probe/de" in row][-1]
     assert f"| de | {probe['probe/de']:.3f} |" in text and "6 of 6 steps" in text
-    assert "rank hours on cpu" in text and "on 2 rank(s)" in text and "floating-point operations" in text
-    assert "more than 128 tokens" in text and str(run.run) not in text
+    assert "rank hours on cpu" in text and "on 2 ranks" in text and "floating-point operations" in text
+    assert "more than 128 tokens" in text and "XLM-R base has 278M" in text
+    assert not any(str(path) in text for path in (run.run, run.corpus, run.engine, Path.home()))
     assert (exported / "curves.png").read_bytes()[:4] == b"\x89PNG"
     check_checksums(exported, "")
 
@@ -95,19 +104,90 @@ def test_its_metadata_are_what_the_hub_reads(exported: Path) -> None:
 def test_a_licence_that_all_sources_state_is_the_models() -> None:
     one, other, none = (Origin("a", licence, "") for licence in ("Apache-2.0", "CC0-1.0", ""))
     assert licence_of([one, one]) == "apache-2.0"
+    assert licence_of([Origin("a", "as our contract says", "")]) == "other"
     assert licence_of([one, other]) == licence_of([one, none]) == licence_of([]) == "other"
 
 
-@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_origins_of_merged_and_older_corpora_are_found(corpus: Path, tmp_path: Path) -> None:
+    stated = {"license": "cc0-1.0", "homepage": "https://example.org"}
+    source = {"name": "nway.b", "kind": "nway", "format": "jsonl", "path": "rows.jsonl"} | stated
+    shutil.copy(corpus.parent / "rows.jsonl", tmp_path)
+    prepare(tmp_path, corpus, [source], languages=["en", "de"], max_tokens=48)
+    merge(tmp_path / "both", [corpus, tmp_path / "corpus"])
+    assert origins_of(tmp_path / "both") == [
+        Origin("nway.rows", "", ""),
+        Origin("nway.b", "cc0-1.0", "https://example.org"),
+    ]
+    tree = load_manifest(corpus)
+    old = tree.prep["description"]["sources"][0]
+    del old["license"], old["homepage"]  # as corpora were before there were these keys
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "manifest.json").write_text(tree.render(), encoding="utf-8")
+    assert origins_of(tmp_path / "old") == [Origin("nway.rows", "", "")]
+    assert origins_of(tmp_path / "none") == []
+
+
+def _facts(run: Recipe, history: Path, **trained: Any) -> Facts:
+    checkpoint = run.run / "checkpoints" / "step-00000006"
+    state, found = read_state(checkpoint), read_trained(run, run.run, checkpoint, None)
+    return Facts("m", ("hf",), replace(found, **trained), history, state, read_history(history, 6), [])
+
+
+def test_no_flipped_bit_of_the_metrics_stops_an_export(run: Recipe, tmp_path: Path) -> None:
+    whole, chance = (run.run / "metrics.jsonl").read_bytes(), random.Random(0)
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    facts = _facts(run, tmp_path)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(20):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        assert card(replace(facts, history=read_history(tmp_path, 6)), False).startswith("---\n")
+
+
+def test_what_was_measured_before_the_probe_was_taken_out_is_told(run: Recipe) -> None:
+    text = card(_facts(run, run.run, recipe=run.model_copy(update={"probe": None})), False)
+    assert "Held-out retrieval at step 6: accuracy@1" in text and "| de | 0." in text
+
+
+def test_folders_of_the_user_are_not_in_a_card_and_names_on_the_hub_are(run: Recipe) -> None:
+    def begun_with(init: str) -> str:
+        return card(_facts(run, run.run, recipe=run.model_copy(update={"model": _model(run, init)})), False)
+
+    local, public = begun_with("/home/someone/secret/start"), begun_with("FacebookAI/xlm-roberta-base")
+    assert "someone" not in local and "weights of `start`" in local and "base_model" not in local
+    assert "base_model: FacebookAI/xlm-roberta-base" in public and "a licence of their own" in public
+
+
+def _model(run: Recipe, init: str) -> Model:
+    return run.model.model_copy(update={"init": init})
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken", "folder"])
 def test_a_run_whose_metrics_are_lost_is_exported(
     run: Recipe, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(run.run, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    metrics.unlink() if damage == "missing" else metrics.write_bytes(b"\xff\x00{}\n[1]\n")
+    metrics.unlink()
+    if damage == "broken":
+        metrics.write_bytes(b"\xff\x00{}\n[1]\n")
+    elif damage == "folder":
+        metrics.mkdir()
     export(tmp_path / "run", tmp_path / "out", ("hf",))
     assert "without curves and results" in capsys.readouterr().out
-    assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Nothing was measured" in text and "Retrieval was not measured" in text and "The corpus has de, en" in text
+
+
+def test_without_matplotlib_a_card_has_no_picture_and_it_is_said(
+    run: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("infoxlm_ds.publish.curves.find_spec", lambda name: None)
+    export(run.run, tmp_path / "out", ("hf",))
+    assert "without a picture of the curves, as matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "curves.png").exists()
+    assert "curves.png" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_hours_are_those_of_each_starts_ranks(run: Recipe, tmp_path: Path) -> None:
@@ -127,66 +207,3 @@ def test_a_pair_of_codes_with_hyphens_is_divided_where_both_are_known() -> None:
     assert sides_of("de-en", set()) == ["de", "en"]
     assert sides_of("en-zh-Hans", {"en", "zh-Hans"}) == ["en", "zh-Hans"]
     assert sides_of("sr-Latn-zh-Hans", set()) == ["sr-Latn-zh-Hans"]
-
-
-def _publish(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | variables
-    command = [INFOXLM, "publish", str(folder), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
-def test_an_export_is_uploaded_whole(exported: Path) -> None:
-    with running() as hub:
-        told = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}
-        refused = _publish(exported, "team/model", **told)
-        assert refused.returncode == 2 and "--yes" in refused.stderr and not hub.created
-        result = _publish(exported, "team/model", "--yes", "--private", **told)
-        assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"{hub.address}/team/model"
-    assert hub.tokens == {"Bearer secret"} and hub.created[0]["name"] == "model"
-    files = {str(path.relative_to(exported)): path.read_bytes() for path in exported.rglob("*") if path.is_file()}
-    assert hub.files == files
-
-
-def test_nothing_is_uploaded_if_the_user_says_no(exported: Path) -> None:
-    ours, theirs = pty.openpty()
-    with running() as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_TOKEN": "secret"}
-        command = [INFOXLM, "publish", str(exported), "team/model"]
-        process = subprocess.Popen(command, env=environment, stdin=theirs, stdout=subprocess.PIPE, text=True)
-        os.write(ours, b"n\n")
-        output, _ = process.communicate(timeout=60)
-    os.close(ours)
-    os.close(theirs)
-    assert process.returncode == 0 and "team/model (public)" in output and not hub.created
-
-
-@pytest.mark.parametrize("mistake", ["no token", "no export", "damaged", "name", "refused", "no server"])
-def test_what_prevents_an_upload_is_one_line(exported: Path, tmp_path: Path, mistake: str) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(exported, folder)
-    name, told = "team/model", {"HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
-    if mistake == "no token":
-        del told["HF_TOKEN"]
-    elif mistake == "no export":
-        (folder / "checksums.json").unlink()
-    elif mistake == "damaged":
-        (folder / "config.json").write_text("{}")
-    elif mistake == "name":
-        name = "team/model/more"
-    with running() as hub:
-        hub.refuse = 403
-        address = hub.address
-        if mistake == "no server":
-            hub.server_close()
-        result = _publish(folder, name, "--yes", HF_ENDPOINT=address, **told)
-    said = {
-        "no token": "there is no token",
-        "no export": "is no export",
-        "damaged": "differs from what was written: export it again",
-        "name": "cannot be a repository",
-        "refused": "did not take team/model",
-        "no server": "did not take team/model",
-    }
-    (line,) = result.stderr.splitlines()
-    assert said[mistake] in line and result.returncode == (1 if mistake in ("refused", "no server") else 2)
