@@ -264,13 +264,17 @@ def publish(
     folder: Annotated[Path, typer.Argument(help="A folder that `infoxlm export` wrote.")],
     name: Annotated[str, typer.Argument(help="The repository, such as my-team/my-model.")],
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Another hub. Default: HF_ENDPOINT or the public one.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Upload an export to the hub of Hugging Face, with your token, after asking you."""
+    """Upload an export to the hub of Hugging Face, with your token, after asking you. Exit code 1 if you say no."""
     from infoxlm_ds.publish.upload import publish as upload
 
-    if address := upload(folder, name, private=private, yes=yes):
-        print(address)
+    address = upload(folder, name, private=private, endpoint=endpoint, yes=yes)
+    if address is None:
+        print("nothing was uploaded")
+        raise typer.Exit(1)
+    print(address)
 
 
 @app.command()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 
 class Hub(ThreadingHTTPServer):
-    """`files`: by path, what was committed. `refuse`: answer each request with this status."""
+    """`files`: by path, what was committed. `commits`: how many there were. `private`: by name, the repositories that
+    exist. `refuse`: by a part of a path, the status that answers a request there."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -20,7 +24,9 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
-        self.refuse = 0
+        self.commits = 0
+        self.private: dict[str, bool] = {}
+        self.refuse: dict[str, int] = {}
 
     @property
     def address(self) -> str:
@@ -35,18 +41,30 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_GET(self) -> None:
-        self._answer({"error": "not here"}, 404)
+        name = self.path.partition("?")[0].removeprefix("/api/models/")
+        if self._refused():
+            return
+        if self.path == "/api/whoami-v2":
+            self._answer({"type": "user", "name": "someone"})
+        elif name in self.server.private:
+            self._answer({"id": name, "modelId": name, "private": self.server.private[name], "sha": "0" * 40})
+        else:
+            self._answer({"error": "Repository not found"}, 404, "RepoNotFound")
 
     def do_POST(self) -> None:
         body, hub = self._body(), self.server
         hub.tokens.add(self.headers.get("authorization"))
-        if hub.refuse:
-            self._answer({"error": "no space for you"}, hub.refuse)
-        elif self.path == "/api/repos/create":
-            hub.created.append(json.loads(body))
-            self._answer({"url": f"{hub.address}/team/model", "name": "team/model"})
+        if self._refused():
+            return
+        if self.path == "/api/repos/create":
+            made = json.loads(body)
+            name = f"{made['organization'] or 'someone'}/{made['name']}"
+            hub.created.append(made)
+            hub.private[name] = made["visibility"] == "private"
+            self._answer({"url": f"{hub.address}/{name}", "name": name})
         elif self.path == "/api/validate-yaml":
-            self._answer({"errors": [], "warnings": []})
+            errors = _errors(json.loads(body)["content"])
+            self._answer({"errors": errors, "warnings": []}, 400 if errors else 200)
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             answer = [
@@ -66,7 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer({"error": self.path}, 404)
 
+    def _refused(self) -> bool:
+        status = next((status for part, status in self.server.refuse.items() if part in self.path), 0)
+        if status:
+            self._answer({"error": "no space for you"}, status)
+        return bool(status)
+
     def _commit(self, body: bytes) -> None:
+        self.server.commits += 1
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -84,11 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("content-length") or 0))
 
-    def _answer(self, tree: Any, status: int = 200) -> None:
+    def _answer(self, tree: Any, status: int = 200, code: str = "") -> None:
         data = json.dumps(tree).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        if code:
+            self.send_header("X-Error-Code", code)
         self.end_headers()
         self.wfile.write(data)
 
@@ -97,6 +124,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _large(path: str) -> bool:
     return path.endswith((".safetensors", ".onnx"))
+
+
+def _errors(card: str) -> list[dict[str, str]]:
+    """What the hub says of a card's metadata: languages are ISO codes, and a licence is one that it knows."""
+    data = yaml.safe_load(card.split("---\n")[1])
+    wrong = [code for code in data.get("language") or [] if not re.fullmatch("[a-z]{2,3}", code)]
+    wrong += [data["license"]] if data["license"] not in ("apache-2.0", "cc0-1.0", "other") else []
+    return [{"message": f"{value} is not allowed"} for value in wrong]
 
 
 @contextmanager
