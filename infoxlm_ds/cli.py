@@ -295,6 +295,34 @@ def embed(
     embed_lines(model, text, out, form, layer=layer, pooling=pooling, device=device)
 
 
+@app.command()
+def mine(
+    a: Annotated[Path, typer.Argument(metavar="A.txt", help="A file of lines in UTF-8, plain or .xz.")],
+    b: Annotated[Path, typer.Argument(metavar="B.txt", help="A file of lines in another language.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.tsv", help="The file to write.")],
+    *,
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    score: Annotated[
+        Literal["ratio", "distance", "csls", "cosine"], typer.Option(help="How a pair's cosine becomes its score.")
+    ] = "ratio",
+    neighbours: Annotated[
+        int | None, typer.Option(min=1, help="Of each text, for the score. Default: 4; csls: 10.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Leave out pairs with a lower score.")] = None,
+    search: Annotated[Literal["exact", "ivf"], typer.Option(help="ivf: approximate, by faiss.")] = "exact",
+    retrieval: Annotated[
+        Literal["max", "intersect"],
+        typer.Option(help="max: the best pairs first, each text once; intersect: pairs in which each chose the other."),
+    ] = "max",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")] = None,
+) -> None:
+    """Find translations in two texts: score, text of A, text of B, the best first. A killed run goes on."""
+    from infoxlm_ds.evaluation.mining import How
+    from infoxlm_ds.evaluation.mining import mine as mine_pairs
+
+    mine_pairs(a, b, out, model, How(score, neighbours, search, retrieval, threshold), device)
+
+
 @checkpoint.command("list")
 def list_(run: Run) -> None:
     """List steps, sizes and numbers of ranks, and folders that are not committed checkpoints."""
