@@ -25,6 +25,7 @@ app.add_typer(checkpoint, name="checkpoint")
 Hostfile = Annotated[Path | None, typer.Option(help="Lines of HOST slots=N, see hostfile.example.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML, or the name of one that comes with the package.")]
+Score = Literal["cosine", "ratio", "distance", "csls"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")]
 
 
@@ -380,31 +381,51 @@ def prune(
 @evaluation.command()
 def retrieval(
     model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    data: Annotated[list[Path], typer.Option(help="Parallel text in JSON lines, plain or .xz; may be repeated.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Parallel text: JSON lines, TSV, PREFIX.de-en.de, or a folder of such pairs; may be repeated."
+        ),
+    ],
     pivot: Annotated[str, typer.Option(help="The language that is paired with all others.")] = "en",
     layer: Annotated[
         str, typer.Option(help="Number (0: embeddings) or all. Default: the universal layer, else the last.")
     ] = "",
-    pooling: Annotated[Pooling | None, typer.Option(help="Default: from the model's config, else mean.")] = None,
+    pooling: Annotated[
+        Literal["mean", "cls", "both"] | None, typer.Option(help="Default: from the model's config, else mean.")
+    ] = None,
+    score: Annotated[Score, typer.Option(help="Compare cosines, or cosines with those of near neighbours.")] = "cosine",
     languages: Annotated[
         str, typer.Option(help="Only these, separated by commas; zh includes every zh_*. Default: all.")
     ] = "",
     min_pairs: Annotated[int, typer.Option(min=1, help="Leave out languages with fewer pairs.")] = 50,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model on the same pairs: any that sentence-transformers loads; may be repeated."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
 ) -> None:
     """Measure how often a sentence's nearest neighbour is its translation (accuracy@1), beside a trigram baseline."""
     from rich.console import Console
 
+    from infoxlm_ds.evaluation.beside import OtherModel
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.retrieval import evaluate_retrieval, read_pairs
-    from infoxlm_ds.evaluation.tables import print_tables, write_json
+    from infoxlm_ds.evaluation.parallel import read_pairs
+    from infoxlm_ds.evaluation.results import evaluate_all
+    from infoxlm_ds.evaluation.tables import print_comparison, print_tables, write_json
 
+    if beside and (layer == "all" or pooling == "both"):
+        raise UserError("--beside compares one vector of each model: give one --layer and one --pooling")
     pairs = read_pairs(data, pivot, [code for code in languages.split(",") if code], min_pairs)
-    embedder = SentenceEmbedder(model, _layer(layer), pooling)
-    rows = [row for name, of_file in pairs.items() for row in evaluate_retrieval(embedder, name, of_file)]
-    print_tables(rows, Console())
+    ours = evaluate_all(SentenceEmbedder(model, _layer(layer), pooling, half=True), pairs, score)
+    others = {name: evaluate_all(OtherModel(name), pairs, score) for name in beside or []}
+    print_tables(ours, Console())
+    if others:
+        print_comparison(
+            {f"ours: {model.name}": ours.rows} | {name: other.rows for name, other in others.items()}, Console()
+        )
     if json:
-        write_json(rows, json)
+        write_json(ours, others, json)
 
 
 @evaluation.command()

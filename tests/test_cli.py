@@ -112,14 +112,19 @@ def test_retrieval_prints_a_table_and_writes_rows(
     assert _run(monkeypatch, *common, "--json", out) == 0
     table = capsys.readouterr().out
     assert "ru *" in table and "mean of 2" in table and "mean of 1 *" in table
-    german, russian = json.loads(out.read_text(encoding="utf-8"))
+    result = json.loads(out.read_text(encoding="utf-8"))
+    german, russian = result["languages"]
     assert [(row["lang"], row["n"], row["layer"], row["cross_script"]) for row in (german, russian)] == [
         ("de_DE", 2, 2, False),
         ("ru", 3, 2, True),
     ]
     assert list(russian) == [
-        *("data", "lang", "n", "cross_script", "layer", "pooling"),
-        *("forward", "backward", "trigram_forward", "trigram_backward", "chance", "projected"),
+        *("forward", "backward", "low", "high", "trigram_forward", "trigram_backward", "chance"),
+        *("data", "lang", "n", "script", "cross_script", "layer", "pooling", "projected", "score"),
+    ]
+    assert [(mean["group"], mean["languages"]) for mean in result["means"]] == [
+        *(("all", 2), ("cross-script", 1), ("script CYRILLIC", 1), ("script LATIN", 1)),
+        *(("family Germanic", 1), ("family Slavic", 1)),
     ]
     assert (
         russian["data"] == str(parallel_text)
@@ -137,13 +142,35 @@ def test_all_layers_of_chosen_languages(
 ) -> None:
     out = tmp_path / "rows.json"
     files = ("--data", parallel_text, "--data", parallel_text, "--json", out)
-    options = ("--layer", "all", "--languages", "de", "--min-pairs", "2", "--pooling", "cls")
+    options = ("--layer", "all", "--languages", "de", "--min-pairs", "2", "--pooling", "both", "--score", "csls")
     assert _run(monkeypatch, "eval", "retrieval", "--model", model_folder, *files, *options) == 0
     assert "mean of 1" in capsys.readouterr().out
-    rows = json.loads(out.read_text(encoding="utf-8"))
-    assert [(row["lang"], row["layer"], row["pooling"]) for row in rows] == [
-        ("de_DE", layer, "cls") for layer in range(4)
+    rows = json.loads(out.read_text(encoding="utf-8"))["languages"]
+    assert [(row["lang"], row["layer"], row["pooling"], row["score"]) for row in rows] == [
+        ("de_DE", layer, pooling, "csls") for layer in range(4) for pooling in ("mean", "cls")
     ]
+
+
+def test_another_model_stands_beside_on_the_same_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    parallel_text: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    out = tmp_path / "rows.json"
+    common = ("eval", "retrieval", "--model", model_folder, "--data", parallel_text, "--min-pairs", "2", "--layer", "3")
+    assert _run(monkeypatch, *common, "--pooling", "mean", "--beside", model_folder, "--json", out) == 0
+    assert "3/own" in capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    (other,) = result["beside"].values()  # the same model, as sentence-transformers runs it
+    for ours, theirs in zip(result["languages"], other["languages"], strict=True):
+        assert (ours["forward"], ours["backward"], ours["n"]) == (theirs["forward"], theirs["backward"], theirs["n"])
+    assert _run(monkeypatch, *common, "--beside", tmp_path / "none") == 2
+    assert _run(monkeypatch, *common[:-2], "--layer", "all", "--beside", model_folder) == 2
+    problem, order = capsys.readouterr().err.splitlines()[-2:]
+    assert f"--beside {tmp_path / 'none'} cannot be loaded" in problem and "give one --layer" in order
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from infoxlm_ds import dist
 from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch
 from infoxlm_ds.data.upload import to_device
-from infoxlm_ds.model.attention import FLAT_ATTENTION
+from infoxlm_ds.model.attention import FLAT_ATTENTION, why_not_varlen
 from infoxlm_ds.model.checksums import CHANGED, check_checksums
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import family_of, positions_of
 from infoxlm_ds.model.loading import loading
-from infoxlm_ds.model.sentence_vector import chosen_vector, pooled, read_projection
+from infoxlm_ds.model.sentence_vector import chosen_views, pooled, read_projection
 
 Vectors = npt.NDArray[np.float32]
 BATCH = 128  # sentences
@@ -88,38 +88,39 @@ def _tokenize(sentences: list[str], tokenizer: Any, longest: int, quiet: bool) -
 
 
 class SentenceEmbedder:
-    """A model and its tokenizer, ready to embed, in fp32, on the GPU if there is one.
+    """A model and its tokenizer, ready to embed, on the GPU if there is one.
 
     `layers` and `pooling`: None means the folder's own sentence vector, see `model/sentence_vector.py`; otherwise the
-    plain states of one layer, or of "all". `device`: as torch names it. UserError if the folder has no model or no
-    tokenizer, if weights of the encoder are missing, if a layer is out of range, or if there is no such device.
+    plain states of one layer, or of "all", by one pooling or by "both". `views`: what is embedded. `device`: as torch
+    names it. `half`: a GPU computes in bf16, not in fp32. UserError if the folder has no model or no tokenizer, if
+    weights of the encoder are missing, if a layer is out of range, or if there is no such device.
     """
 
     def __init__(
         self,
         folder: Path,
         layers: int | Literal["all"] | None = None,
-        pooling: Pooling | None = None,
+        pooling: Pooling | Literal["both"] | None = None,
         device: str | None = None,
+        half: bool = False,
     ) -> None:
         self.device = _device(device)
         model, self.tokenizer = _load(folder)
-        self._vector = chosen_vector(model.config, layers, pooling, str(folder))
-        self.layers, self.pooling, self.projected = list(self._vector.layers), self._vector.pooling, False
-        self._projection: Tensor | None = None
-        if self._vector.projected:
-            self._projection, self.projected = read_projection(folder).to(self.device), True
+        self.views, self.projected = chosen_views(model.config, layers, pooling, str(folder))
         self._positions = positions_of(model.config)
-        self._body = Body(model.to(self.device).eval(), self.layers[-1])
+        dtype = torch.bfloat16 if half and self.device.type == "cuda" else torch.float32
+        self._projection = read_projection(folder).to(self.device, dtype) if self.projected else None
+        self._body = Body(model.to(self.device, dtype).eval(), self.views[-1].layer)
+        self._dense = why_not_varlen(self.device, dtype, self._body.head_width) is not None
         self.width: int = model.config.hidden_size
 
     def embed(self, sentences: list[str], *, description: str = "embedding", quiet: bool = False) -> Vectors:
-        """L2-normalised vectors [L, n, D] in the order of `sentences`. On a terminal, a
-        progress bar shows `description`. `quiet`: no warning of texts that are cut."""
+        """L2-normalised vectors [V, n, D] of the V views, in the order of `sentences`. On a terminal, a progress bar
+        shows `description`. `quiet`: no warning of texts that are cut."""
         if not sentences:
-            return np.zeros((len(self.layers), 0, self.width), np.float32)
+            return np.zeros((len(self.views), 0, self.width), np.float32)
         vectors = embed(
-            *(sentences, self.tokenizer, self._positions, self._pooled, self.device),
+            *(sentences, self.tokenizer, self._positions, self._pooled, self.device, self._dense),
             description=description,
             quiet=quiet,
         )
@@ -127,7 +128,7 @@ class SentenceEmbedder:
 
     @torch.inference_mode()
     def _pooled(self, batch: FlatBatch) -> Tensor:
-        return pooled(self._body, batch, self._vector, self._projection)
+        return pooled(self._body, batch, self.views, self._projection)
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,75 +1,101 @@
-"""Cross-lingual sentence retrieval: is the translation of a sentence the nearest of all candidates by cosine?
+"""Cross-lingual sentence retrieval: is the translation of a sentence the nearest of all candidates?
 
-Legend: n pairs, D width, L layers.
+Legend: n pairs, D width, V views (a layer and a pooling each).
 
 A hit: the translation, or the same text in another row, scores strictly above every different text. A tie between
 different texts is a miss, so an encoder that maps all sentences to one point has accuracy 0.
 """
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from infoxlm_ds.config import Pooling, UserError
-from infoxlm_ds.data.text import read_nway
-from infoxlm_ds.evaluation.text import Pairs, matches, pairs_with_pivot
+from infoxlm_ds.config import Pooling
+from infoxlm_ds.evaluation.approximate import nearest_by_cells, recall
+from infoxlm_ds.evaluation.neighbours import NEIGHBOURS, Score, nearest, rescored
+from infoxlm_ds.evaluation.text import Pairs
+from infoxlm_ds.model.sentence_vector import View
 
 Vectors = npt.NDArray[np.float32]
 TextIds = npt.NDArray[np.int64]
+Hits = npt.NDArray[np.bool_]
+QUERIES, KEYS = 1024, 16384  # scores in memory at once
+MANY = 1_000_000  # pairs, above which faiss finds the candidates
+CANDIDATES = 16
 
 
 class Embedder(Protocol):
     """Embeds sentences, as `SentenceEmbedder` does."""
 
-    layers: list[int]
-    pooling: Pooling
-    projected: bool
+    @property
+    def views(self) -> Sequence[View]: ...
+
+    @property
+    def projected(self) -> bool: ...
 
     def embed(self, sentences: list[str], *, description: str = ...) -> Vectors:
-        """L2-normalised vectors [L, n, D]."""
+        """L2-normalised vectors [V, n, D]."""
 
 
 @dataclass(frozen=True)
-class RetrievalRow:
-    """Accuracy@1 of one language at one layer. `forward`: from pivot to language; `trigram_*`: the baseline on the same
-    pairs."""
+class Accuracy:
+    """Accuracy@1. `forward`: from pivot to language; `trigram_*`: the baseline on the same pairs. `low` and `high`: the
+    95 % interval of the mean of both directions, over other samples of rows of the same file (see `bootstrap.py`)."""
+
+    forward: float
+    backward: float
+    low: float
+    high: float
+    trigram_forward: float
+    trigram_backward: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class RetrievalRow(Accuracy):
+    """Accuracy@1 of one language by one view. `projected`: whether the model's projection was applied."""
 
     data: str
     lang: str
     n: int
+    script: str
     cross_script: bool
     layer: int
     pooling: Pooling
-    forward: float
-    backward: float
-    trigram_forward: float
-    trigram_backward: float
-    chance: float
-    projected: bool = False  # whether the model's projection was applied
+    projected: bool
+    score: Score
 
 
-def retrieval_accuracy(
-    query: Vectors, key: Vectors, key_texts: Sequence[str] | None = None, chunk: int = 1024
-) -> float:
-    """The fraction of rows i for which `key[i]` is the nearest key of `query[i]`; both [n, D], L2-normalised.
-
-    Keys with equal `key_texts` count as the same answer. Memory: chunk x n scores.
-    """
-    ids = np.arange(len(key)) if key_texts is None else _text_ids(key_texts)
-    return _accuracy(lambda start, end: query[start:end] @ key.T, ids, chunk)
+def pair_hits(pivot: Vectors, other: Vectors, pairs: Pairs, score: Score = "cosine") -> tuple[Hits, Hits]:
+    """Which rows are hits, forward and backward, both [n]. `pivot` and `other` [n, D] are L2-normalised."""
+    return _hits(pivot, other, pairs.text, score), _hits(other, pivot, pairs.pivot_text, score)
 
 
 def pair_accuracy(pivot: Vectors, other: Vectors, pairs: Pairs) -> float:
     """Accuracy@1 of pairs whose vectors are `pivot` and `other` [n, D], the mean of both directions."""
-    forward = retrieval_accuracy(pivot, other, pairs.text)
-    return (forward + retrieval_accuracy(other, pivot, pairs.pivot_text)) / 2
+    forward, backward = pair_hits(pivot, other, pairs)
+    return float(forward.mean() + backward.mean()) / 2
 
 
-def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk: int = 1024) -> tuple[float, float]:
+def retrieval_accuracy(
+    query: Vectors, key: Vectors, key_texts: Sequence[str] | None = None, score: Score = "cosine"
+) -> float:
+    """The fraction of rows i for which `key[i]` is the nearest key of `query[i]`; both [n, D], L2-normalised.
+
+    Keys with equal `key_texts` count as the same answer.
+    """
+    texts = [str(number) for number in range(len(key))] if key_texts is None else key_texts
+    return float(_hits(query, key, texts, score).mean())
+
+
+def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str]) -> tuple[float, float]:
     """(forward, backward) accuracy@1 of the cosine of character-trigram TF-IDF, an untrained baseline.
 
     The vocabulary and its weights come from these pairs, both sides together. Without any trigram, the baseline is
@@ -82,68 +108,65 @@ def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str], chunk
     except ValueError:  # no text has three characters
         return 1 / len(key_texts), 1 / len(query_texts)
     query, key = vectorizer.transform(query_texts), vectorizer.transform(key_texts)
-    forward = _accuracy(lambda start, end: (query[start:end] @ key.T).toarray(), _text_ids(key_texts), chunk)
-    backward = _accuracy(lambda start, end: (key[start:end] @ query.T).toarray(), _text_ids(query_texts), chunk)
-    return forward, backward
+    forward = _exact(lambda rows, columns: (query[rows] @ key[columns].T).toarray(), _text_ids(key_texts))
+    backward = _exact(lambda rows, columns: (key[rows] @ query[columns].T).toarray(), _text_ids(query_texts))
+    return float(forward.mean()), float(backward.mean())
 
 
-def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_pairs: int) -> dict[str, list[Pairs]]:
-    """The pairs of each file, by its path. UserError as in `pairs_with_pivot`, or if no file has one of the
-    `languages`."""
-    by_file = {
-        str(path): pairs_with_pivot(list(read_nway(path)), pivot, languages, min_pairs, str(path)) for path in paths
-    }
-    codes = {pairs.language for of_file in by_file.values() for pairs in of_file}
-    for wanted in languages:
-        if not any(matches(code, wanted) for code in codes):
-            raise UserError(f"--languages {wanted}: no file has {min_pairs} pairs of {wanted!r} with {pivot!r}")
-    return by_file
+def _hits(query: Vectors, key: Vectors, key_texts: Sequence[str], score: Score) -> Hits:
+    ids, k = _text_ids(key_texts), NEIGHBOURS[score]
+    around_query = around_key = np.zeros(len(key), np.float32)
+    if len(key) > MANY and find_spec("faiss"):
+        return _of_candidates(query, key, ids, score)
+    if k:
+        around_query, around_key = _mean(nearest(query, key, k)[0]), _mean(nearest(key, query, k)[0])
+    return _exact(
+        lambda rows, columns: rescored(
+            score, query[rows] @ key[columns].T, around_query[rows, None], around_key[None, columns]
+        ),
+        ids,
+    )
 
 
-def evaluate_retrieval(embedder: Embedder, data: str, pairs: Sequence[Pairs]) -> list[RetrievalRow]:
-    """One row for every layer and every language of `pairs`, sorted by layer. `data`: the file's name."""
-    different = dict.fromkeys(text for of_language in pairs for text in of_language.pivot_text)
-    position = {text: i for i, text in enumerate(different)}
-    pivots = embedder.embed(list(position), description="pivot")
-    rows = []
-    for of_language in pairs:
-        pivot = pivots[:, [position[text] for text in of_language.pivot_text]]
-        rows += _rows_of_language(embedder, data, of_language, pivot)
-    return sorted(rows, key=lambda row: row.layer)
+def _of_candidates(query: Vectors, key: Vectors, ids: TextIds, score: Score) -> Hits:
+    """`_hits` among the nearest that an approximate search finds. Standard error says how many of them it finds."""
+    k = NEIGHBOURS[score] or 1
+    cosine, place = nearest_by_cells(query, key, max(k, CANDIDATES), what="searching")
+    found = recall(query, key, place[:, :1])
+    print(f"approximate search: recall of the nearest is {found:.4f}, on a sample", file=sys.stderr)
+    around_query, around_key = _mean(cosine[:, :k]), _mean(nearest_by_cells(key, query, k)[0])
+    scores = np.where(np.isfinite(cosine), rescored(score, cosine, around_query[:, None], around_key[place]), -np.inf)
+    right = ids[place] == ids[:, None]
+    return np.asarray(_best(scores, right) > _best(scores, ~right))
 
 
-def _rows_of_language(embedder: Embedder, data: str, pairs: Pairs, pivot: Vectors) -> list[RetrievalRow]:
-    other = embedder.embed(pairs.text, description=pairs.language)
-    trigram_forward, trigram_backward = trigram_accuracy(pairs.pivot_text, pairs.text)
-    return [
-        RetrievalRow(
-            data=data,
-            lang=pairs.language,
-            n=len(pairs.text),
-            cross_script=pairs.cross_script,
-            layer=layer,
-            pooling=embedder.pooling,
-            forward=retrieval_accuracy(pivot[index], other[index], pairs.text),
-            backward=retrieval_accuracy(other[index], pivot[index], pairs.pivot_text),
-            trigram_forward=trigram_forward,
-            trigram_backward=trigram_backward,
-            chance=1 / len(pairs.text),
-            projected=embedder.projected,
-        )
-        for index, layer in enumerate(embedder.layers)
-    ]
+def _mean(cosine: Vectors) -> Vectors:
+    there = np.isfinite(cosine)
+    return np.asarray(np.where(there, cosine, 0).sum(1) / np.maximum(there.sum(1), 1), np.float32)
 
 
-def _accuracy(scores: Callable[[int, int], Vectors], ids: TextIds, chunk: int) -> float:
-    """`scores(start, end)`: those rows of the n x n matrix; `ids` [n]: keys with equal ids are the same answer."""
-    hits = 0
-    for start in range(0, len(ids), chunk):
-        block = scores(start, start + chunk)
-        right = ids[start : start + chunk, None] == ids[None, :]
-        best_right = np.where(right, block, -np.inf).max(axis=1)
-        best_wrong = np.where(right, -np.inf, block).max(axis=1)
-        hits += int((best_right > best_wrong).sum())
-    return hits / len(ids)
+def _best(scores: Vectors, chosen: Hits) -> Vectors:
+    """The highest of the chosen scores of each row; -inf if none is."""
+    return np.asarray(np.where(chosen, scores, -np.inf).max(axis=1))
+
+
+def _exact(scores: Callable[[slice, slice], Vectors], ids: TextIds) -> Hits:
+    """[n]. `scores(rows, columns)`: that part of the n x n matrix; `ids` [n]: keys with equal ids are the same
+    answer."""
+    hits = np.zeros(len(ids), bool)
+    for first in range(0, len(ids), QUERIES):
+        rows = slice(first, first + QUERIES)
+        best_right = best_wrong = np.full(len(ids[rows]), -np.inf)
+        for start in range(0, len(ids), KEYS):
+            columns = slice(start, start + KEYS)
+            block = scores(rows, columns)
+            right = ids[rows, None] == ids[None, columns]
+            best_right, best_wrong = (
+                np.maximum(best_right, _best(block, right)),
+                np.maximum(best_wrong, _best(block, ~right)),
+            )
+        hits[rows] = best_right > best_wrong
+    return hits
 
 
 def _text_ids(texts: Sequence[str]) -> TextIds:

@@ -1,4 +1,4 @@
-"""Parallel evaluation text: JSON lines `{"key": ..., "text": {language: sentence}}`, plain or xz-compressed.
+"""Pairs of sentences for evaluation, from rows `{language: sentence}` as `parallel.py` reads them.
 
 Language codes are kept as the file has them (`fr_FR`, `zh-Hans`).
 """
@@ -15,16 +15,21 @@ from infoxlm_ds.config import UserError
 
 @dataclass(frozen=True)
 class Pairs:
-    """The rows of one file that have both the pivot and `language`: text[i] translates pivot_text[i]."""
+    """The rows of one file that have both the pivot and `language`: text[i] translates pivot_text[i].
+
+    `script`: of most letters of `text` (LATIN, ...). `cross_script`: the pivot has another one. `rows`: the rows'
+    numbers in the file."""
 
     language: str
     pivot_text: list[str]
     text: list[str]
-    cross_script: bool  # the two languages are written in different scripts, judged by most of their letters
+    cross_script: bool
+    script: str
+    rows: list[int]
 
     def first(self, count: int) -> "Pairs":
         """The first pairs, at most so many."""
-        return replace(self, pivot_text=self.pivot_text[:count], text=self.text[:count])
+        return replace(self, pivot_text=self.pivot_text[:count], text=self.text[:count], rows=self.rows[:count])
 
 
 def pairs_with_pivot(
@@ -35,10 +40,10 @@ def pairs_with_pivot(
     `languages`: only these (see `matches`; empty: all). UserError if no row has the pivot or no language has enough
     pairs; it names `source`.
     """
-    with_pivot = [row for row in rows if pivot in row]
+    with_pivot = [(number, row) for number, row in enumerate(rows) if pivot in row]
     if not with_pivot:
         raise UserError(f"{source}: no row has the pivot language {pivot!r}: choose another (--pivot, or probe.pivot)")
-    counts = Counter(code for row in with_pivot for code in row if code != pivot and _wanted(code, languages))
+    counts = Counter(code for _, row in with_pivot for code in row if code != pivot and _wanted(code, languages))
     enough = sorted(code for code, count in counts.items() if count >= min_pairs)
     if not enough:
         best = ", ".join(f"{code} {count}" for code, count in counts.most_common(3)) or "none"
@@ -64,6 +69,12 @@ def letters_by_script(texts: Iterable[str]) -> Counter[str]:
     return scripts
 
 
+def main_script(texts: Iterable[str]) -> str:
+    """The script of most letters; "" without any letter."""
+    scripts = letters_by_script(texts)
+    return max(scripts, key=scripts.__getitem__, default="")
+
+
 @cache
 def _script(letter: str) -> str:
     return unicodedata.name(letter, "UNNAMED").split()[0]
@@ -73,10 +84,9 @@ def _wanted(code: str, languages: Sequence[str]) -> bool:
     return not languages or any(matches(code, wanted) for wanted in languages)
 
 
-def _pairs(rows: list[dict[str, str]], pivot: str, language: str) -> Pairs:
-    both = [(row[pivot], row[language]) for row in rows if language in row]
-    pivot_text = [pivot_sentence for pivot_sentence, _ in both]
-    text = [sentence for _, sentence in both]
-    pivot_scripts, scripts = letters_by_script(pivot_text), letters_by_script(text)
-    shared = scripts[max(pivot_scripts, key=pivot_scripts.__getitem__, default="")]
-    return Pairs(language, pivot_text, text, cross_script=2 * shared < scripts.total())
+def _pairs(rows: list[tuple[int, dict[str, str]]], pivot: str, language: str) -> Pairs:
+    chosen = [(number, row[pivot], row[language]) for number, row in rows if language in row]
+    numbers, pivot_text, text = (list(column) for column in zip(*chosen, strict=True))
+    of_pivot, scripts = main_script(pivot_text), letters_by_script(text)
+    cross = 2 * scripts[of_pivot] < scripts.total()
+    return Pairs(language, pivot_text, text, cross, main_script(text), numbers)

@@ -106,7 +106,7 @@ def embed_lines(
             vectors = embedder.embed(chunk, description=f"lines up to {count:,}")
             writer.append(chunk, vectors[0])
         writer.close()
-    how = f"layer {embedder.layers[0]}, {embedder.pooling} pooling{', projection' * embedder.projected}"
+    how = f"layer {embedder.views[0].layer}, {embedder.views[0].pooling} pooling{', projection' * embedder.projected}"
     print(f"{count:,} vectors of width {embedder.width}: {how}", file=sys.stderr)
 
 

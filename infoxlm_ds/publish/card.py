@@ -130,14 +130,14 @@ def _what_it_is(facts: Facts) -> str:
         else "It began with random weights."
     )
     projection = ", times a trained projection," if vector.projected else ""
-    is_universal = vector.layers[0] == facts.trained.recipe.model.universal_layer
+    is_universal = vector.layer == facts.trained.recipe.model.universal_layer
     universal = " (the universal layer, which the contrast reads)" if is_universal else ""
     return (
         f"A cross-lingual encoder ({config.model_type}: {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}, {config.vocab_size:,} pieces, {parameters / 1e6:.1f}M parameters), trained with "
         f"{', '.join(tasks)} as in [InfoXLM](https://arxiv.org/abs/2007.07834). {begun} "
         f"Sentences that translate each other have vectors that lie close to each other. A sentence vector is the "
-        f"{'mean over all tokens' if vector.pooling == 'mean' else 'first token'} of layer {vector.layers[0]}"
+        f"{'mean over all tokens' if vector.pooling == 'mean' else 'first token'} of layer {vector.layer}"
         f"{universal}{projection} divided by its L2 norm; compare vectors by their cosine."
     )
 

@@ -82,4 +82,4 @@ def _trained(run: Path, checkpoint: Path, state: dict[str, Any], layer: int | No
 def _describe(trained: Trained) -> str:
     vector, projection = trained.vector, trained.projection
     without = "" if projection is None else ", without the projection"
-    return f"layer {vector.layers[0]}, {vector.pooling} pooling{', projection' if vector.projected else without}"
+    return f"layer {vector.layer}, {vector.pooling} pooling{', projection' if vector.projected else without}"

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.evaluation.embed import Vectors
-from infoxlm_ds.evaluation.retrieval import retrieval_accuracy
+from infoxlm_ds.evaluation.retrieval import pair_accuracy
 from infoxlm_ds.evaluation.text import Pairs
 from infoxlm_ds.monitor.probe import read_probe
 from infoxlm_ds.publish.cut import Cut, cut_encoder
@@ -65,7 +65,7 @@ def write_onnx(trained: Trained, folder: Path) -> None:
 
     (folder / FOLDER).mkdir()
     projection = trained.projection if trained.vector.projected else None
-    module = Sentences(cut_encoder(trained.model.lm, trained.vector.layers[0]), trained.vector.pooling, projection)
+    module = Sentences(cut_encoder(trained.model.lm, trained.vector.layer), trained.vector.pooling, projection)
     whole = folder / FOLDER / WHOLE
     with _silence():
         _export(module.eval(), whole)
@@ -115,8 +115,7 @@ def _loss(trained: Trained, whole: Any, int8: Any) -> str:
 def _accuracy(session: Any, trained: Trained, pairs: Pairs) -> float:
     """The mean of both directions."""
     pivot, other = (embed_onnx(session, trained, texts) for texts in (pairs.pivot_text, pairs.text))
-    forward = retrieval_accuracy(pivot, other, pairs.text)
-    return (forward + retrieval_accuracy(other, pivot, pairs.pivot_text)) / 2
+    return pair_accuracy(pivot, other, pairs)
 
 
 def open_session(path: Path) -> Any:

@@ -49,7 +49,7 @@ def write_sentence_transformers(trained: Trained, folder: Path) -> None:
 
 
 def _write_encoder(trained: Trained, folder: Path) -> None:
-    cut = cut_encoder(trained.model.lm, trained.vector.layers[0])
+    cut = cut_encoder(trained.model.lm, trained.vector.layer)
     cut.model.save_pretrained(folder)
     trained.tokenizer.save_pretrained(folder)
     settings: dict[str, Any] = {"max_seq_length": trained.positions, "do_lower_case": False}

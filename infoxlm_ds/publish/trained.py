@@ -61,12 +61,12 @@ class Trained:
     @cached_property
     def expected(self) -> Vectors:
         """The sentence vectors [n, D] of `texts`, as our own evaluation computes them."""
-        body = Body(self.model.lm.base_model, self.vector.layers[-1])
+        body = Body(self.model.lm.base_model, self.vector.layer)
         projection = self.projection if self.vector.projected else None
 
         @torch.no_grad()
         def encode(batch: Any) -> Tensor:
-            return pooled(body, batch, self.vector, projection)[:, 0]
+            return pooled(body, batch, [self.vector.view], projection)[:, 0]
 
         return embed(self.texts, self.tokenizer, self.positions, encode, torch.device("cpu"), quiet=True)
 
@@ -88,7 +88,7 @@ def read_trained(recipe: Recipe, run: Path, checkpoint: Path, layer: int | None)
         raise UserError(f"--layer {layer} is out of range: the model has layers 0 (embeddings) to {last}")
     universal = recipe.model.universal_layer
     projected = layer is None and recipe.model.projection
-    vector = SentenceVector((universal if layer is None else layer,), recipe.model.pooling, projected)
+    vector = SentenceVector(universal if layer is None else layer, recipe.model.pooling, projected)
     model.lm.config.universal_layer = universal
     vector.write(model.lm.config)
     tokenizer = AutoTokenizer.from_pretrained(run / "model", trust_remote_code=False)

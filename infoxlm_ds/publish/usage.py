@@ -48,7 +48,7 @@ tokenizer, model = AutoTokenizer.from_pretrained({name}), AutoModel.from_pretrai
 inputs = tokenizer({SENTENCES}, padding=True, truncation=True, return_tensors="pt")
 mask = inputs["attention_mask"][:, :, None]
 with torch.no_grad():
-    states = model(**inputs, output_hidden_states=True).hidden_states[{vector.layers[0]}]
+    states = model(**inputs, output_hidden_states=True).hidden_states[{vector.layer}]
 pooled = {pooled}
 {project}vectors = torch.nn.functional.normalize(pooled, dim=1).numpy()
 print(vectors @ vectors.T)

@@ -62,12 +62,12 @@ def test_long_sentences_are_cut_to_the_model_and_counted(model_folder: Path, cap
 def test_layer_and_pooling_default_to_the_config(model_folder: Path, tmp_path: Path) -> None:
     folder = _copy(model_folder, tmp_path, sentence_pooling="cls")
     embedder = SentenceEmbedder(folder)
-    assert (embedder.layers, embedder.pooling) == ([2], "cls")
+    assert embedder.views == [(2, "cls")]
     folder = _copy(model_folder, tmp_path, universal_layer=None)
     config = json.loads((folder / "config.json").read_text())
     del config["universal_layer"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert (SentenceEmbedder(folder).layers, SentenceEmbedder(folder).pooling) == ([3], "mean")
+    assert SentenceEmbedder(folder).views == [(3, "mean")]
 
 
 @pytest.mark.parametrize("layer", [-1, 4])

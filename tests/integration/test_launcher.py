@@ -93,7 +93,7 @@ def test_train_stop_resume_export_evaluate(corpus: Path, tmp_path: Path, whole: 
         )
     )
     assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "r.json").read_text())
+    rows = json.loads((tmp_path / "r.json").read_text())["languages"]
     assert [row["lang"] for row in rows] == ["de", "ru"] and all(row["layer"] == 1 for row in rows)
     compared = infoxlm_here("eval", "compare", tmp_path / "r.json")
     assert compared.returncode == 0 and "home_assistant.dev" in compared.stdout

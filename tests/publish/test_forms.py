@@ -25,11 +25,11 @@ from tests.publish.models import POSITIONS, random_model
 
 TEXTS = ["The lamp is on.", "", "Лампа включена.", "Küche \U0001f600 क्षि 文の意味", "x", "The door, please. " * 60]
 VECTORS = [
-    SentenceVector((2,), "mean", projected=True),
-    SentenceVector((2,), "cls", projected=True),
-    SentenceVector((2,), "mean"),
-    SentenceVector((0,), "mean"),
-    SentenceVector((3,), "cls"),
+    SentenceVector(2, "mean", projected=True),
+    SentenceVector(2, "cls", projected=True),
+    SentenceVector(2, "mean"),
+    SentenceVector(0, "mean"),
+    SentenceVector(3, "cls"),
 ]
 
 
@@ -39,7 +39,7 @@ def _oracle(trained: Trained) -> Vectors:
     lm.set_attn_implementation("eager")
     inputs = trained.tokenizer(TEXTS, padding=True, truncation=True, max_length=POSITIONS, return_tensors="pt")
     with torch.no_grad():
-        states = lm(**inputs, output_hidden_states=True).hidden_states[trained.vector.layers[0]]
+        states = lm(**inputs, output_hidden_states=True).hidden_states[trained.vector.layer]
         mask = inputs["attention_mask"][:, :, None]
         vectors = states[:, 0] if trained.vector.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
         if trained.vector.projected:
@@ -76,7 +76,7 @@ def test_sentence_transformers_gives_our_vectors(
     assert (model.max_seq_length, model.similarity_fn_name) == (POSITIONS, "cosine")
     assert not any(model.prompts.values()) and model.default_prompt_name is None
     kept = json.loads((tmp_path / "0_Transformer" / "config.json").read_text())["num_hidden_layers"]
-    assert kept == min(3, vector.layers[0] + (family in ("modernbert", "xlm-roberta-xl")))
+    assert kept == min(3, vector.layer + (family in ("modernbert", "xlm-roberta-xl")))
 
 
 @pytest.mark.parametrize("vector", VECTORS[:3], ids=str)

@@ -29,7 +29,7 @@ NAME = "team/model"
 def exported(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an export, with a card of a run that measured nothing."""
     folder = tmp_path_factory.mktemp("upload") / "my-model"
-    trained = random_model("xlm-roberta", model_folder, SentenceVector((2,), "mean"))
+    trained = random_model("xlm-roberta", model_folder, SentenceVector(2, "mean"))
     trained.tokenizer.save_pretrained(folder)
     write_hugging_face(trained, folder)
     facts = Facts("my-model", ("hf",), trained, folder, {"step": 1, "world_size": 1}, History(()), [])

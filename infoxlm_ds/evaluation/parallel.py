@@ -1,0 +1,103 @@
+"""Finds and reads parallel text for evaluation, in the forms in which its users download it.
+
+FILE.jsonl                      rows {"key": ..., "text": {language: sentence}}
+FILE.tsv                        a column for each language; the first line holds their codes
+PREFIX.de-en.de, PREFIX.de-en.en   aligned lines, as of OPUS (Moses) and Tatoeba (deu-eng): one of the two files, or a
+                                folder of such pairs
+
+All may be compressed as .xz.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from infoxlm_ds.config import UserError
+from infoxlm_ds.data.text import lines, read_nway
+from infoxlm_ds.evaluation.languages import short_code
+from infoxlm_ds.evaluation.text import Pairs, matches, pairs_with_pivot
+
+Rows = list[dict[str, str]]
+CODE = r"[A-Za-z]{2,3}(?:_\w+)?"
+NAME = re.compile(rf"(?:(?P<prefix>.+)\.)?(?P<pair>(?P<first>{CODE})-(?P<second>{CODE}))\.(?P<side>{CODE})(?:\.xz)?")
+COLUMN = re.compile(r"[A-Za-z]{2,3}([_-]\w+)*")
+KEYS = ("key", "id")  # columns of a table that are not text
+
+
+def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_pairs: int) -> dict[str, list[Pairs]]:
+    """The pairs of each source, by its name: the path, for pairs of files with their prefix instead of languages.
+    UserError as in `pairs_with_pivot`, or if no source has one of the `languages`."""
+    by_source: dict[str, list[Pairs]] = {}
+    for path in paths:
+        for name, rows in _sources(path).items():
+            by_source[name] = pairs_with_pivot(rows, pivot, languages, min_pairs, name)
+    codes = {pairs.language for of_source in by_source.values() for pairs in of_source}
+    for wanted in languages:
+        if not any(matches(code, wanted) for code in codes):
+            raise UserError(f"--languages {wanted}: no file has {min_pairs} pairs of {wanted!r} with {pivot!r}")
+    return by_source
+
+
+def _sources(path: Path) -> dict[str, Rows]:
+    if path.is_dir():
+        return _pairs_of(path, sorted(path.iterdir()))
+    if (name := NAME.fullmatch(path.name)) and name["side"] in (name["first"], name["second"]):
+        return _pairs_of(path.parent, [path])
+    return {str(path): _table(path) if ".tsv" in path.suffixes else list(read_nway(path))}
+
+
+def _pairs_of(folder: Path, paths: Sequence[Path]) -> dict[str, Rows]:
+    """The rows of pairs of files, one prefix after the other. `paths`: one or both files of each pair."""
+    found: dict[str, Rows] = {}
+    seen = set()
+    for path in paths:
+        name = NAME.fullmatch(path.name)
+        if name is None or name["side"] not in (name["first"], name["second"]):
+            continue
+        start = path.name.removesuffix(".xz").removesuffix(name["side"])
+        if start not in seen:
+            seen.add(start)
+            source = str(folder / name["prefix"]) if name["prefix"] else str(folder)
+            found.setdefault(source, []).extend(_aligned(folder, start, name["first"], name["second"]))
+    if not found:
+        raise UserError(f"{folder}: no parallel text: expected pairs of files such as tatoeba.deu-eng.deu and .eng")
+    return found
+
+
+def _aligned(folder: Path, start: str, first: str, second: str) -> Iterator[dict[str, str]]:
+    """Rows of two files that go line by line. A row with a blank side is left out."""
+    sides = [(short_code(code), _of_side(folder, start + code)) for code in (first, second)]
+    for left, right in zip_longest(*(lines(path) for _, path in sides)):
+        if left is None or right is None:
+            shorter, number = sides[left is not None][1], (left or right)[0]
+            raise UserError(f"{shorter} ends before line {number} of its other side: the two files are not aligned")
+        if left[1].strip() and right[1].strip():
+            yield {sides[0][0]: left[1].strip(), sides[1][0]: right[1].strip()}
+
+
+def _of_side(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.xz"):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder / name}: no such file: a pair needs both sides")
+
+
+def _table(path: Path) -> Rows:
+    """The rows of a TSV file, without blank cells."""
+    codes: list[str] = []
+    rows = []
+    for number, line in lines(path):
+        cells = line.split("\t")
+        if not codes:
+            codes = [cell.strip() for cell in cells]
+            if wrong := [code for code in codes if code not in KEYS and not COLUMN.fullmatch(code)]:
+                raise UserError(f"{path} line 1: {wrong[0]!r} is no language code: name each column, such as en<TAB>de")
+            continue
+        if len(cells) != len(codes):
+            raise UserError(f"{path} line {number}: {len(cells)} columns, expected {len(codes)} with tabs between them")
+        sentences = zip(codes, cells, strict=True)
+        rows.append({code: cell.strip() for code, cell in sentences if cell.strip() and code not in KEYS})
+    return rows
