@@ -429,6 +429,29 @@ def retrieval(
 
 
 @evaluation.command()
+def bucc(
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    data: Annotated[Path, typer.Option(help="The folder of BUCC's files: de-en.training.de, .en, .gold and so on.")],
+    tune: Annotated[str, typer.Option(help="The part that the threshold comes from.")] = "training",
+    part: Annotated[str, typer.Option(help="The part that is measured.")] = "test",
+    score: Annotated[Literal["ratio", "distance", "csls", "cosine"], typer.Option(help="As for `infoxlm mine`.")] = (
+        "ratio"
+    ),
+    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
+) -> None:
+    """Measure how well translations are found among other sentences: precision, recall and F1 on BUCC."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc, write_json
+    from infoxlm_ds.evaluation.embed import SentenceEmbedder
+
+    rows = list(evaluate_bucc(SentenceEmbedder(model), data, tune, part, score))
+    print_bucc(rows, Console())
+    if json:
+        write_json(rows, json)
+
+
+@evaluation.command()
 def compare(
     results: Annotated[list[Path], typer.Argument(help="Files of `eval retrieval --json`, one for each model.")],
 ) -> None:
