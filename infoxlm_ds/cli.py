@@ -298,9 +298,14 @@ def embed(
 
 @app.command()
 def mine(
-    a: Annotated[Path, typer.Argument(metavar="A.txt", help="A file of lines in UTF-8, plain or .xz.")],
-    b: Annotated[Path, typer.Argument(metavar="B.txt", help="A file of lines in another language.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.tsv", help="The file to write.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A.txt B.txt OUT.tsv | ROWS.jsonl OUT.jsonl",
+            help="Two files of lines in UTF-8, plain or .xz, and the table to write. With --hard-negatives: rows as "
+            "`prep build` reads them, and the file to write.",
+        ),
+    ],
     *,
     model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
     score: Annotated[
@@ -315,13 +320,39 @@ def mine(
         Literal["max", "intersect"],
         typer.Option(help="max: the best pairs first, each text once; intersect: pairs in which each chose the other."),
     ] = "max",
+    hard_negatives: Annotated[
+        int | None, typer.Option(min=1, help="Write so many wrong texts for each text of a row, in place of pairs.")
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Their cosine is below this part of the right text's. Default: 0.95."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")] = None,
 ) -> None:
-    """Find translations in two texts: score, text of A, text of B, the best first. A killed run goes on."""
+    """Find translations in two texts, or hard negatives for the rows of a corpus. A killed run goes on.
+
+    A line of OUT.tsv is a score, a text of A and a text of B; the best come first. OUT.jsonl has the rows of
+    ROWS.jsonl, with wrong texts that are near to them.
+    """
+    from infoxlm_ds.evaluation.hard_negatives import MARGIN, mine_hard_negatives
     from infoxlm_ds.evaluation.mining import How
     from infoxlm_ds.evaluation.mining import mine as mine_pairs
 
-    mine_pairs(a, b, out, model, How(score, neighbours, search, retrieval, threshold), device)
+    how = How(score, neighbours, search, retrieval, threshold)
+    if hard_negatives is None:
+        if len(paths) != 3:
+            raise UserError("give three files: A.txt B.txt OUT.tsv")
+        if margin is not None:
+            raise UserError("--margin is for --hard-negatives only")
+        a, b, out = paths
+        mine_pairs(a, b, out, model, how, device)
+        return
+    if len(paths) != 2:
+        raise UserError("--hard-negatives: give two files: ROWS.jsonl OUT.jsonl")
+    if how != How():
+        raise UserError("--hard-negatives: use only --margin, --model and --device with it")
+    rows, out = paths
+    mine_hard_negatives(rows, out, model, hard_negatives, MARGIN if margin is None else margin, device)
 
 
 @checkpoint.command("list")

@@ -80,7 +80,7 @@ def mine(a: Path, b: Path, out: Path, model: Path, how: How, device: str | None 
         vectors_a = embed_texts(embedder, texts_a, folder / "A.npy", "A")
         vectors_b = embed_texts(embedder, texts_b, folder / "B.npy", "B")
         mined = mined_pairs(vectors_a, vectors_b, how, embedder.device)
-        write_pairs(out, mined, texts_a, texts_b)
+        write_lines(out, _table(mined, texts_a, texts_b))
     print(f"{len(mined.score):,} pairs of {len(texts_a):,} and {len(texts_b):,} different texts", file=sys.stderr)
 
 
@@ -150,17 +150,18 @@ def _each_text_once(candidates: Mined, threshold: float | None) -> Mined:
     return Mined(candidates.score[chosen], candidates.a[chosen], candidates.b[chosen])
 
 
-def write_pairs(out: Path, mined: Mined, a: Texts, b: Texts) -> None:
-    """A line `score<TAB>text of A<TAB>text of B` for each pair, as a whole file or not at all."""
+def write_lines(out: Path, lines: Iterator[str]) -> None:
+    """A text file, as a whole or not at all."""
     partial = out.with_name(out.name + SUFFIX)
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_table(mined, a, b))
+            file.writelines(lines)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _table(mined: Mined, a: Texts, b: Texts) -> Iterator[str]:
+    """A line `score<TAB>text of A<TAB>text of B` for each pair."""
     for score, text_a, text_b in zip(mined.score, a.at(mined.a), b.at(mined.b), strict=True):
         yield f"{score:.6f}\t{text_a}\t{text_b}\n"

@@ -66,10 +66,11 @@ class TextWriter:
         self._numbers: dict[bytes, int] = {}
         self._size = 0
 
-    def add(self, text: str) -> int:
-        """The number of a text; equal texts have the same."""
+    def add(self, text: str, same: int | None = None) -> int:
+        """The number of a text; equal texts have the same. With `same`, those are equal that have the same of it."""
         written = text.encode()
-        number = self._numbers.setdefault(blake2b(written, digest_size=16).digest(), len(self._ends))
+        compared = written if same is None else str(same).encode()
+        number = self._numbers.setdefault(blake2b(compared, digest_size=16).digest(), len(self._ends))
         if number == len(self._ends):
             self._size += self._file.write(written + b"\n")
             self._ends.append(self._size)
