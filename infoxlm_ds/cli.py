@@ -308,9 +308,7 @@ def mine(
     ],
     *,
     model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    score: Annotated[
-        Literal["ratio", "distance", "csls", "cosine"], typer.Option(help="How a pair's cosine becomes its score.")
-    ] = "ratio",
+    score: Annotated[Score, typer.Option(help="How a pair's cosine becomes its score.")] = "ratio",
     neighbours: Annotated[
         int | None, typer.Option(min=1, help="Of each text, for the score. Default: 4; csls: 10.")
     ] = None,
@@ -465,9 +463,7 @@ def bucc(
     data: Annotated[Path, typer.Option(help="The folder of BUCC's files: de-en.training.de, .en, .gold and so on.")],
     tune: Annotated[str, typer.Option(help="The part that the threshold comes from.")] = "training",
     part: Annotated[str, typer.Option(help="The part that is measured.")] = "test",
-    score: Annotated[Literal["ratio", "distance", "csls", "cosine"], typer.Option(help="As for `infoxlm mine`.")] = (
-        "ratio"
-    ),
+    score: Annotated[Score, typer.Option(help="As for `infoxlm mine`.")] = "ratio",
     json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
 ) -> None:
     """Measure how well translations are found among other sentences: precision, recall and F1 on BUCC."""
@@ -476,7 +472,7 @@ def bucc(
     from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc, write_json
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
 
-    rows = list(evaluate_bucc(SentenceEmbedder(model), data, tune, part, score))
+    rows = list(evaluate_bucc(SentenceEmbedder(model, half=True), data, tune, part, score))
     print_bucc(rows, Console())
     if json:
         write_json(rows, json)

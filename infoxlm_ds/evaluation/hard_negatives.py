@@ -78,7 +78,7 @@ def mine_hard_negatives(
         raise UserError(f"{rows}: no such file of rows")
     with work_folder(out, model, (rows,)) as folder:
         table = read_table(rows, folder)
-        embedder = SentenceEmbedder(model, device=device)
+        embedder = SentenceEmbedder(model, device=device, half=True)
         vectors = [
             embed_texts(embedder, texts, folder / f"{number}.npy", language)
             for number, (language, texts) in enumerate(zip(table.languages, table.texts, strict=True))

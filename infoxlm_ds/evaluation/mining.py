@@ -76,7 +76,7 @@ def mine(a: Path, b: Path, out: Path, model: Path, how: How, device: str | None 
             raise UserError(f"{path}: no such file of text")
     with work_folder(out, model, (a, b)) as folder:
         texts_a, texts_b = read_texts(a, folder / "A.txt"), read_texts(b, folder / "B.txt")
-        embedder = SentenceEmbedder(model, device=device)
+        embedder = SentenceEmbedder(model, device=device, half=True)
         vectors_a = embed_texts(embedder, texts_a, folder / "A.npy", "A")
         vectors_b = embed_texts(embedder, texts_b, folder / "B.npy", "B")
         mined = mined_pairs(vectors_a, vectors_b, how, embedder.device)

@@ -41,7 +41,7 @@ class MadeUp:
 
     width, device = 8, None
 
-    def __init__(self, model: Path, device: str | None = None) -> None:
+    def __init__(self, model: Path, device: str | None = None, half: bool = False) -> None:
         pass
 
     @classmethod

@@ -86,7 +86,7 @@ class MadeUp:
     width, device = 32, None
     row_of: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, model: Path, device: str | None = None) -> None:
+    def __init__(self, model: Path, device: str | None = None, half: bool = False) -> None:
         pass
 
     def embed(self, sentences: list[str], *, description: str = "") -> np.ndarray:
