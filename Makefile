@@ -93,9 +93,9 @@ PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 m
 wheelhouse:
 	mkdir -p $(WHEELHOUSE)
 	sed '/^torch==/d' requirements.lock > $(WHEELHOUSE)/requirements.txt
-	grep -v '^deepspeed==' $(WHEELHOUSE)/requirements.txt | python3 -m pip download --quiet --no-deps --only-binary=:all: \
+	grep -vE '^(deepspeed|seqeval)==' $(WHEELHOUSE)/requirements.txt | python3 -m pip download --quiet --no-deps --only-binary=:all: \
 	  --dest $(WHEELHOUSE) --python-version $(VERSION) $(PLATFORMS:%=--platform %) -r /dev/stdin
-	grep '^deepspeed==' requirements.lock | python3 -m pip wheel --quiet --no-deps --wheel-dir $(WHEELHOUSE) -r /dev/stdin  # has no wheel
+	grep -E '^(deepspeed|seqeval)==' requirements.lock | python3 -m pip wheel --quiet --no-deps --wheel-dir $(WHEELHOUSE) -r /dev/stdin  # have no wheel
 
 clean:
 	rm -rf .venv wheelhouse build infoxlm_ds.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -353,6 +353,59 @@ def mine(
     mine_hard_negatives(rows, out, model, hard_negatives, MARGIN if margin is None else margin, device)
 
 
+@app.command()
+def finetune(
+    task: Annotated[
+        Literal["xnli", "pawsx", "mlqa", "xquad", "tydiqa", "ner", "pos"], typer.Argument(help="The task.")
+    ],
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    data: Annotated[Path, typer.Option(help="The folder of the task's files, see docs/finetune.md.")],
+    out: Annotated[Path, typer.Option(help="The folder for models and results. The same command goes on there.")],
+    train_languages: Annotated[str, typer.Option(help="Separated by commas.")] = "en",
+    languages: Annotated[str, typer.Option(help="To measure. Default: all that have a test file.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="How often to train, with another seed each time.")] = 1,
+    select: Annotated[
+        Literal["english", "target"], typer.Option(help="Whose dev files choose the best epoch.")
+    ] = "english",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Default: 5 for pairs, 3 for answers, 10 for words.")
+    ] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="End after so many epochs that are not better.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-9, help="Default: 2e-5, for answers 3e-5.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a batch, without padding. Default: 1024, for answers 6144.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Of a sequence. Default: 128, for answers 384.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+) -> None:
+    """Train a model on a task in one language, and measure it in every language."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.finetune.run import finetune as run_all
+    from infoxlm_ds.evaluation.finetune.settings import Settings
+    from infoxlm_ds.evaluation.finetune.tasks import TASKS
+
+    def codes(text: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(code.strip() for code in text.split(",") if code.strip()))
+
+    settings = Settings(
+        *(task, model, data, out),
+        epochs=epochs or TASKS[task].epochs,
+        max_tokens=max_tokens or TASKS[task].max_tokens,
+        train_languages=codes(train_languages) or ("en",),
+        languages=codes(languages),
+        seeds=seeds,
+        select=select,
+        patience=patience,
+        learning_rate=learning_rate or TASKS[task].learning_rate,
+        batch_tokens=batch_tokens or TASKS[task].batch_tokens,
+        dropout=dropout,
+    )
+    run_all(settings, Console())
+
+
 @checkpoint.command("list")
 def list_(run: Run) -> None:
     """List steps, sizes and numbers of ranks, and folders that are not committed checkpoints."""

@@ -49,7 +49,7 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "heavy: set()" in done.stdout
-    assert all(verb in done.stdout for verb in ("train", "prep", "export", "eval"))
+    assert all(verb in done.stdout for verb in ("train", "prep", "export", "eval", "finetune"))
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -59,6 +59,15 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert code == 2
     assert error.startswith("infoxlm: ") and error.count("\n") == 1 and "none.jsonl" in error
+
+
+def test_a_mistake_in_fine_tuning_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folders = ("--model", tmp_path, "--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert _run(monkeypatch, "finetune", "xnli", *folders) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("infoxlm: ") and error.count("\n") == 1 and "no such folder" in error
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class SentenceEmbedder:
         half: bool = False,
     ) -> None:
         self.device = _device(device)
-        model, self.tokenizer = _load(folder)
+        model, self.tokenizer = load_folder(folder)
         self.views, self.projected = chosen_views(model.config, layers, pooling, str(folder))
         self._positions = positions_of(model.config)
         dtype = torch.bfloat16 if half and self.device.type == "cuda" else torch.float32
@@ -141,8 +141,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """The encoder (fp32) and tokenizer of a Hugging Face folder."""
+def load_folder(
+    folder: Path, kind: Any = AutoModel, fresh: tuple[str, ...] = ("pooler.",), **options: Any
+) -> tuple[Any, Any]:
+    """The model (fp32) and tokenizer of a Hugging Face folder. UserError if it has none, or lacks weights.
+
+    `kind`: a class of transformers' auto models; `fresh`: weights with this in their name may be missing, and start at
+    random; `options`: of the model's configuration.
+    """
     if not (folder / "config.json").is_file():
         problem = "has no config.json" if folder.is_dir() else "is not there"
         raise UserError(f"model folder {folder} {problem}: give one that `infoxlm export` wrote")
@@ -151,13 +157,14 @@ def _load(folder: Path) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     with loading(f"model folder {folder} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, report = AutoModel.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             trust_remote_code=False,
             attn_implementation=FLAT_ATTENTION,
             dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
         family_of(model.config, f"model folder {folder}")
     # An XLM-R tokenizer loads even without its file. It then has only special tokens.
@@ -169,7 +176,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
             f"model folder {folder}: its tokenizer gives ids up to {largest}, but the model has "
             f"{model.config.vocab_size} pieces: copy the tokenizer of this model there"
         )
-    if missing := sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
+    if missing := sorted(name for name in report["missing_keys"] if not any(x in name for x in fresh)):
         raise UserError(
             f"model folder {folder} lacks {len(missing)} weights of its encoder, such as {missing[0]}: export it again"
         )

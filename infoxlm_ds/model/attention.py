@@ -39,30 +39,40 @@ def flat_attention(
 ) -> tuple[Tensor, None]:
     """The attention interface of transformers, on one flat row: query, key, value [1, H, T, D] to [1, T, H, D].
 
-    In `kwargs`: `layout` of the batch; `sliding_window` w, with which a token attends only to tokens less than w away.
+    In `kwargs`: `layout` of the batch; `sliding_window` w, with which a token attends only to tokens less than w away;
+    `dropout` of attention weights, which only dense groups have.
     """
     layout, scale, window = kwargs["layout"], kwargs.get("scaling"), kwargs.get("sliding_window")
-    assert isinstance(layout, Layout) and attention_mask is None and not kwargs.get("dropout")
+    dropout = kwargs.get("dropout") or 0.0
+    assert isinstance(layout, Layout) and attention_mask is None and isinstance(dropout, float)
     assert isinstance(scale, float | None) and isinstance(window, int | None)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if layout.dense is None:
+        assert not dropout
         return _varlen(q, k, v, layout, scale, window)[None], None
-    return _in_groups(q, k, v, layout.dense, scale, window)[None], None
+    return _in_groups(q, k, v, layout.dense, scale, window, dropout)[None], None
 
 
 def _in_groups(
-    query: Tensor, key: Tensor, value: Tensor, dense: DenseGroups, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dense: DenseGroups,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
 ) -> Tensor:
     sizes = [group.stop - group.start for group in dense.groups]
     padded = (x.index_select(0, dense.gather).split(sizes) for x in (query, key, value))  # [P, H, D]
     parts = [
-        _dense(group, *rows, scale=scale, window=window) for group, *rows in zip(dense.groups, *padded, strict=True)
+        _dense(group, *rows, scale=scale, window=window, dropout=dropout)
+        for group, *rows in zip(dense.groups, *padded, strict=True)
     ]
     return torch.cat(parts).index_select(0, dense.scatter)
 
 
 def _dense(
-    group: Group, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    group: Group, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None, dropout: float
 ) -> Tensor:
     def heads_first(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, group.length)).transpose(1, 2)  # [count, H, length, D]
@@ -75,7 +85,8 @@ def _dense(
         # A padded query may see no real key. It gets its own key: its result is not read.
         mask = mask | torch.eye(group.length, dtype=torch.bool, device=query.device)
     q, k, v = (heads_first(x) for x in (query, key, value))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(0, 1)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _varlen(

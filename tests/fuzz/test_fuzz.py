@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from data_prep.description import load_description
 from infoxlm_ds.build import check_inputs
@@ -30,6 +31,8 @@ from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.engine.config import load_engine_config
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.evaluation.finetune.squad import languages_of_questions, questions
+from infoxlm_ds.evaluation.finetune.windows import windows_of
 from infoxlm_ds.model.checksums import write_checksums
 from infoxlm_ds.monitor.sinks import Sinks
 from tests.corpus import ROOT, small_recipe
@@ -159,6 +162,22 @@ def test_no_engine_file_ends_in_a_traceback(tmp_path: Path, fuzz: Fuzz) -> None:
     def run(tree: dict[str, Any], made: list[tuple[int, str, Any]]) -> None:
         path.write_text(json.dumps(_changed(everything | tree, made)), encoding="utf-8")
         _one_line(lambda: load_engine_config(path))
+
+    run()
+
+
+def test_no_file_of_questions_ends_in_a_traceback(model_folder: Path, tmp_path: Path, fuzz: Fuzz) -> None:
+    tokenizer, path = AutoTokenizer.from_pretrained(model_folder), tmp_path / "test.json"
+    answers = [{"text": "lamp", "answer_start": 4}, {"text": "The lamp", "answer_start": 0}]
+    asked = {"id": "english-1", "question": "What is on?", "answers": answers}
+    tree = {"version": "1.1", "data": [{"paragraphs": [{"context": "The lamp is on.", "qas": [asked]}]}]}
+
+    @fuzz(100)
+    @given(changes)
+    def run(made: list[tuple[int, str, Any]]) -> None:
+        path.write_text(json.dumps(_changed(tree, made)), encoding="utf-8")
+        _one_line(lambda: languages_of_questions(path))
+        _one_line(lambda: windows_of(list(questions(path, None)), tokenizer, 34))
 
     run()
 

@@ -1,0 +1,106 @@
+"""The tasks: their labels, the names of their files, and the settings that XTREME (Hu et al. 2020) uses for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["pair", "token", "span"]
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+OWN = ("{language}/{split}", "{split}-{language}")  # names that every task takes, with .tsv or .json
+POS = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
+
+
+@dataclass(frozen=True)
+class Task:
+    """`labels`: all of them, in the order of the model's outputs; empty if they are those of the training files.
+    `same`: other names of a label. `names`: patterns of file names below the data folder, of which the first one that
+    exists is read; `shared`: files that hold all languages; `english`: files of English alone. The first of `metrics`
+    chooses the best epoch."""
+
+    kind: Kind
+    metrics: tuple[str, ...]
+    epochs: int
+    max_tokens: int
+    labels: tuple[str, ...] = ()
+    learning_rate: float = 2e-5
+    batch_tokens: int = 1024
+    rules: Literal["squad", "mlqa"] = "squad"  # by which answers are compared
+    same: dict[str, str] = field(default_factory=dict)
+    names: dict[Split, tuple[str, ...]] = field(default_factory=dict)
+    shared: dict[Split, tuple[str, ...]] = field(default_factory=dict)
+    english: dict[Split, tuple[str, ...]] = field(default_factory=dict)
+
+    def patterns(self, split: Split) -> tuple[str, ...]:
+        """Patterns of the names of a split's files, with `{language}` in them."""
+        suffix = ".json" if self.kind == "span" else ".tsv"
+        return (*self.names.get(split, ()), *(name.replace("{split}", split) + suffix for name in OWN))
+
+
+def _each(*names: str) -> dict[Split, tuple[str, ...]]:
+    return {split: tuple(name.replace("{split}", split) for name in names) for split in SPLITS}
+
+
+def _squad(split: str) -> tuple[str, ...]:
+    name = f"{split}-v1.1.json"
+    return name, f"squad/{name}", f"../squad/{name}"  # the last one is XTREME's place
+
+
+SQUAD: dict[Split, tuple[str, ...]] = {"train": _squad("train"), "dev": _squad("dev")}
+MLQA = "{split}/{split}-context-{language}-question-{language}.json"
+TYDIQA = "tydiqa-goldp-v1.1"
+TYDIQA_DEV = f"{TYDIQA}-dev/tydiqa.goldp.{{language}}.dev.json"
+TASKS = {
+    "xnli": Task(
+        *("pair", ("accuracy",), 5, 128, ("contradiction", "entailment", "neutral")),
+        same={"contradictory": "contradiction"},  # in the translated training files
+        names={"train": ("multinli.train.{language}.tsv", "XNLI-MT-1.0/multinli/multinli.train.{language}.tsv")},
+        shared={split: (f"xnli.{split}.tsv", f"XNLI-1.0/xnli.{split}.tsv") for split in ("dev", "test")},
+    ),
+    "pawsx": Task(
+        *("pair", ("accuracy",), 5, 128, ("0", "1")),
+        names={
+            "train": ("{language}/train.tsv", "{language}/translated_train.tsv"),
+            "dev": ("{language}/dev_2k.tsv",),
+            "test": ("{language}/test_2k.tsv",),
+        },
+    ),
+    "ner": Task("token", ("f1",), 10, 128, names=_each("{language}/{split}")),
+    "pos": Task(
+        *("token", ("accuracy",), 10, 128, tuple(POS.split())),
+        names=_each(
+            "{language}/{split}.conllu", "{language}_*-ud-{split}.conllu", "UD_*/{language}_*-ud-{split}.conllu"
+        ),
+    ),
+    "mlqa": Task(
+        *("span", ("f1", "exact"), 3, 384),
+        learning_rate=3e-5,
+        batch_tokens=6144,
+        rules="mlqa",
+        names=_each(MLQA, f"MLQA_V1/{MLQA}") | {"train": ("{language}_squad-translate-train-train-v1.1.json",)},
+        english={"train": SQUAD["train"]},
+    ),
+    "xquad": Task(
+        *("span", ("f1", "exact"), 3, 384),
+        learning_rate=3e-5,
+        batch_tokens=6144,
+        names={"test": ("xquad.{language}.json",)},
+        english=SQUAD,
+    ),
+    "tydiqa": Task(
+        *("span", ("f1", "exact"), 3, 384),
+        learning_rate=3e-5,
+        batch_tokens=6144,
+        names={
+            "train": (f"{TYDIQA}-train/tydiqa.{{language}}.train.json",),
+            "dev": (TYDIQA_DEV,),
+            "test": (TYDIQA_DEV,),  # the test files are not public
+        },
+        shared={
+            "train": (f"{TYDIQA}-train.json", f"{TYDIQA}-train/{TYDIQA}-train.json"),
+            "dev": (f"{TYDIQA}-dev.json",),
+            "test": (f"{TYDIQA}-dev.json",),
+        },
+    ),
+}
