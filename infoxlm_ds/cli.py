@@ -356,7 +356,8 @@ def mine(
 @app.command()
 def finetune(
     task: Annotated[
-        Literal["xnli", "pawsx", "mlqa", "xquad", "tydiqa", "ner", "pos"], typer.Argument(help="The task.")
+        Literal["xnli", "pawsx", "mlqa", "xquad", "tydiqa", "ner", "pos", "sentences", "pairs"],
+        typer.Argument(help="The task."),
     ],
     model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
     data: Annotated[Path, typer.Option(help="The folder of the task's files, see docs/finetune.md.")],
@@ -365,7 +366,8 @@ def finetune(
     languages: Annotated[str, typer.Option(help="To measure. Default: all that have a test file.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How often to train, with another seed each time.")] = 1,
     select: Annotated[
-        Literal["english", "target"], typer.Option(help="Whose dev files choose the best epoch.")
+        Literal["english", "train", "target"],
+        typer.Option(help="Whose dev files choose the best epoch: English, the languages of training, all others."),
     ] = "english",
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Default: 5 for pairs, 3 for answers, 10 for words.")

@@ -80,6 +80,8 @@ def selected_on(settings: Settings, languages: list[str]) -> list[str]:
     """The languages whose dev files choose the best epoch. UserError if there are none."""
     if settings.select == "english":
         return [ENGLISH]
+    if settings.select == "train":
+        return list(settings.train_languages)
     targets = [language for language in languages if language not in settings.train_languages]
     if not targets:
         raise UserError("--select target: all evaluated languages are trained on: give more --languages")

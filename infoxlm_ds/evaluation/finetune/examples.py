@@ -8,8 +8,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Example:
-    """A pair of sentences and one label; the words of a sentence and a label each; or a question and its context, whose
-    labels are the answers that count as right.
+    """One or two sentences and one label; the words of a sentence and a label each; or a question and its context,
+    whose labels are the answers that count as right.
 
     `numbers`: the lines of the labels in the file `path`; for answers, where they begin in the context.
     """

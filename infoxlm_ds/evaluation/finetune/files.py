@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.text import lines
@@ -14,7 +15,10 @@ from infoxlm_ds.evaluation.finetune.tasks import Split, Task
 
 ENGLISH = "en"
 CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z]+)?"  # of a language
-COLUMNS = (("sentence1", "sentence2", "gold_label"), ("sentence1", "sentence2", "label"), ("premise", "hypo", "label"))
+COLUMNS = {
+    1: (("sentence", "label"), ("text", "label")),
+    2: (("sentence1", "sentence2", "gold_label"), ("sentence1", "sentence2", "label"), ("premise", "hypo", "label")),
+}
 
 
 def languages_of(task: Task, folder: Path) -> list[str]:
@@ -71,28 +75,30 @@ def _read(task: Task, path: Path, language: str | None) -> list[Example]:
 
 
 def _pairs(task: Task, path: Path, language: str | None) -> Iterator[Example]:
-    """Lines of a TSV file, whose first line may name the columns; otherwise they are two sentences and a label. Pairs
-    on whose label the annotators did not agree (-) are left out. `language`: only lines with it in the first column."""
-    columns, wide = [0, 1, 2], 3
+    """Lines of a TSV file, whose first line may name the columns; otherwise they are one or two sentences and a label.
+    Those on whose label the annotators did not agree (-) are left out. `language`: only lines with it in the first
+    column."""
+    wide = task.sentences + 1
+    columns = list(range(wide))
     for number, line in lines(path):
         fields = line.split("\t")
-        if number == 1 and (names := _header(fields)):
+        if number == 1 and (names := _header(fields, task.sentences)):
             columns, wide = names, len(fields)
             continue
         if not line.strip() or (language is not None and fields[0] != language):
             continue
         if len(fields) != wide:
             raise UserError(
-                f"{path} line {number}: {len(fields)} columns, expected {wide} with tabs between them: two "
-                "sentences and a label"
+                f"{path} line {number}: {len(fields)} columns, expected {wide} with tabs between them: "
+                f"{'two sentences' if task.sentences > 1 else 'a sentence'} and a label"
             )
-        first, second, label = (fields[column].strip() for column in columns)
+        *sentences, label = (fields[column].strip() for column in columns)
         if label != "-":
-            yield Example(path, [number], [first, second], [task.same.get(label, label)])
+            yield Example(path, [number], sentences, [task.same.get(label, label)])
 
 
-def _header(fields: list[str]) -> list[int] | None:
-    for names in COLUMNS:
+def _header(fields: list[str], sentences: Literal[1, 2]) -> list[int] | None:
+    for names in COLUMNS[sentences]:
         if set(names) <= set(fields):
             return [fields.index(name) for name in names]
     return None
@@ -143,6 +149,8 @@ def labels_of(task: Task, examples: list[Example]) -> list[str]:
     Answers have none."""
     if task.labels or task.kind == "span":
         return list(task.labels)
+    if task.kind == "pair":
+        return sorted({label for example in examples for label in example.labels})
     tags = {label for example in examples for label in example.labels} - {"O"}
     for example in examples:
         for number, label in zip(example.numbers, example.labels, strict=True):

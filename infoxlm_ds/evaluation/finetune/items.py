@@ -39,8 +39,8 @@ def items_of(kind: Kind, examples: Sequence[Example], labels: list[str], tokeniz
     items: list[Item] = []
     if kind == "pair":
         for start, some in chunks(examples):
-            firsts, seconds = ([example.texts[side] for example in some] for side in (0, 1))
-            encoded = tokenizer(firsts, seconds, truncation=True, max_length=longest)["input_ids"]
+            sides = [list(texts) for texts in zip(*(example.texts for example in some), strict=True)]
+            encoded = tokenizer(*sides, truncation=True, max_length=longest)["input_ids"]
             for i, ids in enumerate(encoded):
                 items.append(Item(np.array(ids, np.int32), [number[some[i].labels[0]]], start + i))
         return items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -16,13 +17,15 @@ from infoxlm_ds.evaluation.finetune.settings import Settings
 FILE = "results.json"
 
 
-def with_means(test: dict[str, float]) -> dict[str, float]:
+def with_means(test: dict[str, float], trained: Sequence[str] = (ENGLISH,)) -> dict[str, float]:
     """A seed's scores by language, `avg` over all languages and `gap`: English minus the mean of the others (the
-    transfer gap of Hu et al. 2020). Without English, or with English alone, there is no gap."""
-    others = [value for language, value in test.items() if language != ENGLISH]
+    transfer gap of Hu et al. 2020). Without English, the languages of training take its place. If one of both sides is
+    empty, there is no gap."""
+    source = [ENGLISH] if ENGLISH in test else [language for language in trained if language in test]
+    others = [value for language, value in test.items() if language not in source]
     means = {"avg": fmean(test.values())}
-    if others and ENGLISH in test:
-        means["gap"] = test[ENGLISH] - fmean(others)
+    if others and source:
+        means["gap"] = fmean(test[language] for language in source) - fmean(others)
     return test | means
 
 
@@ -31,7 +34,7 @@ def summarize(settings: Settings, results: list[dict[str, Any]]) -> dict[str, An
     1; the deviation (of a sample) is 0 for one seed."""
     columns: dict[str, dict[str, list[float]]] = {}
     for metric in settings.of_task.metrics:
-        rows = [with_means(result["test"][metric]) for result in results]
+        rows = [with_means(result["test"][metric], settings.train_languages) for result in results]
         columns[metric] = {name: [row[name] for row in rows] for name in rows[0]}
     return {
         "task": settings.task,
@@ -61,8 +64,9 @@ def print_results(summary: dict[str, Any], console: Console) -> None:
     rows = [["model", *names]]
     for title, values in ((Path(summary["model"]).name, summary["mean"]), ("±", summary["std"]))[: min(count, 2)]:
         rows.append([title, *(" / ".join(f"{100 * found[name]:.1f}" for found in values.values()) for name in names)])
+    source = "English" if ENGLISH in names else ", ".join(summary["train_languages"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{summary['task']}: {metrics} of the test files in percent, {count} seed{'s' * (count > 1)}"]
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines += ["gap: English minus the mean of the other languages"] * ("gap" in names)
+    lines += [f"gap: {source} minus the mean of the other languages"] * ("gap" in names)
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)

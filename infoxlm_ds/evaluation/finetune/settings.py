@@ -18,8 +18,8 @@ MAY_CHANGE = ("seeds", "out")  # between two starts
 @dataclass(frozen=True)
 class Settings:
     """`languages`: to evaluate; empty: all that have a test file. `select`: by which dev score the best epoch is
-    chosen: English, or the mean of the evaluated languages that are not trained on. `patience`: epochs without a better
-    score before a seed ends. `warmup`: a share of all steps."""
+    chosen: English, or the mean of the languages of training, or of the evaluated ones that are not trained on.
+    `patience`: epochs without a better score before a seed ends. `warmup`: a share of all steps."""
 
     task: str
     model: Path
@@ -30,7 +30,7 @@ class Settings:
     train_languages: tuple[str, ...] = ("en",)
     languages: tuple[str, ...] = ()
     seeds: int = 1
-    select: Literal["english", "target"] = "english"
+    select: Literal["english", "train", "target"] = "english"
     patience: int | None = None
     learning_rate: float = 2e-5
     batch_tokens: int = 1024

@@ -17,13 +17,14 @@ class Task:
     """`labels`: all of them, in the order of the model's outputs; empty if they are those of the training files.
     `same`: other names of a label. `names`: patterns of file names below the data folder, of which the first one that
     exists is read; `shared`: files that hold all languages; `english`: files of English alone. The first of `metrics`
-    chooses the best epoch."""
+    chooses the best epoch. `sentences`: of an example of kind pair."""
 
     kind: Kind
     metrics: tuple[str, ...]
     epochs: int
     max_tokens: int
     labels: tuple[str, ...] = ()
+    sentences: Literal[1, 2] = 2
     learning_rate: float = 2e-5
     batch_tokens: int = 1024
     rules: Literal["squad", "mlqa"] = "squad"  # by which answers are compared
@@ -52,6 +53,8 @@ MLQA = "{split}/{split}-context-{language}-question-{language}.json"
 TYDIQA = "tydiqa-goldp-v1.1"
 TYDIQA_DEV = f"{TYDIQA}-dev/tydiqa.goldp.{{language}}.dev.json"
 TASKS = {
+    "sentences": Task("pair", ("accuracy",), 5, 128, sentences=1),  # of the user, as the next
+    "pairs": Task("pair", ("accuracy",), 5, 128),
     "xnli": Task(
         *("pair", ("accuracy",), 5, 128, ("contradiction", "entailment", "neutral")),
         same={"contradictory": "contradiction"},  # in the translated training files
