@@ -28,6 +28,7 @@ from infoxlm_ds.evaluation.finetune.task_model import TaskModel, load_task_model
 from infoxlm_ds.model.families import positions_of
 
 RESULT = "result.json"
+ENGINES = {"cuda": "zero1_bf16", "cpu": "zero0_fp32"}
 LOGGED = 10  # steps between two losses on the board
 
 
@@ -79,8 +80,7 @@ def start(settings: Settings, seed: int, folder: Path, data: Data) -> Run:
         steps=steps,
         warmup=round(settings.warmup * steps),
     )
-    name = "zero1_bf16" if dist.device().type == "cuda" else "zero0_fp32"
-    engine = Engine(model, load_engine_config(Path(name)), optimizer, lanes=1)
+    engine = Engine(model, load_engine_config(Path(ENGINES[dist.device().type])), optimizer, lanes=1)
     progress = load_state(folder, engine)
     print(f"seed {seed}: {len(prepared.train)} sequences, {steps} steps, from epoch {progress.epoch}", flush=True)
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)

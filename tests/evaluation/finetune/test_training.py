@@ -157,7 +157,19 @@ def test_a_stopped_seed_goes_on_as_if_never_stopped(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_finished_seeds_are_read_and_more_can_be_added(trained: tuple[Settings, Any, str], tmp_path: Path) -> None:
+def test_so_does_one_in_16_bits_as_on_a_gpu(
+    model_folder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(training.ENGINES, "cpu", "zero1_bf16")
+    whole, stopped = (settings("pawsx", model_folder, pairs, tmp_path / x, epochs=3) for x in ("whole", "stopped"))
+    run_ranks(_stopped, 1, stopped, 2, True)
+    assert _run(stopped)[0]["seeds"] == _run(whole)[0]["seeds"]
+    weights = [load_file(x.out / "seed-1" / "model" / "model.safetensors") for x in (whole, stopped)]
+    for name, values in weights[0].items():
+        assert values.dtype == torch.float32 and torch.equal(values, weights[1][name])
+
+
+def test_finished_seeds_are_only_read(trained: tuple[Settings, Any, str]) -> None:
     chosen, summary, _ = trained
     written = (chosen.out / "seed-1" / "result.json").stat().st_mtime_ns
     again, _ = _run(chosen)
