@@ -53,9 +53,8 @@ def train_seed(settings: Settings, seed: int, data: Data) -> dict[str, Any]:
     read."""
     folder = settings.out / f"seed-{seed}"
     if (folder / RESULT).is_file():
-        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         print(f"seed {seed}: finished before", flush=True)
-        return result
+        return _read_result(folder)
     run = start(settings, seed, folder, data)
     try:
         while run.progress.epoch < settings.epochs and not _patient_no_more(run):
@@ -63,6 +62,16 @@ def train_seed(settings: Settings, seed: int, data: Data) -> dict[str, Any]:
         return _finish(run)
     finally:
         run.board.close()
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / RESULT} cannot be read ({error}): remove {folder} to train this seed again"
+        ) from None
+    return result
 
 
 def start(settings: Settings, seed: int, folder: Path, data: Data) -> Run:
