@@ -513,6 +513,55 @@ def retrieval(
 
 
 @evaluation.command()
+def layers(
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    data: Annotated[list[Path], typer.Option(help="Parallel text, as for `eval retrieval`; may be repeated.")],
+    pivot: Annotated[str, typer.Option(help="The language that is paired with all others.")] = "en",
+    pooling: Annotated[
+        Literal["mean", "cls", "both"] | None, typer.Option(help="Default: from the model's config, else mean.")
+    ] = None,
+    languages: Annotated[str, typer.Option(help="Only these, separated by commas. Default: all.")] = "",
+    min_pairs: Annotated[int, typer.Option(min=1, help="Leave out languages with fewer pairs.")] = 50,
+    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
+) -> None:
+    """Measure each layer: retrieval, how well it tells languages apart, how far apart they lie, anisotropy."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.embed import SentenceEmbedder
+    from infoxlm_ds.evaluation.layers import evaluate_layers, print_layers, write_json
+    from infoxlm_ds.evaluation.parallel import read_pairs
+
+    pairs = read_pairs(data, pivot, [code for code in languages.split(",") if code], min_pairs)
+    embedder = SentenceEmbedder(model, "all", pooling, half=True)
+    results = {name: evaluate_layers(embedder, of_file) for name, of_file in pairs.items()}
+    for name, rows in results.items():
+        print_layers(name, rows, len(pairs[name]), Console())
+    if json:
+        write_json(results, json)
+
+
+@evaluation.command()
+def alignment(
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    text: Annotated[tuple[Path, Path], typer.Option(help="Two files of sentences, words separated by spaces.")],
+    gold: Annotated[Path, typer.Option(help="Lines such as 0-0 1p2, or SENTENCE WORD WORD [S|P].")],
+    first: Annotated[int, typer.Option(min=0, max=1, help="The number of the first word in the gold file.")] = 0,
+    layer: Annotated[str, typer.Option(help="Number (0: embeddings) or all.")] = "all",
+    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
+) -> None:
+    """Measure word alignment: precision, recall and error rate of words whose states are each other's nearest."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.alignment import evaluate_alignment, print_alignment, write_json
+
+    chosen = _layer(layer or "all")
+    rows = evaluate_alignment(model, text, gold, first, None if chosen == "all" else chosen)
+    print_alignment(rows, Console())
+    if json:
+        write_json(rows, json)
+
+
+@evaluation.command()
 def bucc(
     model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
     data: Annotated[Path, typer.Option(help="The folder of BUCC's files: de-en.training.de, .en, .gold and so on.")],

@@ -104,7 +104,7 @@ class SentenceEmbedder:
         device: str | None = None,
         half: bool = False,
     ) -> None:
-        self.device = _device(device)
+        self.device = device_of(device)
         model, self.tokenizer = load_folder(folder)
         self.views, self.projected = chosen_views(model.config, layers, pooling, str(folder))
         self._positions = positions_of(model.config)
@@ -131,7 +131,7 @@ class SentenceEmbedder:
         return pooled(self._body, batch, self.views, self._projection)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).cpu()
