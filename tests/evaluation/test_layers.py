@@ -11,7 +11,6 @@ import pytest
 from infoxlm_ds import cli
 from infoxlm_ds.evaluation.layers import anisotropy, centroid_distance, language_probe
 
-
 SHIFT = np.array([3, 4], np.float32)
 
 
