@@ -582,6 +582,25 @@ def bucc(
         write_json(rows, json)
 
 
+@evaluation.command("mteb")
+def mteb_(
+    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
+    task: Annotated[
+        list[str], typer.Option(help="A name that mteb knows, such as Tatoeba or STS22.v2; may be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder for mteb's results. A task that is there is not run again.")],
+    languages: Annotated[str, typer.Option(help="Only these, as deu or deu-Latn, separated by commas.")] = "",
+) -> None:
+    """Run tasks of mteb: bitext mining, STS, classification and others on single texts."""
+    from rich.console import Console
+
+    from infoxlm_ds.evaluation.embed import SentenceEmbedder
+    from infoxlm_ds.evaluation.mteb_model import evaluate_mteb
+
+    codes = [code for code in languages.split(",") if code]
+    evaluate_mteb(model, SentenceEmbedder(model, half=True), task, codes, out, Console())
+
+
 @evaluation.command()
 def compare(
     results: Annotated[list[Path], typer.Argument(help="Files of `eval retrieval --json`, one for each model.")],
