@@ -33,8 +33,8 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     train, test = (read_rows(TEXTS[f"home_assistant.{part}"]) for part in ("train", "dev"))
-    dev = [row for row in train if _drawn(row[0], DEV) == 0]
-    train = [row for row in train if _drawn(row[0], DEV)]
+    dev = [row for row in train if _drawn("split", row[0], DEV) == 0]
+    train = [row for row in train if _drawn("split", row[0], DEV)]
     languages = sorted({code for _, texts in test for code in texts})
     for split, rows in (("train", train), ("dev", dev)):
         _write(out / "roles" / f"{split}-en.tsv", list(roles(rows, "en")))
@@ -85,15 +85,15 @@ def matching(rows: Sequence[Row], code: str) -> Iterator[Example]:
     for number, (key, english, translation) in enumerate(both):
         others = (text for _, other, text in both[number + 1 : number + 9] if other != english and text != translation)
         sibling = next(others, None)
-        if sibling is None or _drawn(key, 2):
+        if sibling is None or _drawn("side", key, 2):
             yield english, translation, "translation"
         else:
             yield english, sibling, "sibling"
 
 
-def _drawn(key: str, count: int) -> int:
-    """A number below `count` that depends on the key alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % count
+def _drawn(what: str, key: str, count: int) -> int:
+    """A number below `count` that depends on the key, and in another way for each `what`."""
+    return int.from_bytes(hashlib.blake2b(f"{what} {key}".encode(), digest_size=8).digest()) % count
 
 
 def _write(path: Path, examples: Sequence[Example], least: int = 1) -> None:

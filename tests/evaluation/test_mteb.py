@@ -59,7 +59,9 @@ def test_bitext_mining(model_folder: Path) -> None:
 
 
 def test_sts(model_folder: Path) -> None:
-    rows = {"test": {"sentence1": ENGLISH, "sentence2": GERMAN, "score": [5.0, 1.0, 3.0, 2.0]}}
+    rows: dict[str, dict[str, list[Any]]] = {
+        "test": {"sentence1": ENGLISH, "sentence2": GERMAN, "score": [5.0, 1.0, 3.0, 2.0]}
+    }
     found = _score(_task(abstasks.AbsTaskSTS, "STS", rows, "cosine_spearman"), model_folder)
     english, german = (SentenceEmbedder(model_folder).embed(texts)[0] for texts in (ENGLISH, GERMAN))
     assert found == pytest.approx(spearmanr((english * german).sum(1), [5, 1, 3, 2]).statistic)
