@@ -61,35 +61,41 @@ class Model(Section):
     """The encoder's shape, and how it makes sentence representations."""
 
     init: str | None = None  # a Hugging Face folder or a name on its hub: its shape replaces the next six keys
-    type: Literal["xlm-roberta", "xlm-roberta-xl", "bert", "modernbert"] = "xlm-roberta"
-    layers: Annotated[int, Field(gt=0, le=1000)] = 12
-    width: Size = 768
-    heads: Size = 12
-    feed_forward: Size = 3072
-    positions: Size = 512
-    universal_layer: Size = 8  # the contrast reads the output of this layer (InfoXLM, section 4.1)
-    pooling: Pooling = "cls"
-    projection: bool = True
-    normalize: bool = False  # L2, before the dot product
+    type: Literal["xlm-roberta", "xlm-roberta-xl", "bert", "modernbert"] = "xlm-roberta"  # the family of its layers
+    layers: Annotated[int, Field(gt=0, le=1000)] = 12  # in all; more learn more and take more time and memory
+    width: Size = 768  # of a token's state; a multiple of heads
+    heads: Size = 12  # of attention, in each layer
+    feed_forward: Size = 3072  # width of the inner part of a layer, usually 4 x width
+    positions: Size = 512  # tokens of the longest sequence, special tokens included
+    # the contrast reads the output of this layer (InfoXLM, section 4.1); from 1 to the number of layers. The paper has
+    # 8 of 12 and 12 of 24; a small model with little text does best with a low one
+    universal_layer: Size = 8
+    pooling: Pooling = "cls"  # a sentence's vector is its first token's state, or the mean over its tokens
+    projection: bool = True  # a trained matrix between the pooled state and the contrast
+    normalize: bool = False  # L2, before the dot product: scores are cosines
 
 
 class Constant(Section):
-    schedule: Literal["constant"]
-    value: Fraction
+    """The same at every update."""
+
+    schedule: Literal["constant"]  # which schedule it is
+    value: Fraction  # of the momentum, at every update
 
 
 class ConstantWithRefresh(Section):
-    schedule: Literal["constant_with_refresh"]
-    value: Fraction
+    """The same at every update, and a fresh copy of the encoder from time to time."""
+
+    schedule: Literal["constant_with_refresh"]  # which schedule it is
+    value: Fraction  # of the momentum, between two copies
     every: Positive  # updates; at each such update the key encoder becomes a copy of the encoder
 
 
 class Linear(Section):
     """Linear from the first value to the second between two numbers of updates; constant before and after."""
 
-    schedule: Literal["linear"]
-    updates: tuple[int, int]
-    values: tuple[Fraction, Fraction]
+    schedule: Literal["linear"]  # which schedule it is
+    updates: tuple[int, int]  # [first, last]: at these the two values hold
+    values: tuple[Fraction, Fraction]  # of the momentum, at the first and at the last of these updates
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -101,9 +107,9 @@ class Linear(Section):
 class Exponential(Section):
     """1 - n^-power at update n, kept between two bounds."""
 
-    schedule: Literal["exponential"]
-    power: float = Field(gt=0)
-    within: tuple[Fraction, Fraction]
+    schedule: Literal["exponential"]  # which schedule it is
+    power: float = Field(gt=0)  # in the formula 1 - n^-power, for update n
+    within: tuple[Fraction, Fraction]  # [lowest, highest] momentum
 
 
 Momentum = Annotated[
@@ -113,6 +119,8 @@ Momentum = Annotated[
 
 
 class Queue(Section):
+    """Keys of earlier steps, as further negatives. It is not read before it is full."""
+
     size: Positive = 131072  # keys; with another size, a run keeps the newest keys and fills the queue again
     sharded: bool = False  # each rank holds a part of the keys; this costs one exchange of the queries in each step
 
@@ -121,18 +129,22 @@ class Contrast(Section):
     """XlCo, see docs/contrast.md. `keys: momentum`: InfoXLM's key encoder. `keys: gradient`: trained keys; both sides
     get a gradient from the negatives of the whole step."""
 
-    keys: Literal["momentum", "gradient"] = "momentum"
+    keys: Literal["momentum", "gradient"] = "momentum"  # a slow copy of the encoder makes the keys, or they are trained
+    # queue: keys of earlier steps. in_batch: the other pairs of the step, on all ranks; keys: gradient needs it or both
     negatives: Literal["queue", "in_batch", "both"] = "queue"
-    symmetric: bool = False
-    temperature: float = Field(ge=1e-4)  # no default: the paper gives none, its code has 0.25
-    learn_temperature_within: tuple[float, float] | None = None  # bounds; training starts at `temperature`
+    symmetric: bool = False  # the loss in both directions; otherwise in one, drawn at random for each pair
+    # scores are divided by it; lower: harder negatives count more. No default: the paper gives none, its code has 0.25
+    temperature: float = Field(ge=1e-4)
+    # [lowest, highest]: the temperature is trained too, from `temperature` on; null: it stays
+    learn_temperature_within: tuple[float, float] | None = None
     margin: float = Field(default=0.0, ge=0)  # subtracted from the positive's score (LaBSE)
     same_text: Literal["mask", "positive", "ignore"] = "mask"  # what to do with keys that share a text with the pair
     drop_within: float | None = None  # leave out negatives with a score above the positive's minus this; null: keep all
     pairs_per_row: Positive = 1  # of an n-way row (one sentence in more than two languages); see docs/contrast.md
     hard_negatives: int = Field(default=0, ge=0, le=255)  # of an item, at most: wrong sentences that its row comes with
-    queue: Queue = Queue()
-    momentum: Momentum = Constant(schedule="constant", value=0.9999)  # a number, or one of the schedules above
+    queue: Queue = Queue()  # read only if negatives are queue or both
+    momentum: Momentum = Constant(schedule="constant", value=0.9999)  # of the key encoder's average
+    # paper: an item is made of two pairs. reference: as the paper's code does it, see docs/contrast.md
     mixup: Literal["off", "paper", "reference"] = "off"
 
     @model_validator(mode="after")
@@ -170,10 +182,10 @@ class Batch(Section):
     """One optimizer step. A lane is one micro-batch of the step; its contents do not depend on the rank. The number of
     ranks must divide the lanes."""
 
-    lanes: Size
-    mmlm_tokens: Items  # in each lane, with special tokens
-    tlm_tokens: Items
-    xlco_pairs: Items
+    lanes: Size  # micro-batches of a step, over all ranks; a run cannot change it later
+    mmlm_tokens: Items  # of monolingual text, in each lane, with special tokens; 0: no MMLM
+    tlm_tokens: Items  # of pairs for TLM, in each lane, with special tokens; 0: no TLM
+    xlco_pairs: Items  # for the contrast, in each lane; 0: no XlCo. More pairs are more negatives
 
     @property
     def worlds(self) -> list[int]:
@@ -191,17 +203,19 @@ class Batch(Section):
 
 
 class MaskingStage(Section):
-    from_step: Positive
-    probability: float = Field(gt=0, le=1)
+    """What this names holds from `from_step` on."""
+
+    from_step: Positive  # the first step with this probability
+    probability: float = Field(gt=0, le=1)  # as above, from this step on
 
 
 class Masking(Section):
-    """Fractions of the pieces, special tokens excepted: `probability` are chosen; of these, `mask` become <mask> and
+    """Fractions of the pieces, special tokens excepted: `probability` are chosen; of these, `mask` become `<mask>` and
     `random` become a random piece."""
 
-    probability: Fraction = 0.15
-    mask: Fraction = 0.8
-    random: Fraction = 0.1
+    probability: Fraction = 0.15  # share of the pieces that is to be predicted
+    mask: Fraction = 0.8  # share of the chosen pieces that becomes `<mask>`
+    random: Fraction = 0.1  # share of the chosen pieces that becomes another piece; the rest stays as it is
     stages: tuple[MaskingStage, ...] = ()  # later probabilities
 
     @model_validator(mode="after")
@@ -228,21 +242,22 @@ Shares = dict[str, Annotated[float, Field(ge=0)]]
 class SamplingStage(Section):
     """What this names holds from about `from_step` on."""
 
-    from_step: Positive
-    alpha: Fraction | None = None
-    weights: Shares | None = None
+    from_step: Positive  # about the first step of this stage
+    alpha: Fraction | None = None  # null: as before
+    weights: Shares | None = None  # null: as before; {}: go back to alpha
 
 
 class Sampling(Section):
     """How many items a run reads of each source, see docs/data.md, "Mixing". Items are shuffled within a window of
     packs; a pack is 512 tokenised rows."""
 
-    alpha: Fraction = 0.7  # items are read in proportion to p^alpha; p is the part of a source, or of a language
+    # items are read in proportion to p^alpha; p is the part of a source, or of a language. Lower: more of small ones
+    alpha: Fraction = 0.7
     by: Literal["source", "language"] = "source"  # language: sources of the same languages are one for alpha
     weights: Shares = {}  # relative shares in place of alpha, by name of a source or pattern, such as para.*
     most_epochs: float | None = Field(default=None, gt=0)  # passes over a source in a run; others get what is left
     stages: tuple[SamplingStage, ...] = ()  # later alphas and weights
-    window_packs: Positive = 16
+    window_packs: Positive = 16  # packs of a window; more: better shuffled, and more memory with a corpus on a server
     pivot: str | None = None  # a language that is one side of the pair drawn from an n-way row ...
     pivot_share: Fraction = 0.0  # ... in at least this fraction of draws
 
@@ -277,21 +292,23 @@ def _check_rising(stages: tuple[MaskingStage | SamplingStage, ...]) -> None:
 
 
 class Weights(Section):
-    mmlm: float = Field(default=1.0, ge=0)
-    tlm: float = Field(default=1.0, ge=0)
-    xlco: float = Field(default=1.0, ge=0)
+    """Factors of the three losses in their sum."""
+
+    mmlm: float = Field(default=1.0, ge=0)  # 0: no MMLM
+    tlm: float = Field(default=1.0, ge=0)  # 0: no TLM
+    xlco: float = Field(default=1.0, ge=0)  # 0: no XlCo
 
 
 class Optimizer(Section):
     """AdamW with linear warm-up and linear decay. Biases and LayerNorms have no weight decay."""
 
-    learning_rate: float = Field(gt=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    eps: float = Field(default=1e-6, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    learning_rate: float = Field(gt=0)  # the highest, at the end of the warm-up; lower it if losses jump or are nan
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)  # of Adam's two averages
+    eps: float = Field(default=1e-6, gt=0)  # of Adam, in its denominator
+    weight_decay: float = Field(default=0.01, ge=0)  # of AdamW, times the learning rate
     clip: float = Field(default=1.0, ge=0)  # of the global gradient norm; 0: no clipping
-    steps: Positive
-    warmup: int = Field(ge=0)
+    steps: Positive  # of the whole run; the learning rate is 0 at the last
+    warmup: int = Field(ge=0)  # steps in which the learning rate rises; below steps
     most_skipped: Positive = 20  # the run ends after so many steps in a row that were not finite
 
 
@@ -308,24 +325,28 @@ class Timeout(Section):
     """Seconds that a rank waits for the others before it ends: `join` until all have started, `start` from then until
     the first step is done, `step` afterwards. `step` must be longer than the longest save."""
 
-    join: Seconds = 600
-    start: Seconds = 3600
-    step: Seconds = 900
+    join: Seconds = 600  # seconds; raise it if hosts start at very different times
+    start: Seconds = 3600  # seconds; raise it for long compilations, downloads or checkpoints
+    step: Seconds = 900  # seconds; raise it if a save or a probe takes longer
 
 
 class Log(Section):
+    """What a run writes down, see docs/monitoring.md."""
+
     every: Positive = 10  # steps between two lines
     geometry: Positive = 100  # steps between two measurements of alignment, uniformity and effective rank
-    tensorboard: bool = True
+    tensorboard: bool = True  # files for TensorBoard in RUN/tensorboard
     csv: bool = False  # metrics.csv: step, tag, value
     wandb: str | None = None  # a project of Weights & Biases; WANDB_MODE=offline keeps it on this machine
 
 
 class Checkpoint(Section):
-    every: Positive = 1000  # steps
+    """When a run saves, and what it keeps, see docs/checkpoints.md."""
+
+    every: Positive = 1000  # steps between two saves; a crash costs at most so many
     keep: Positive = 2  # number of the newest checkpoints that are kept
     keep_every: Positive | None = None  # checkpoints at multiples of this step are kept too
-    asynchronous: bool = False  # copy to the host's memory, write in a thread, commit after a later step
+    asynchronous: bool = False  # for long saves: copy to the host's memory, write in a thread, commit later
 
 
 class Resume(Section):
@@ -347,26 +368,30 @@ class Probe(Section):
     """Every `every` steps, measure retrieval on held-out text, at the universal layer. `data`: JSON lines, or the name
     of a text that comes with the package, such as home_assistant.dev."""
 
+    # a path, or the name of a text that comes with the package, such as home_assistant.dev; never text of the corpus
     data: Annotated[Path, BeforeValidator(lambda x: shipped.TEXTS.get(x, x) if isinstance(x, str) else x)]
-    every: Positive = 500
-    pivot: str = "en"
+    every: Positive = 500  # steps between two probes
+    pivot: str = "en"  # the language that all others are paired with
     languages: tuple[str, ...] = ()  # empty: all
     pairs: Positive = 500  # of each language, at most
 
 
 class Recipe(Section):
+    """A run, whole."""
+
     preset: Literal["infoxlm", "strong"] | None = None  # the recipe's own values win over the preset's, see PRESETS
     run: Path  # the folder for everything that the run writes
     corpus: Annotated[Place, PlainValidator(place)]  # a prepared corpus: a folder, or a URL (docs/data.md)
     engine: Path  # a DeepSpeed configuration: a name or a path, see ds_configs/README.md
     on_damage: Literal["stop", "skip"] = "stop"  # skip: go on without damaged packs, at most 1 % (docs/data.md)
-    seed: int = Field(default=1, ge=0, lt=2**63)
+    seed: int = Field(default=1, ge=0, lt=2**63)  # of random weights, the order of data, masks and mixup
     model: Model = Model()
     contrast: Contrast
     batch: Batch
     masking: Masking = Masking()
     sampling: Sampling = Sampling()
     weights: Weights = Weights()
+    # per_task: each loss is the mean over its own items. reference: one pooled count divides all three sums
     reduction: Literal["per_task", "reference"] = "per_task"
     optimizer: Optimizer
     memory: Memory = Memory()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from data_prep.description import load_description
-from data_prep.keys import DOCUMENT, with_keys
+from data_prep.keys import ABOUT_CORPORA, ABOUT_RECIPES, with_keys
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.text import lines, read_nway
 
@@ -117,12 +117,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         list(lines(tmp_path / "none"))
 
 
-def test_the_table_of_keys_is_that_of_the_code() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert text == with_keys(text), "run `python -m data_prep.keys`"
+@pytest.mark.parametrize("document", [ABOUT_CORPORA, ABOUT_RECIPES], ids=lambda path: path.name)
+def test_the_tables_of_keys_are_those_of_the_code(document: Path) -> None:
+    assert document.read_text(encoding="utf-8") == with_keys(document), "run `python -m data_prep.keys`"
 
 
 def test_the_example_of_the_documentation_is_a_description(tmp_path: Path) -> None:
-    example = DOCUMENT.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    example = ABOUT_CORPORA.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     (tmp_path / "corpus.yaml").write_text(example, encoding="utf-8")
     assert [source.name for source in load_description(tmp_path / "corpus.yaml").sources] == ["para.news", "mono.sw"]
