@@ -1,5 +1,5 @@
-# make demo | ablation | test | torture | fuzz | check | same | gpu | release-check | lock | wheelhouse | clean
-# Each target except gpu first makes .venv from the pinned list; a second call installs nothing.
+# make demo | ablation | test | torture | fuzz | check | same | docs | gpu | release-check | lock | wheelhouse | clean
+# Each target except docs, gpu, wheelhouse and clean first makes .venv from the pinned list; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed.stamp
@@ -19,7 +19,7 @@ PARALLEL := -n 2 --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture fuzz check same gpu release-check lock wheelhouse clean
+.PHONY: install demo ablation test torture fuzz check same docs gpu release-check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -66,6 +66,16 @@ REV ?= HEAD
 same: $(INSTALLED)
 	[ -n "$(RECIPE)" ] || infoxlm prep build data_prep/embedded/corpus.yaml runs/demo/corpus
 	$(CPU_ONLY) $(BIN)/python benchmarks/same.py $(REV) $(if $(RECIPE),--recipe $(RECIPE)) $(SET)
+
+# The site of docs/ in build/site. Its packages have an environment of their own, which needs neither torch nor .venv.
+SITE := build/site-packages
+docs:
+	$(PYTHON) -m venv $(SITE)
+	$(PYTHON) -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
+	  print(c["options.extras_require"]["docs"])' > $(SITE)/requirements.txt
+	$(SITE)/bin/python -m pip install --quiet -r $(SITE)/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 # Does the code run on this machine's GPU, and how fast? Writes runs/gpu/report.md in less than ten minutes. It needs no
 # network: without .venv, the packages of $(PYTHON) serve (docs/performance.md).
