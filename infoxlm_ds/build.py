@@ -27,6 +27,7 @@ from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.boards import check_boards
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.objective import Objective
+from infoxlm_ds.planner.mixture import planned_shares
 from infoxlm_ds.state import TrainState
 
 T = TypeVar("T")
@@ -142,7 +143,17 @@ def _from_scratch(inputs: Inputs) -> TrainState:
         checkpoints=inputs.checkpoints,
         probe=inputs.probe,
         pairs=inputs.corpus.pairs,
+        shares=_shares(inputs) if dist.rank() == 0 else {},
     )
+
+
+def _shares(inputs: Inputs) -> dict[str, dict[str, float]]:
+    """Each language's share of the texts of each task, if it is the same in the whole run and can be read."""
+    recipe = inputs.identity.recipe
+    try:
+        return {} if recipe.sampling.stages else planned_shares(recipe, inputs.corpus)
+    except UserError:  # the pack in which languages are counted is damaged: the loader will say so
+        return {}
 
 
 def without_effect(recipe: Recipe, corpus: Corpus) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
+from statistics import fmean
 
+import psutil
 import torch
 import yaml
 
@@ -19,11 +22,21 @@ from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.monitor.starts import NAME as STARTS
 from infoxlm_ds.monitor.starts import environment, record_start
 from infoxlm_ds.monitor.tags import of_languages
+from infoxlm_ds.monitor.watchdogs import Seen, Watchdogs
 from infoxlm_ds.objective import Report
 from infoxlm_ds.planner.speed import Gpu, known_gpu, mfu
 from infoxlm_ds.state import TrainState
 
 SHOWN_PAIRS = 100  # of more pairs of languages, the boards show the languages only
+
+
+def watchdogs(state: TrainState) -> Watchdogs:
+    """What looks at the figures of this run. Only rank 0 needs it."""
+    if dist.device().type == "cuda":
+        memory, ranks = torch.cuda.get_device_properties(dist.device()).total_memory, 1
+    else:
+        memory, ranks = psutil.virtual_memory().total, int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    return Watchdogs(Seen(state.recipe, state.shares, state.pairs, memory / ranks / 2**30))
 
 
 def say(sinks: Sinks | None, text: str) -> None:
@@ -62,6 +75,8 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     }
     if sinks is not None and (gpu := this_gpu()):
         values["speed/mfu"] = mfu(state.operations * steps, seconds, gpu.peak, world)
+    if world > 1:
+        values["speed/slowest_rank"] = max(interval.work) / fmean(interval.work) - 1
     if state.loader.left_out:
         values["data/damaged_draws"] = len(state.loader.left_out)
     if state.engine.loss_scale != 1:
@@ -75,6 +90,8 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     if sinks is not None:
         more = {"languages": interval.languages, "pairs": interval.means("xlco"), "seconds": seconds}
         masked = {task: interval.means(task) for task in ("mmlm", "tlm") if task in interval.rows}
+        if world > 1:
+            more["slowest"] = interval.work.index(max(interval.work))
         sinks.write(state.step, values, more | {"masked": masked}, _by_language(state, interval))
         if state.queue is not None and state.queue.filled == 1.0 and state.due(state.recipe.log.geometry):
             sinks.histogram(state.step, "contrast/queue_age", state.step - state.queue.steps.numpy())

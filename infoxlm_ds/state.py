@@ -35,6 +35,7 @@ class TrainState:
     checkpoints: Checkpoints
     probe: RetrievalProbe | None
     pairs: dict[str, tuple[str, str]]  # the two languages of each pair, by the pair's name
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)  # of each task's texts, by language; on rank 0
     step: int = 0
     consumed: int = 0
     best: Best | None = None  # of the probes

@@ -72,7 +72,11 @@ def build_and_fit(inputs: Inputs) -> int:
 def fit_and_close(state: TrainState) -> int:
     """Train, with rank 0's outputs open. Returns the exit code."""
     run, steps = state.recipe.run, state.recipe.optimizer.steps
-    with nullcontext() if dist.rank() else Sinks(run, state.step, steps, state.recipe.log) as sinks:
+    with (
+        nullcontext()
+        if dist.rank()
+        else Sinks(run, state.step, steps, state.recipe.log, reporting.watchdogs(state)) as sinks
+    ):
         if sinks is not None:
             reporting.begin(state, sinks)
         reporting.say(sinks, summary(state))

@@ -86,7 +86,8 @@ def train_step(state: TrainState) -> bool:
     step = state.objective.prepare(lanes, state.momentum, queue)
     scale, reports, representations, applied = state.engine.loss_scale, [], [], False
     for slot, lane in enumerate(lanes):
-        losses, report, own = state.engine.forward(lane, step, slot)
+        with state.meter.working():
+            losses, report, own = state.engine.forward(lane, step, slot)
         loss = _added(losses)
         state.engine.backward(loss)
         applied = state.engine.step(state.step)

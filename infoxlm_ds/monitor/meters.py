@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -16,16 +17,18 @@ from torch import Tensor
 from infoxlm_ds import dist
 
 Scalars = dict[str, float]
+Moment = float | torch.cuda.Event
 
 
 class Interval(NamedTuple):
     """The sums of one interval, over all ranks. `sums`: by name; `languages`: number of items by task and language;
     `rows`: for each task and language or pair of languages, the number of rows, the sum of their losses and, of the
-    contrast, the number of hits; `seconds`: its length."""
+    contrast, the number of hits; `work`: seconds of each rank's forward passes; `seconds`: its length."""
 
     sums: Scalars
     languages: dict[str, dict[str, int]]
     rows: dict[str, dict[str, np.ndarray]]
+    work: list[float]
     seconds: float
 
     def means(self, task: str) -> dict[str, dict[str, float]]:
@@ -47,6 +50,13 @@ class Meter:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Time a forward pass, on the device that runs it. Nothing waits for the device before `collect`."""
+        begun = _moment()
+        yield
+        self._work.append((begun, _moment()))
+
     def count_languages(self, names: dict[str, np.ndarray]) -> None:
         """`names`: for each task, the language or pair of languages of each item."""
         for task, of_task in names.items():
@@ -65,7 +75,10 @@ class Meter:
         dist.sum_over_ranks(sums)
         languages: dict[str, Counter[str]] = {}
         rows: dict[str, dict[str, np.ndarray]] = {}
-        for counts, of_rank in dist.gather_objects((self._languages, _by_name(self._rows))):
+        own = sum(_seconds_between(*moments) for moments in self._work)
+        work = []
+        for counts, of_rank, worked in dist.gather_objects((self._languages, _by_name(self._rows), own)):
+            work.append(worked)
             for task, counter in counts.items():
                 languages.setdefault(task, Counter()).update(counter)
             for task, of_task in of_rank.items():
@@ -76,6 +89,7 @@ class Meter:
             dict(zip(names, sums.tolist(), strict=True)),
             {task: dict(counter) for task, counter in languages.items()},
             rows,
+            work,
             seconds,
         )
 
@@ -83,7 +97,23 @@ class Meter:
         self._sums: dict[str, Tensor | float] = {}
         self._languages: dict[str, Counter[str]] = {}
         self._rows: list[tuple[str, np.ndarray, Tensor, Tensor | None]] = []
+        self._work: list[tuple[Moment, Moment]] = []
         self._since = time.monotonic()
+
+
+def _moment() -> Moment:
+    if dist.device().type != "cuda":
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(begun: Moment, ended: Moment) -> float:
+    """The device must have reached both."""
+    if isinstance(begun, float) or isinstance(ended, float):
+        return float(ended) - float(begun)  # type: ignore[arg-type]
+    return begun.elapsed_time(ended) / 1000
 
 
 def _by_name(parts: list[tuple[str, np.ndarray, Tensor, Tensor | None]]) -> dict[str, dict[str, np.ndarray]]:

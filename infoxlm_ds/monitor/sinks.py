@@ -17,10 +17,12 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Log
 from infoxlm_ds.monitor.boards import Board, Numbers, open_boards
+from infoxlm_ds.monitor.history import read_history
 from infoxlm_ds.monitor.lines import Lines
 from infoxlm_ds.monitor.meters import Scalars
 from infoxlm_ds.monitor.pictures import Picture
 from infoxlm_ds.monitor.tags import tag
+from infoxlm_ds.monitor.watchdogs import Watchdogs
 
 SHOWN = {
     "mmlm/loss": "mmlm",
@@ -36,7 +38,7 @@ class Sinks:
     """Rank 0's outputs of a run. A context manager, which flushes and closes them. If the disk is full, training goes
     on, and what is not written is said once."""
 
-    def __init__(self, run: Path, first: int, steps: int, log: Log) -> None:
+    def __init__(self, run: Path, first: int, steps: int, log: Log, watchdogs: Watchdogs | None = None) -> None:
         """The run starts after step `first` of `steps`. Lines of later steps, from before a crash, are removed."""
         run.mkdir(parents=True, exist_ok=True)
         self._console = Console()
@@ -45,6 +47,9 @@ class Sinks:
             self.say(
                 f"{self._path} had lines that cannot be read: it is kept as {aside.name}, and the others go on here"
             )
+        self.watchdogs = watchdogs
+        for row in read_history(run).rows if watchdogs else ():
+            watchdogs.recall(row)  # type: ignore[union-attr]
         self._metrics = Lines(self._path)
         self._boards = open_boards(log, run, first)
         self._bar = _progress(self._console) if self._console.is_terminal else None
@@ -72,8 +77,9 @@ class Sinks:
         self, step: int, values: Scalars, more: dict[str, Any] | None = None, tagged: Scalars | None = None
     ) -> None:
         """Write the scalars of a step. `more` goes to metrics.jsonl only, `tagged` to the boards only, by tag."""
+        row = {"step": step} | values | (more or {})
         try:
-            self._metrics.append(f"{json.dumps({'step': step} | values | (more or {}))}\n")
+            self._metrics.append(f"{json.dumps(row)}\n")
         except OSError as error:
             if self._missing == 0:
                 self.say(f"{self._path} cannot be written: {error.strerror}. Training goes on without it")
@@ -84,6 +90,9 @@ class Sinks:
             self._missing = 0
         shown = {tag(name): value for name, value in values.items()} | (tagged or {})
         self._to_boards(lambda board: board.scalars(step, shown))
+        for warned in self.watchdogs.look(row) if self.watchdogs else ():
+            self.say(f"warning: {warned.text}")
+            self.write(step, {}, {"warning": warned.name, "text": warned.text})
 
     def picture(self, step: int, tag: str, picture: Picture) -> None:
         self._to_boards(lambda board: board.picture(step, tag, picture))

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from infoxlm_ds.config import Sampling, load_recipe
+from infoxlm_ds.config import Recipe, Sampling, load_recipe
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.mixture import Expected, expected
 
@@ -32,6 +32,12 @@ def print_mixture(path: Path, overrides: list[str], console: Console) -> None:
                     soft_wrap=True,
                     highlight=False,
                 )
+
+
+def planned_shares(recipe: Recipe, corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Each language's expected share of the texts, by task."""
+    tasks = [task for task, used in recipe.tasks.items() if used]
+    return {task: language_shares(corpus, expected(recipe, corpus, task), recipe.sampling) for task in tasks}
 
 
 def language_shares(corpus: Corpus, sources: list[Expected], sampling: Sampling) -> dict[str, float]:

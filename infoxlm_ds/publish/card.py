@@ -12,11 +12,11 @@ import yaml
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.manifest import load_manifest
+from infoxlm_ds.monitor.history import History, read_history
 from infoxlm_ds.monitor.starts import read_starts
 from infoxlm_ds.monitor.tags import TASKS
 from infoxlm_ds.publish.compute import hours, operations
 from infoxlm_ds.publish.curves import MISSING, NAME, can_draw, write_curves
-from infoxlm_ds.publish.history import History, read_history
 from infoxlm_ds.publish.origins import Origin, licence_of, origins_of
 from infoxlm_ds.publish.trained import Trained
 from infoxlm_ds.publish.usage import usage

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infoxlm_ds.checkpoint.store import Store, step_of
 from infoxlm_ds.config import UserError
-from infoxlm_ds.publish.history import read_history
+from infoxlm_ds.monitor.history import read_history
 
 
 def best_step(run: Path) -> int:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.monitor.history import History
 from infoxlm_ds.monitor.starts import read_starts
 from infoxlm_ds.planner.cost import flops, tokens_per_step
 from infoxlm_ds.planner.workload import Setting, Shape, read_text
-from infoxlm_ds.publish.history import History
 
 UNKNOWN = "devices that were not recorded"
 

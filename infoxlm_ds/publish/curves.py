@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from infoxlm_ds.monitor.history import History
 from infoxlm_ds.monitor.tags import TASKS
-from infoxlm_ds.publish.history import History
 
 NAME = "curves.png"
 MISSING = "pip install 'infoxlm-ds[report]'"

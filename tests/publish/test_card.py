@@ -22,11 +22,11 @@ from infoxlm_ds.config import Model, Recipe
 from infoxlm_ds.data.manifest import load_manifest
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.checksums import check_checksums
+from infoxlm_ds.monitor.history import read_history, sides_of
 from infoxlm_ds.monitor.starts import read_starts
 from infoxlm_ds.publish.card import Facts, card
 from infoxlm_ds.publish.compute import hours
 from infoxlm_ds.publish.export import export
-from infoxlm_ds.publish.history import read_history, sides_of
 from infoxlm_ds.publish.origins import Origin, licence_of, origins_of
 from infoxlm_ds.publish.trained import read_trained
 from tests.corpus import small_recipe

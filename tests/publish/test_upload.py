@@ -15,8 +15,8 @@ import pytest
 
 from infoxlm_ds.model.checksums import CHECKSUMS, write_checksums
 from infoxlm_ds.model.sentence_vector import SentenceVector
+from infoxlm_ds.monitor.history import History
 from infoxlm_ds.publish.card import Facts, card
-from infoxlm_ds.publish.history import History
 from infoxlm_ds.publish.hugging_face import write_hugging_face
 from tests.publish.hub import Hub, running
 from tests.publish.models import random_model

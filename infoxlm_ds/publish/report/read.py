@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from infoxlm_ds.checkpoint.store import Store, read_state, step_of
 from infoxlm_ds.config import Recipe, UserError, check
 from infoxlm_ds.data.corpus import Corpus
-from infoxlm_ds.data.mixture import expected
-from infoxlm_ds.planner.mixture import language_shares
-from infoxlm_ds.publish.history import History, read_history
+from infoxlm_ds.monitor.history import History, read_history
+from infoxlm_ds.planner import mixture
 
 
 class Saved(NamedTuple):
@@ -75,6 +74,8 @@ def _saved(folder: Path) -> Saved:
 def warnings_of(run: Run) -> Iterator[str]:
     """What a reader should know first, a sentence each."""
     rows = run.history.rows
+    for row in [row for row in rows if "warning" in row]:
+        yield f"Step {row['step']:,}: {row.get('text')}."
     if run.history.unreadable:
         yield f"{run.history.unreadable} lines of metrics.jsonl could not be read and are missing here."
     if skipped := [row for row in rows if "skipped" in row]:
@@ -108,11 +109,7 @@ def planned_shares(run: Run) -> dict[str, dict[str, float]]:
     if run.recipe is None:
         return {}
     try:
-        corpus = Corpus(run.recipe.corpus, look_at_files=False)
-        tasks = [task for task, used in run.recipe.tasks.items() if used]
-        return {
-            task: language_shares(corpus, expected(run.recipe, corpus, task), run.recipe.sampling) for task in tasks
-        }
+        return mixture.planned_shares(run.recipe, Corpus(run.recipe.corpus, look_at_files=False))
     except (UserError, OSError):
         return {}
 
