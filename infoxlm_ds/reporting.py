@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import shlex
+from collections.abc import Iterator
 from statistics import fmean
 
 import psutil
@@ -18,6 +20,7 @@ from infoxlm_ds.checkpoint.protocol import Outcome
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine.engine import NotFinite, schedule
 from infoxlm_ds.monitor.meters import Interval, Scalars, by_language, scalars
+from infoxlm_ds.monitor.progress import LOSSES, clock, short
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.monitor.starts import NAME as STARTS
 from infoxlm_ds.monitor.starts import environment, record_start
@@ -112,7 +115,7 @@ def begin(state: TrainState, sinks: Sinks) -> None:
     """Record this start of the run, and describe the run to the boards."""
     recipe = state.recipe.model_dump(mode="json", exclude_defaults=True)
     compared = {key: value for key, value in recipe.items() if key not in FREE}
-    found = environment(state.step)
+    found = environment(state.step) | {"steps": state.recipe.optimizer.steps}
     try:
         record_start(state.recipe.run, found)
     except OSError as error:
@@ -124,6 +127,37 @@ def begin(state: TrainState, sinks: Sinks) -> None:
         "environment": f"```yaml\n{yaml.safe_dump(found, sort_keys=False)}```",
     }
     sinks.begin(texts, {key: x for key, x in leaves(compared) if isinstance(x, int | float | str)})
+
+
+def end(state: TrainState, sinks: Sinks, done: bool, seconds: float) -> None:
+    """Say how this start of the run ended, where things lie and what can be done with them."""
+    sinks.write(state.step, {}, {"ended": "finished" if done else "stopped"})
+    if done:
+        sinks.say(f"finished: step {state.step}, after {clock(seconds)}")
+    else:
+        sinks.say(f"stopped on request at step {state.step}, saved: run the same command again to go on")
+    for head, line in (*_results(state, sinks), *_places(state)):
+        sinks.say(f"  {head:<12} {line}")
+
+
+def _results(state: TrainState, sinks: Sinks) -> Iterator[tuple[str, str]]:
+    if losses := [f"{label} {short(sinks.last[name])}" for name, label in LOSSES.items() if name in sinks.last]:
+        yield "losses", ", ".join(losses)
+    if state.best is not None:
+        yield "best probe", f"{state.best.value:.3f} at step {state.best.step}"
+    if sinks.watchdogs:
+        for name, text in sinks.watchdogs.said.items():
+            yield "warning", f"{text} ({sinks.watchdogs.held[name]} lines of the log)"
+
+
+def _places(state: TrainState) -> Iterator[tuple[str, str]]:
+    run, probe = state.recipe.run, state.recipe.probe
+    yield "checkpoint", str(state.checkpoints.store.latest())
+    yield "figures", str(run / "metrics.jsonl")
+    yield "next", shlex.join(["infoxlm", "export", str(run), str(run / "export")])
+    data = str(probe.data) if probe else "PARALLEL_TEXT"
+    yield "", shlex.join(["infoxlm", "eval", "retrieval", "--model", str(run / "export"), "--data", data])
+    yield "", shlex.join(["infoxlm", "report", str(run), str(run / "report.html")])
 
 
 def probe(state: TrainState, sinks: Sinks | None) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -80,9 +81,10 @@ def fit_and_close(state: TrainState) -> int:
         if sinks is not None:
             reporting.begin(state, sinks)
         reporting.say(sinks, summary(state))
+        started = time.monotonic()
         done = trainer.fit(state, sinks)
-        if not done:
-            reporting.say(sinks, f"stopped on request at step {state.step}, saved: run the same command again to go on")
+        if sinks is not None:
+            reporting.end(state, sinks, done, time.monotonic() - started)
     return 0 if done else STOPPED_ON_REQUEST
 
 

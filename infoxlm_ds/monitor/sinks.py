@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.text import Text
 
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Log
@@ -21,17 +22,9 @@ from infoxlm_ds.monitor.history import read_history
 from infoxlm_ds.monitor.lines import Lines
 from infoxlm_ds.monitor.meters import Scalars
 from infoxlm_ds.monitor.pictures import Picture
+from infoxlm_ds.monitor.progress import progress_line
 from infoxlm_ds.monitor.tags import tag
 from infoxlm_ds.monitor.watchdogs import Watchdogs
-
-SHOWN = {
-    "mmlm/loss": "mmlm",
-    "tlm/loss": "tlm",
-    "xlco/loss": "xlco",
-    "xlco/accuracy": "acc",
-    "speed/tokens": "tok/s",
-    "speed/mfu": "mfu",
-}
 
 
 class Sinks:
@@ -52,20 +45,20 @@ class Sinks:
             watchdogs.recall(row)  # type: ignore[union-attr]
         self._metrics = Lines(self._path)
         self._boards = open_boards(log, run, first)
-        self._bar = _progress(self._console) if self._console.is_terminal else None
-        self._task = self._bar.add_task("", total=steps, figures="") if self._bar else None
-        self._steps = steps
+        self._steps, self.last = steps, Scalars()  # the figures of the last line of the log
+        started = Text(f"step {first}/{steps}")
+        self._live = Live(started, console=self._console, auto_refresh=False) if self._console.is_terminal else None
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
+        if self._live:
+            self._live.start(refresh=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
         self._metrics.close()
         self._to_boards(lambda board: board.close())
 
@@ -110,13 +103,13 @@ class Sinks:
                 self.say(f"{board.name} cannot be written: {error.strerror}. It ends here until the next start")
 
     def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
-        figures = " ".join(f"{short} {_short(values[name])}" for name, short in SHOWN.items() if name in values)
-        if (filled := values.get("queue/filled", 1.0)) < 1:
-            figures += f" queue {filled:.0%}"
-        if self._bar:
-            self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
+        """Show the figures of a line of the log: on a terminal in its last line, elsewhere in a line of their own."""
+        self.last = values
+        if self._live:
+            line = progress_line(step, self._steps, values, seconds_left, self._console.width)
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
-            self.say(f"step {step}/{self._steps} {figures} eta {_clock(seconds_left)}")
+            self.say(progress_line(step, self._steps, values, seconds_left))
 
     def say(self, text: str) -> None:
         """Print a line that the progress bar does not overwrite."""
@@ -148,18 +141,3 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _progress(console: Console) -> Progress:
-    # No bar: in 80 columns it would leave no space for the figures.
-    columns = (MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -52,3 +53,19 @@ def test_a_full_disk_leaves_no_half_of_a_line(small_disk: Path) -> None:
     ballast.unlink()
     record_start(small_disk, environment(2))
     assert [start["step"] for start in read_starts(small_disk)] == [0, 2]
+
+
+def test_the_end_says_where_things_lie_and_what_comes_next(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "a run"
+    probe = f"probe={{data: {corpus.parent / 'rows.jsonl'}, every: 1, pairs: 20, languages: [de]}}"
+    assert run_ranks(_train, 1, small_recipe(corpus, run, "contrast.momentum=1.0", probe)) == [0]
+    end = capfd.readouterr().out.partition("finished: step 6, after 0:00:")[2].splitlines()
+    assert any(re.fullmatch(r"  losses       mmlm [\d.]+, tlm [\d.]+, xlco [\d.]+, acc [\d.]+", line) for line in end)
+    assert any(re.fullmatch(r"  best probe   [\d.]+ at step [1-6]", line) for line in end)
+    warned = next(line for line in end if line.startswith("  warning"))
+    assert "step 2: the key encoder stands still" in warned and "(5 lines of the log)" in warned
+    assert f"  checkpoint   {run / 'checkpoints' / 'step-00000006'}" in end
+    assert f"  next         infoxlm export '{run}' '{run / 'export'}'" in end
+    assert f"               infoxlm report '{run}' '{run / 'report.html'}'" in end
