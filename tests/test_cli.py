@@ -273,6 +273,7 @@ def test_a_shipped_recipe_is_printed_and_a_wrong_name_is_told(
 ) -> None:
     assert _run(monkeypatch, "recipe") == 0 and capsys.readouterr().out.split() == [
         "base",
+        "continue",
         "demo",
         "evening",
         "large",

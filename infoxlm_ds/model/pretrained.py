@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import Model, UserError
@@ -168,6 +168,7 @@ def _empty(config: PreTrainedConfig) -> PreTrainedModel:
 def _load(init: str) -> PreTrainedModel:
     """The weights of a folder or of the hub: safetensors or the older .bin, in one file or in parts. A missing masked
     LM head starts at random, and a message says so."""
+    set_verbosity_error()  # its report of missing weights would hide the line below
     if dist.rank() > 0:
         disable_progress_bar()
     options = {"attn_implementation": FLAT_ATTENTION, "dtype": torch.float32, "output_loading_info": True}
