@@ -74,7 +74,7 @@ docs:
 	$(PYTHON) -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
 	  print(c["options.extras_require"]["docs"])' > $(SITE)/requirements.txt
 	$(SITE)/bin/python -m pip install --quiet -r $(SITE)/requirements.txt
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict  # --quiet would hide what --strict looks for
 	@echo "build/site/index.html"
 
 # Does the code run on this machine's GPU, and how fast? Writes runs/gpu/report.md in less than ten minutes. It needs no
