@@ -143,6 +143,19 @@ def train(
 
 
 @app.command()
+def watch(
+    run: Run,
+    once: Annotated[bool, typer.Option("--once", help="Show the table once and end, as without a terminal.")] = False,
+) -> None:
+    """Show a running run in a live table, until it ends or ^C. Reads its folder only, so it works over ssh."""
+    from rich.console import Console
+
+    from infoxlm_ds.monitor.watch import watch as watch_run
+
+    watch_run(run, Console(), once)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML.")] = None,
     overrides: Overrides = None,

@@ -60,6 +60,11 @@ def forget(run: Path) -> None:
     shutil.rmtree(run / "failures", ignore_errors=True)
 
 
+def causes(run: Path) -> tuple[Failure, ...]:
+    """What the ranks of the last start wrote before they ended."""
+    return _read(run).causes
+
+
 def end(error: Exception, run: Path, where: Sequence[Place], newest: str) -> int:
     """Print why this rank, or another, ends the run. Returns the exit code.
 

@@ -66,12 +66,13 @@ def read_history(run: Path, step: int | None = None) -> History:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return History(())
-    rows = list(_rows(lines))
+    rows = list(read_rows(lines))
     kept = tuple(row for row in rows if step is None or row["step"] <= step)
     return History(kept, sum(1 for line in lines if line.strip()) - len(rows))
 
 
-def _rows(lines: Sequence[str]) -> Iterator[Row]:
+def read_rows(lines: Sequence[str]) -> Iterator[Row]:
+    """The lines that can be read."""
     for line in lines:
         try:
             row = json.loads(line)
