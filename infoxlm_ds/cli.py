@@ -134,12 +134,15 @@ def train(
     overrides: Overrides = None,
     *,
     hostfile: Hostfile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, and start nothing.")
+    ] = False,
 ) -> None:
     """Train on every GPU of this machine (without a GPU, on CPU ranks), or on the hosts of a hostfile."""
     print(f"reading {recipe} ...", flush=True)  # imports take seconds
     from infoxlm_ds.cluster.launch import launch
 
-    raise typer.Exit(launch(recipe, overrides or [], hostfile))
+    raise typer.Exit(launch(recipe, overrides or [], hostfile, dry_run))
 
 
 @app.command()

@@ -96,7 +96,7 @@ class Checkpoints:
                 raise
             except UserError as error:
                 if not self._resume.fallback:
-                    raise UserError(f"{error}: {self._remedy()}") from None
+                    raise UserError(f"{error}: {self.remedy()}") from None
                 continue
             identity.check(state, run)
             return int(state["step"]) >= identity.recipe.optimizer.steps
@@ -136,7 +136,7 @@ class Checkpoints:
                 print(f"going on from {path.name} with {', '.join(changes)}", flush=True)
             return found
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}: {self._remedy()}")
+            raise UserError(f"{'; '.join(damaged)}: {self.remedy()}")
         return None
 
     def load(self, source: Found, engine: Engine, momentum: MomentumEncoder | None, queue: KeyQueue | None) -> Saved:
@@ -236,7 +236,8 @@ class Checkpoints:
         older = [path for path in reversed(self.store.steps()) if path != newest]
         return [newest, *(older if self._resume.fallback else [])]
 
-    def _remedy(self) -> str:
+    def remedy(self) -> str:
+        """What to do about a damaged newest checkpoint."""
         older = [path.name for path in self.store.steps() if path != self.store.latest()]
         before = f"set resume.fallback=true to go on from the one before ({older[-1]}), or " if older else ""
         return f"restore the file, {before}remove {self.store.folder} to start anew"

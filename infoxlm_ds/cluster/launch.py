@@ -24,6 +24,7 @@ from infoxlm_ds.atomic import write_file
 from infoxlm_ds.build import check_inputs
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.checkpoint.tools import read_through
+from infoxlm_ds.cluster.dry_run import dry_run
 from infoxlm_ds.cluster.environment import LAUNCHER, ranks_here
 from infoxlm_ds.cluster.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
 from infoxlm_ds.config import Recipe, UserError, load_recipe
@@ -39,11 +40,12 @@ TRAVELS = re.compile(
 STAYS = ("HF_TOKEN",)  # all users of a host would see it in a command line
 
 
-def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None) -> int:
+def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None, dry: bool = False) -> int:
     """Train on every GPU of this machine; without a GPU, on two CPU ranks, if their number divides the lanes. With a
-    hostfile, train on its hosts, with one rank for each slot. Returns the exit code."""
+    hostfile, train on its hosts, with one rank for each slot. `dry`: only check and say what would be done. Returns the
+    exit code."""
     recipe = load_recipe(recipe_path, overrides)
-    if sys.stdin.isatty() and not recipe.resume.fallback and _agrees_to_fall_back(recipe):
+    if not dry and sys.stdin.isatty() and not recipe.resume.fallback and _agrees_to_fall_back(recipe):
         overrides = [*overrides, "resume.fallback=true"]
         recipe = load_recipe(recipe_path, overrides)
     slots = read_hostfile(hostfile) if hostfile else {}
@@ -53,10 +55,14 @@ def launch(recipe_path: Path, overrides: list[str], hostfile: Path | None = None
     inputs = check_inputs(recipe, 0, ranks)  # here, so that a mistake prints one line and the launcher adds none
     if inputs.finished:
         return 0
+    if not slots:
+        check_device(inputs.identity.engine)
+    if dry:
+        dry_run(inputs, ranks, slots, Console())
+        return 0
     rank_command = [script.__file__, str(recipe_path), *overrides]
     if hostfile:
         return _on_hosts(hostfile, list(slots), recipe.run, rank_command)
-    check_device(inputs.identity.engine)
     print(f"starting {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
     return _here(ranks, recipe.run, rank_command)
 
