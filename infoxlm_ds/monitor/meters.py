@@ -111,8 +111,10 @@ def _moment() -> Moment:
 
 def _seconds_between(begun: Moment, ended: Moment) -> float:
     """The device must have reached both."""
-    if isinstance(begun, float) or isinstance(ended, float):
-        return float(ended) - float(begun)  # type: ignore[arg-type]
+    if isinstance(begun, float):
+        assert isinstance(ended, float)
+        return ended - begun
+    assert isinstance(ended, torch.cuda.Event)
     return begun.elapsed_time(ended) / 1000
 
 

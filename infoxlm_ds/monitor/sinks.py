@@ -32,7 +32,8 @@ class Sinks:
     on, and what is not written is said once."""
 
     def __init__(self, run: Path, first: int, steps: int, log: Log, watchdogs: Watchdogs | None = None) -> None:
-        """The run starts after step `first` of `steps`. Lines of later steps, from before a crash, are removed."""
+        """The run starts after step `first` of `steps`. Lines of later steps, from before a crash, are removed.
+        `watchdogs`: look at every line that is written, and are told those that are there."""
         run.mkdir(parents=True, exist_ok=True)
         self._console = Console()
         self._path, self._missing = run / "metrics.jsonl", 0  # lines that did not fit, since the last that did
@@ -41,8 +42,9 @@ class Sinks:
                 f"{self._path} had lines that cannot be read: it is kept as {aside.name}, and the others go on here"
             )
         self.watchdogs = watchdogs
-        for row in read_history(run).rows if watchdogs else ():
-            watchdogs.recall(row)  # type: ignore[union-attr]
+        if watchdogs is not None:
+            for row in read_history(run).rows:
+                watchdogs.recall(row)
         self._metrics = Lines(self._path)
         self._boards = open_boards(log, run, first)
         self._steps, self.last = steps, Scalars()  # the figures of the last line of the log
