@@ -10,8 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertTokenizer, PreTrainedModel, XLMRobertaModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    XLMRobertaModel,
+)
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Model, Recipe, UserError
@@ -135,19 +146,21 @@ def _train(rank: int, world: int, recipe: Recipe) -> float:
         ("bert", "zero1_fp32"),
         ("modernbert", "zero1_bf16"),
         ("modernbert", "zero3_fp32"),
+        ("mmbert", "zero1_fp32"),
     ],
 )
 def test_other_families_train_and_come_back_as_transformers_models(
     corpus: Path, tmp_path: Path, kind: str, config: str
 ) -> None:
-    """BERT and ModernBERT with a BERT tokenizer, whose special tokens have other ids and places."""
+    """BERT and ModernBERT with a BERT tokenizer, and mmBERT (a ModernBERT with Gemma's kind of tokenizer): special
+    tokens have other ids and places."""
     init, special = tmp_path / "init", {"bos": 0, "pad": 1, "eos": 2}
     if kind != "xlm-roberta-xl":
-        special = {"bos": 2, "pad": 0, "eos": 3}
+        special = {"bos": 2, "pad": 0, "eos": 1 if kind == "mmbert" else 3}
         letters = {chr(c) for c in range(33, 0x500)} | set("".join(SAMPLE))
-        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(letters)[: (VOCABULARY - 5) // 2]]
-        pieces += [f"##{piece}" for piece in pieces[5:]]
-        BertTokenizer(vocab={p: i for i, p in enumerate(pieces)}).save_pretrained(tmp_path / "own" / "tokenizer")
+        own = _gemma_tokenizer(sorted(letters)) if kind == "mmbert" else _bert_tokenizer(sorted(letters))
+        own.save_pretrained(tmp_path / "own" / "tokenizer")
+        kind = kind.replace("mmbert", "modernbert")
         source = {"name": "nway.rows", "kind": "nway", "format": "jsonl", "path": "../rows.jsonl", "mono": True}
         shutil.copy(corpus.parent / "rows.jsonl", tmp_path)
         languages = ["en", "de", "ru"]
@@ -169,6 +182,24 @@ def test_other_families_train_and_come_back_as_transformers_models(
     vectors = SentenceEmbedder(tmp_path / "out", layers="all").embed(SAMPLE)
     assert vectors.shape == (3, len(SAMPLE), 32) and np.isfinite(vectors).all()
     _expect_hidden_states(tmp_path / "out", vectors)
+
+
+def _bert_tokenizer(letters: list[str]) -> BertTokenizer:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters[: (VOCABULARY - 5) // 2]]
+    pieces += [f"##{piece}" for piece in pieces[5:]]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+
+
+def _gemma_tokenizer(letters: list[str]) -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, "\u2581", *letters[: VOCABULARY - 6]]
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    tokenizer.normalizer = Replace(" ", "\u2581")
+    ids = [(name, special.index(name)) for name in ("<bos>", "<eos>")]
+    tokenizer.post_processor = TemplateProcessing("<bos> $A <eos>", "<bos> $A <eos> $B <eos>", ids)
+    names = {"cls_token": "<bos>", "sep_token": "<eos>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    names |= {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
