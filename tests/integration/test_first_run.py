@@ -4,37 +4,65 @@ from __future__ import annotations
 
 import json
 import lzma
+import signal
 import subprocess
 import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.corpus import EMBEDDED, ROOT
 from tests.distributed.ranks import run_ranks
-from tests.integration.commands import INFOXLM, infoxlm, infoxlm_here, read_losses, train_here
+from tests.integration.commands import INFOXLM, infoxlm, infoxlm_here, read_losses, train_here, wait_for_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = ("optimizer.steps=20", "optimizer.warmup=1", "checkpoint.every=2", "log.every=1", "probe=null")
 
 
-def test_two_files_of_a_user_become_a_model_that_is_measured(tmp_path: Path) -> None:
+def test_two_files_of_a_user_become_a_model_in_sentence_transformers(tmp_path: Path) -> None:
+    """Every command that the documentation names, on the way from two files to vectors; training is stopped by ^C on
+    two ranks and goes on with one."""
     with lzma.open(EMBEDDED / "home_assistant.train.jsonl.xz", "rt", encoding="utf-8") as lines:
         rows = (json.loads(line)["text"] for line in lines)
         pairs = list(islice((row for row in rows if "de" in row), 400))
     for code in ("en", "de"):
         text = "".join(" ".join(row[code].split()) + "\n" for row in pairs)
         (tmp_path / code).write_text(text, encoding="utf-8")
-    mine = tmp_path / "mine"
+    mine, run, model = tmp_path / "mine", tmp_path / "mine" / "run", tmp_path / "model"
     done = infoxlm_here("init", mine, tmp_path / "en", tmp_path / "de", "--languages", "en,de")
     assert done.returncode == 0, done.stderr
-    build, _, export, measure = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  infoxlm"))
+    build, *_ = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  infoxlm"))
     assert infoxlm_here(*build).returncode == 0
-    assert run_ranks(train_here, 2, mine / "recipe.yaml", "optimizer.steps=5", "optimizer.warmup=1") == [0, 0]
-    assert infoxlm_here(*export).returncode == 0
-    table = infoxlm_here(*measure)
-    assert table.returncode == 0 and "20" in table.stdout and "de" in table.stdout, table.stderr
+
+    train = (str(mine / "recipe.yaml"), "optimizer.steps=60", "optimizer.warmup=1", "log.every=1", f"run={run}")
+    looked = infoxlm_here("train", *train, "--dry-run")
+    assert looked.returncode == 0 and "nothing was started or written" in looked.stdout and not run.exists()
+    process = subprocess.Popen(
+        [INFOXLM, "train", *train], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_steps(process, run, 2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "run the same command again to go on" in said
+    stopped = max(read_losses(run))
+    assert stopped < 60 and "stopped" in infoxlm_here("watch", run, "--once").stdout
+    assert run_ranks(train_here, 1, *train) == [0]
+    assert list(read_losses(run)) == list(range(1, 61))
+
+    assert list((run / "tensorboard" / run.name).glob("events*"))
+    assert infoxlm_here("report", run, tmp_path / "report.html").returncode == 0
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert infoxlm_here("export", run, model).returncode == 0
+    table = infoxlm_here("eval", "retrieval", "--model", model, "--data", mine / "dev.jsonl", "--min-pairs", "2")
+    assert table.returncode == 0 and "de" in table.stdout, table.stderr
+    embedded = infoxlm_here("embed", model, tmp_path / "de", "--out", tmp_path / "vectors.npy")
+    assert embedded.returncode == 0, embedded.stderr
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = (tmp_path / "de").read_text(encoding="utf-8").splitlines()
+    vectors = sentence_transformers.SentenceTransformer(str(model), device="cpu").encode(texts)
+    np.testing.assert_allclose(vectors, np.load(tmp_path / "vectors.npy"), atol=1e-5)
 
 
 def test_the_demo_goes_on_after_a_kill(tmp_path: Path) -> None:
