@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from infoxlm_ds.config import UserError
+
+HALF = re.compile("[\ud800-\udfff]")  # JSON may hold it, UTF-8 and tokenizers may not
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -36,9 +39,11 @@ def read_nway(path: Path) -> Iterator[dict[str, str]]:
         where = f"{path} line {number}"
         try:
             texts = dict(json.loads(line)["text"].items())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{where}: expected {{"key": ..., "text": {{language: sentence}}}}') from None
         for language, sentence in texts.items():
             if not isinstance(sentence, str):
                 raise UserError(f"{where}: the sentence of {language!r} is not a string")
+            if HALF.search(sentence):
+                raise UserError(f"{where}: the sentence of {language!r} has half of a surrogate pair: it is no text")
         yield {language: sentence for language, sentence in texts.items() if sentence.strip()}

@@ -32,8 +32,11 @@ def test_plain_and_compressed_files_read_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["not json", '{"key": "b"}', '{"text": ["en"]}', '{"text": {"en": 3}}', '["text"]', '{"text": {"en": "cut'],
-    ids=str,
+    [
+        *("not json", '{"key": "b"}', '{"text": ["en"]}', '{"text": {"en": 3}}', '["text"]', '{"text": {"en": "cut'),
+        *(r'{"text": {"en": "\ud83d"}}', "[" * 100_000),
+    ],
+    ids=lambda line: line[:24],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
