@@ -11,8 +11,9 @@ All may be compressed as .xz.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from infoxlm_ds.config import UserError
@@ -30,10 +31,14 @@ KEYS = ("key", "id")  # columns of a table that are not text
 def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_pairs: int) -> dict[str, list[Pairs]]:
     """The pairs of each source, by its name: the path, for pairs of files with their prefix instead of languages.
     UserError as in `pairs_with_pivot`, or if no source has one of the `languages`."""
-    by_source: dict[str, list[Pairs]] = {}
+    parts_of: dict[str, dict[str, Rows]] = {}
     for path in paths:
-        for name, rows in _sources(path).items():
-            by_source[name] = pairs_with_pivot(rows, pivot, languages, min_pairs, name)
+        for name, parts in _sources(path).items():
+            parts_of.setdefault(name, {}).update(parts)  # paths may name several pairs of one prefix
+    by_source = {
+        name: pairs_with_pivot([*chain(*parts.values())], pivot, languages, min_pairs, name)
+        for name, parts in parts_of.items()
+    }
     codes = {pairs.language for of_source in by_source.values() for pairs in of_source}
     for wanted in languages:
         if not any(matches(code, wanted) for code in codes):
@@ -41,27 +46,26 @@ def read_pairs(paths: Sequence[Path], pivot: str, languages: Sequence[str], min_
     return by_source
 
 
-def _sources(path: Path) -> dict[str, Rows]:
+def _sources(path: Path) -> dict[str, dict[str, Rows]]:
+    """The rows of each source, by the pair of files that they are from."""
     if path.is_dir():
         return _pairs_of(path, sorted(path.iterdir()))
     if (name := NAME.fullmatch(path.name)) and name["side"] in (name["first"], name["second"]):
         return _pairs_of(path.parent, [path])
-    return {str(path): _table(path) if ".tsv" in path.suffixes else list(read_nway(path))}
+    return {str(path): {"": _table(path) if ".tsv" in path.suffixes else list(read_nway(path))}}
 
 
-def _pairs_of(folder: Path, paths: Sequence[Path]) -> dict[str, Rows]:
-    """The rows of pairs of files, one prefix after the other. `paths`: one or both files of each pair."""
-    found: dict[str, Rows] = {}
-    seen = set()
+def _pairs_of(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Rows]]:
+    """The rows of pairs of files, by prefix and pair. `paths`: one or both files of each pair."""
+    found: dict[str, dict[str, Rows]] = {}
     for path in paths:
         name = NAME.fullmatch(path.name)
         if name is None or name["side"] not in (name["first"], name["second"]):
             continue
         start = path.name.removesuffix(".xz").removesuffix(name["side"])
-        if start not in seen:
-            seen.add(start)
-            source = str(folder / name["prefix"]) if name["prefix"] else str(folder)
-            found.setdefault(source, []).extend(_aligned(folder, start, name["first"], name["second"]))
+        parts = found.setdefault(str(folder / name["prefix"]) if name["prefix"] else str(folder), {})
+        if start not in parts:
+            parts[start] = list(_aligned(folder, start, name["first"], name["second"]))
     if not found:
         raise UserError(f"{folder}: no parallel text: expected pairs of files such as tatoeba.deu-eng.deu and .eng")
     return found
@@ -95,6 +99,8 @@ def _table(path: Path) -> Rows:
             codes = [cell.strip() for cell in cells]
             if wrong := [code for code in codes if code not in KEYS and not COLUMN.fullmatch(code)]:
                 raise UserError(f"{path} line 1: {wrong[0]!r} is no language code: name each column, such as en<TAB>de")
+            if twice := [code for code, count in Counter(codes).items() if count > 1]:
+                raise UserError(f"{path} line 1: {twice[0]!r} names two columns")
             continue
         if len(cells) != len(codes):
             raise UserError(f"{path} line {number}: {len(cells)} columns, expected {len(codes)} with tabs between them")

@@ -68,6 +68,17 @@ def test_sources_of_one_folder_are_told_apart_and_rows_are_numbered(tmp_path: Pa
     ]
 
 
+def test_pairs_of_one_prefix_may_be_named_one_by_one(tmp_path: Path) -> None:
+    _pair(tmp_path, "tatoeba.deu-eng", "deu", "eng", GERMAN)
+    _pair(tmp_path, "tatoeba.rus-eng", "rus", "eng", RUSSIAN)
+    names = ("deu-eng.deu", "rus-eng.rus", "deu-eng.eng")  # both sides of a pair are still one pair
+    (found,) = read_pairs([tmp_path / f"tatoeba.{name}" for name in names], "en", [], 1).values()
+    assert [(one.language, one.text) for one in found] == [
+        ("de", [german for _, german in GERMAN]),
+        ("ru", [russian for _, russian in RUSSIAN]),
+    ]
+
+
 def test_mistakes_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no parallel text: expected pairs of files such as tatoeba\.deu-eng\.deu"):
         _read(tmp_path)
@@ -77,6 +88,9 @@ def test_mistakes_name_the_file(tmp_path: Path) -> None:
     _lines(tmp_path / "b.tsv", ["Open the door.\tÖffne die Tür."])
     with pytest.raises(UserError, match=r"b\.tsv line 1: 'Open the door\.' is no language code"):
         _read(tmp_path / "b.tsv")
+    _lines(tmp_path / "c.tsv", ["en\tde\tde", "Kitchen\tKüche\tTür"])
+    with pytest.raises(UserError, match=r"c\.tsv line 1: 'de' names two columns"):
+        _read(tmp_path / "c.tsv")
     _lines(tmp_path / "x.de-en.de", ["Küche"])
     with pytest.raises(UserError, match=r"x\.de-en\.en: no such file: a pair needs both sides"):
         _read(tmp_path / "x.de-en.de")
