@@ -405,15 +405,12 @@ def finetune(
     from infoxlm_ds.evaluation.finetune.settings import Settings
     from infoxlm_ds.evaluation.finetune.tasks import TASKS
 
-    def codes(text: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(code.strip() for code in text.split(",") if code.strip()))
-
     settings = Settings(
         *(task, model, data, out),
         epochs=epochs or TASKS[task].epochs,
         max_tokens=max_tokens or TASKS[task].max_tokens,
-        train_languages=codes(train_languages) or ("en",),
-        languages=codes(languages),
+        train_languages=_codes(train_languages) or ("en",),
+        languages=_codes(languages),
         seeds=seeds,
         select=select,
         patience=patience,
@@ -510,15 +507,19 @@ def retrieval(
 
     from infoxlm_ds.evaluation.beside import OtherModel
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
+    from infoxlm_ds.evaluation.output import check_writable
     from infoxlm_ds.evaluation.parallel import read_pairs
     from infoxlm_ds.evaluation.results import evaluate_all
     from infoxlm_ds.evaluation.tables import print_comparison, print_tables, write_json
 
     if beside and (layer == "all" or pooling == "both"):
         raise UserError("--beside compares one vector of each model: give one --layer and one --pooling")
-    pairs = read_pairs(data, pivot, [code for code in languages.split(",") if code], min_pairs)
-    ours = evaluate_all(SentenceEmbedder(model, _layer(layer), pooling, half=True), pairs, score)
-    others = {name: evaluate_all(OtherModel(name), pairs, score) for name in beside or []}
+    check_writable(json)
+    pairs = read_pairs(data, pivot, _codes(languages), min_pairs)
+    embedder = SentenceEmbedder(model, _layer(layer), pooling, half=True)
+    rivals = {name: OtherModel(name) for name in beside or []}  # before any work, which a wrong name would waste
+    ours = evaluate_all(embedder, pairs, score)
+    others = {name: evaluate_all(rival, pairs, score) for name, rival in rivals.items()}
     print_tables(ours, Console())
     if others:
         print_comparison(
@@ -545,9 +546,11 @@ def layers(
 
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
     from infoxlm_ds.evaluation.layers import evaluate_layers, print_layers, write_json
+    from infoxlm_ds.evaluation.output import check_writable
     from infoxlm_ds.evaluation.parallel import read_pairs
 
-    pairs = read_pairs(data, pivot, [code for code in languages.split(",") if code], min_pairs)
+    check_writable(json)
+    pairs = read_pairs(data, pivot, _codes(languages), min_pairs)
     embedder = SentenceEmbedder(model, "all", pooling, half=True)
     results = {name: evaluate_layers(embedder, of_file) for name, of_file in pairs.items()}
     for name, rows in results.items():
@@ -569,7 +572,9 @@ def alignment(
     from rich.console import Console
 
     from infoxlm_ds.evaluation.alignment import evaluate_alignment, print_alignment, write_json
+    from infoxlm_ds.evaluation.output import check_writable
 
+    check_writable(json)
     chosen = _layer(layer or "all")
     rows = evaluate_alignment(model, text, gold, first, None if chosen == "all" else chosen)
     print_alignment(rows, Console())
@@ -591,7 +596,9 @@ def bucc(
 
     from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc, write_json
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
+    from infoxlm_ds.evaluation.output import check_writable
 
+    check_writable(json)
     rows = list(evaluate_bucc(SentenceEmbedder(model, half=True), data, tune, part, score))
     print_bucc(rows, Console())
     if json:
@@ -613,8 +620,7 @@ def mteb_(
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
     from infoxlm_ds.evaluation.mteb_model import evaluate_mteb
 
-    codes = [code for code in languages.split(",") if code]
-    evaluate_mteb(model, SentenceEmbedder(model, half=True), task, codes, out, Console())
+    evaluate_mteb(model, SentenceEmbedder(model, half=True), task, _codes(languages), out, Console())
 
 
 @evaluation.command()
@@ -660,6 +666,11 @@ def main() -> None:
 def _end(message: str, code: int) -> NoReturn:
     print(f"infoxlm: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _codes(text: str) -> tuple[str, ...]:
+    """The languages of an option, in their order."""
+    return tuple(dict.fromkeys(code.strip() for code in text.split(",") if code.strip()))
 
 
 def _layer(text: str) -> int | Literal["all"] | None:

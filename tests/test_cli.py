@@ -142,6 +142,34 @@ def test_retrieval_prints_a_table_and_writes_rows(
     )
 
 
+@pytest.mark.parametrize(
+    "verb", [("retrieval",), ("layers",), ("bucc",), ("alignment", "--gold", "x", "--text", "a", "b")]
+)
+def test_a_json_path_that_cannot_be_written_costs_no_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").touch()
+    files = ("--model", tmp_path / "none", *(() if "alignment" in verb else ("--data", tmp_path / "none")))
+    for wrong, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "rows.json", "cannot be written")):
+        assert _run(monkeypatch, "eval", *verb, *files, "--json", wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"infoxlm: --json {wrong} {why}") and error.count("\n") == 1
+
+
+def test_a_wrong_name_of_another_model_costs_no_work(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    parallel_text: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr("infoxlm_ds.evaluation.results.evaluate_all", None)
+    common = ("eval", "retrieval", "--model", model_folder, "--data", parallel_text, "--min-pairs", "2")
+    assert _run(monkeypatch, *common, "--languages", "de, ru", "--beside", tmp_path / "none") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
 def test_all_layers_of_chosen_languages(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
