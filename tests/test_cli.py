@@ -308,4 +308,4 @@ def test_a_shipped_recipe_is_printed_and_a_wrong_name_is_told(
         "xl",
     ]
     assert _run(monkeypatch, "recipe", "base") == 0 and "xlm-roberta-base" in capsys.readouterr().out
-    assert _run(monkeypatch, "recipe", "small") == 2 and "choose one of base, demo" in capsys.readouterr().err
+    assert _run(monkeypatch, "recipe", "small") == 2 and "choose one of base, continue, demo" in capsys.readouterr().err
