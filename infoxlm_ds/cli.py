@@ -10,6 +10,7 @@ import typer
 from data_prep.cli import app as prep
 from data_prep.cli import build_command
 from infoxlm_ds import shipped
+from infoxlm_ds.atomic import write_json
 from infoxlm_ds.config import Pooling, UserError, load_recipe
 
 app = typer.Typer(
@@ -510,7 +511,7 @@ def retrieval(
     from infoxlm_ds.evaluation.output import check_writable
     from infoxlm_ds.evaluation.parallel import read_pairs
     from infoxlm_ds.evaluation.results import evaluate_all
-    from infoxlm_ds.evaluation.tables import print_comparison, print_tables, write_json
+    from infoxlm_ds.evaluation.tables import as_json, print_comparison, print_tables
 
     if beside and (layer == "all" or pooling == "both"):
         raise UserError("--beside compares one vector of each model: give one --layer and one --pooling")
@@ -526,7 +527,7 @@ def retrieval(
             {f"ours: {model.name}": ours.rows} | {name: other.rows for name, other in others.items()}, Console()
         )
     if json:
-        write_json(ours, others, json)
+        write_json(json, as_json(ours, others))
 
 
 @evaluation.command()
@@ -545,7 +546,7 @@ def layers(
     from rich.console import Console
 
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.layers import evaluate_layers, print_layers, write_json
+    from infoxlm_ds.evaluation.layers import evaluate_layers, print_layers
     from infoxlm_ds.evaluation.output import check_writable
     from infoxlm_ds.evaluation.parallel import read_pairs
 
@@ -556,7 +557,7 @@ def layers(
     for name, rows in results.items():
         print_layers(name, rows, len(pairs[name]), Console())
     if json:
-        write_json(results, json)
+        write_json(json, results)
 
 
 @evaluation.command()
@@ -571,7 +572,7 @@ def alignment(
     """Measure word alignment: precision, recall and error rate of words whose states are each other's nearest."""
     from rich.console import Console
 
-    from infoxlm_ds.evaluation.alignment import evaluate_alignment, print_alignment, write_json
+    from infoxlm_ds.evaluation.alignment import evaluate_alignment, print_alignment
     from infoxlm_ds.evaluation.output import check_writable
 
     check_writable(json)
@@ -579,7 +580,7 @@ def alignment(
     rows = evaluate_alignment(model, text, gold, first, None if chosen == "all" else chosen)
     print_alignment(rows, Console())
     if json:
-        write_json(rows, json)
+        write_json(json, rows)
 
 
 @evaluation.command()
@@ -594,7 +595,7 @@ def bucc(
     """Measure how well translations are found among other sentences: precision, recall and F1 on BUCC."""
     from rich.console import Console
 
-    from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc, write_json
+    from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
     from infoxlm_ds.evaluation.output import check_writable
 
@@ -602,7 +603,7 @@ def bucc(
     rows = list(evaluate_bucc(SentenceEmbedder(model, half=True), data, tune, part, score))
     print_bucc(rows, Console())
     if json:
-        write_json(rows, json)
+        write_json(json, rows)
 
 
 @evaluation.command("mteb")

@@ -6,6 +6,7 @@ import json
 import lzma
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 from infoxlm_ds.config import UserError
@@ -30,6 +31,15 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise UserError(f"{path} line {number + 1}: cannot be read: {error}") from None
+
+
+def aligned(one: Path, other: Path) -> Iterator[tuple[str, str]]:
+    """The lines of two files that go line by line. UserError if one is shorter, or as in `lines`."""
+    for left, right in zip_longest(lines(one), lines(other)):
+        if left is None or right is None:
+            shorter, number = (one, right[0]) if left is None else (other, left[0])
+            raise UserError(f"{shorter} ends before line {number} of its other side: the two files are not aligned")
+        yield left[1], right[1]
 
 
 def read_nway(path: Path) -> Iterator[dict[str, str]]:

@@ -8,11 +8,9 @@ Legend: T tokens, D width, S and P: sure and possible links of people, A: ours.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import normalize
 
-from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.flat_batch import flat_batch
-from infoxlm_ds.data.text import lines
+from infoxlm_ds.data.text import aligned, lines
 from infoxlm_ds.data.upload import to_device
 from infoxlm_ds.evaluation.embed import device_of, load_folder
 from infoxlm_ds.evaluation.progress import blocks
@@ -153,12 +150,7 @@ def mutual_links(one: Vectors, other: Vectors, words: npt.NDArray[np.int64], oth
 
 def read_pairs(one: Path, other: Path) -> list[tuple[list[str], list[str]]]:
     """The words of two files that go line by line. UserError if one is shorter, or empty."""
-    pairs = []
-    for left, right in zip_longest(lines(one), lines(other)):
-        if left is None or right is None:
-            shorter, number = (one, right[0]) if left is None else (other, left[0])
-            raise UserError(f"{shorter} ends before line {number} of its other side: the two files are not aligned")
-        pairs.append((left[1].split(), right[1].split()))
+    pairs = [(left.split(), right.split()) for left, right in aligned(one, other)]
     if not pairs:
         raise UserError(f"{one} has no text")
     return pairs
@@ -215,9 +207,3 @@ def print_alignment(rows: Sequence[AlignmentRow], console: Console) -> None:
     for row in rows:
         table.add_row(str(row.layer), *(f"{value:.3f}" for value in (row.precision, row.recall, row.error_rate)))
     console.print(table)
-
-
-def write_json(rows: Sequence[AlignmentRow], path: Path) -> None:
-    """A list with one object for each row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -6,11 +6,10 @@ on one part of a language; precision, recall and F1 of another part follow from 
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.text import lines
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
@@ -108,12 +106,6 @@ def print_bucc(rows: list[BuccRow], console: Console) -> None:
     if any(row.tuned_on == row.part for row in rows):
         table.caption = "* the threshold is the best one for this same part, so F1 is too good"
     console.print(table)
-
-
-def write_json(rows: list[BuccRow], path: Path) -> None:
-    """A list with one object for each row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def _golds(data: Path) -> dict[str, dict[str, Path]]:

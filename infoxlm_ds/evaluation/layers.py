@@ -5,9 +5,8 @@ Legend: n texts, D width, V views, L languages.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Pooling
 from infoxlm_ds.evaluation.retrieval import Embedder, Vectors, pair_accuracy
 from infoxlm_ds.evaluation.text import Pairs
@@ -120,10 +118,3 @@ def print_layers(data: str, rows: Sequence[LayerRow], languages: int, console: C
         "distance: of a language's centroid from the pivot's; anisotropy: mean cosine of different sentences"
     )
     console.print(table)
-
-
-def write_json(results: dict[str, list[LayerRow]], path: Path) -> None:
-    """`{file: [an object for each row]}`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {data: [asdict(row) for row in rows] for data, rows in results.items()}
-    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

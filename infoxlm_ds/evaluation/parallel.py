@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.data.text import lines, read_nway
+from infoxlm_ds.data.text import aligned, lines, read_nway
 from infoxlm_ds.evaluation.languages import short_code
 from infoxlm_ds.evaluation.text import Pairs, matches, pairs_with_pivot
 
@@ -73,13 +73,10 @@ def _pairs_of(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Rows]]
 
 def _aligned(folder: Path, start: str, first: str, second: str) -> Iterator[dict[str, str]]:
     """Rows of two files that go line by line. A row with a blank side is left out."""
-    sides = [(short_code(code), _of_side(folder, start + code)) for code in (first, second)]
-    for left, right in zip_longest(*(lines(path) for _, path in sides)):
-        if left is None or right is None:
-            shorter, number = sides[left is not None][1], (left or right)[0]
-            raise UserError(f"{shorter} ends before line {number} of its other side: the two files are not aligned")
-        if left[1].strip() and right[1].strip():
-            yield {sides[0][0]: left[1].strip(), sides[1][0]: right[1].strip()}
+    one, other = (_of_side(folder, start + code) for code in (first, second))
+    for left, right in aligned(one, other):
+        if left.strip() and right.strip():
+            yield {short_code(first): left.strip(), short_code(second): right.strip()}
 
 
 def _of_side(folder: Path, name: str) -> Path:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation.beside import OWN
 from infoxlm_ds.evaluation.results import MeanRow, Result
@@ -30,20 +29,17 @@ def print_tables(result: Result, console: Console) -> None:
         console.print(_means_table(data, means) if several else _languages_table(data, rows, means))
 
 
-def write_json(result: Result, beside: Mapping[str, Result], path: Path) -> None:
-    """Write `{"languages": [...], "means": [...], "beside": {model: {"languages": ..., "means": ...}}}`, with an object
-    for each row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = _plain(result) | {"beside": {name: _plain(other) for name, other in beside.items()}}
-    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def as_json(result: Result, beside: Mapping[str, Result]) -> dict[str, Any]:
+    """`{"languages": [...], "means": [...], "beside": {model: {"languages": ..., "means": ...}}}`, to be written."""
+    return _plain(result) | {"beside": {name: _plain(other) for name, other in beside.items()}}
 
 
-def _plain(result: Result) -> dict[str, object]:
-    return {"languages": [asdict(row) for row in result.rows], "means": [asdict(mean) for mean in result.means]}
+def _plain(result: Result) -> dict[str, Any]:
+    return {"languages": result.rows, "means": result.means}
 
 
 def read_json(path: Path) -> list[RetrievalRow]:
-    """Read the rows of languages that `write_json` wrote. UserError if it is another kind of file."""
+    """The rows of languages that `infoxlm eval retrieval --json` wrote. UserError if it is another kind of file."""
     try:
         return [RetrievalRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["languages"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
