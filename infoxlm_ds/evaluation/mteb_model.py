@@ -45,8 +45,8 @@ def evaluate_mteb(
     console: Console,
 ) -> None:
     """Run tasks by name and print their main scores. `languages`: as mteb writes them, such as deu; empty: all. mteb
-    keeps its results in `out`, and a task that is there is not run again. UserError if mteb does not know a task, or if
-    its data cannot be loaded."""
+    keeps its results in `out`, and a task that is there is not run again. UserError if mteb does not know a task, if no
+    task has the languages, if `out` is no folder, or if data cannot be loaded."""
     model = mteb_model(folder, embedder)
     import mteb
 
@@ -56,6 +56,12 @@ def evaluate_mteb(
     if unknown:
         raise UserError(f"--task {unknown[0]}: mteb {mteb.__version__} has no such task: see `mteb available-tasks`")
     tasks = mteb.get_tasks(tasks=list(names), languages=list(languages) or None, exclude_superseded=False)
+    if not len(tasks):
+        raise UserError(f"--languages {','.join(languages)}: no task has them: mteb writes such as deu or deu-Latn")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     try:
         results = mteb.evaluate(model, tasks, cache=mteb.ResultCache(out))
     except (OSError, ConnectionError) as error:

@@ -77,5 +77,10 @@ def test_mistakes_are_one_line(model_folder: Path, tmp_path: Path) -> None:
     embedder = SentenceEmbedder(model_folder)
     with pytest.raises(UserError, match=r"--task Nothing: mteb .* has no such task"):
         evaluate_mteb(model_folder, embedder, ["Nothing"], [], tmp_path, Console())
+    with pytest.raises(UserError, match="--languages de: no task has them: mteb writes such as deu or deu-Latn"):
+        evaluate_mteb(model_folder, embedder, ["STS12"], ["de"], tmp_path, Console())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*file cannot be written"):
+        evaluate_mteb(model_folder, embedder, ["STS12"], [], tmp_path / "file", Console())
     with pytest.raises(UserError, match="a task's data cannot be loaded: "):  # no hub here
         evaluate_mteb(model_folder, embedder, ["STS12"], [], tmp_path, Console())
