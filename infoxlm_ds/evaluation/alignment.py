@@ -161,17 +161,19 @@ def read_gold(path: Path, first: int, lengths: Sequence[tuple[int, int]]) -> lis
     for possible links), or a line `SENTENCE WORD WORD [S|P]` for each link, sentences numbered from 1 (NAACL 2003).
     `lengths`: words of each pair. UserError names a line that has another form, or a word that is not there."""
     found = [Gold(set(), set()) for _ in lengths]
-    pair = 0
+    pair = links = 0
     for number, line in lines(path):
         where = f"{path} line {number}"
         if numbered := NUMBERED.fullmatch(line.strip()):
             sentence, left, right = (int(part) for part in numbered.groups()[:3])
-            parsed = [(sentence - 1, left, right, numbered[4] != "P")]
-        else:
+            parsed, links = [(sentence - 1, left, right, numbered[4] != "P")], links + 1
+        elif line.strip() or not links:  # a blank line is a pair without links, but nothing in NAACL's form
             parsed = [(pair, left, right, sure) for left, right, sure in _links(line, where)]
             pair += 1
             if pair > len(lengths):
                 raise UserError(f"{where}: the texts have {len(lengths)} sentence pairs only")
+        else:
+            continue
         for of, left, right, sure in parsed:
             if not 0 <= of < len(lengths):
                 raise UserError(f"{where}: sentence {of + 1}, but the texts have {len(lengths)}")

@@ -35,7 +35,7 @@ def test_words_are_linked_if_their_tokens_are_each_others_nearest() -> None:
 
 def test_both_forms_of_gold_files_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("0-0 1p1 1-2\n\n0?0 1-0\n")
-    (tmp_path / "naacl").write_text("1 1 1 S\n1 2 2 P\n1 2 3\n3 1 1 P\n3 2 1 S\n")
+    (tmp_path / "naacl").write_text("1 1 1 S\n1 2 2 P\n1 2 3\n\n3 1 1 P\n3 2 1 S\n\n")
     lengths = [(2, 3), (1, 1), (2, 1)]
     found = read_gold(tmp_path / "lines", 0, lengths)
     assert found == read_gold(tmp_path / "naacl", 1, lengths)
