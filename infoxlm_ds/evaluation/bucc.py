@@ -79,12 +79,14 @@ def evaluate_bucc(embedder: SentenceEmbedder, data: Path, tune: str, part: str, 
     """A row for each language of a folder that has gold pairs. UserError if there is none, or as in `_read`.
 
     Without gold pairs of `tune` or of `part`, the other one is used for both."""
-    for language, golds in sorted(_golds(data).items()):
-        there = [name for name in (tune, part) if name in golds]
-        if not there:
-            have = ", ".join(sorted(golds))
-            raise UserError(f"{data}: {language}-en has gold pairs of {have} only: choose with --tune and --part")
-        judged = {name: _judged(embedder, golds[name], language, name, score) for name in dict.fromkeys(there)}
+    chosen = _chosen(data, tune, part)
+    for language, golds in chosen.items():  # a mistake in the last language costs no work on the first
+        for path in golds.values():
+            with tempfile.TemporaryDirectory() as work:
+                _read_all(path, language, Path(work))
+    for language, golds in chosen.items():
+        there = [*golds]
+        judged = {name: _judged(embedder, path, language, name, score) for name, path in golds.items()}
         threshold = best_threshold(judged[there[0]])
         found, precision, recall, f1 = measured(judged[there[-1]], threshold)
         gold = judged[there[-1]].gold
@@ -108,6 +110,17 @@ def print_bucc(rows: list[BuccRow], console: Console) -> None:
     console.print(table)
 
 
+def _chosen(data: Path, tune: str, part: str) -> dict[str, dict[str, Path]]:
+    """The gold files of both parts, or of the one that has one, by language."""
+    chosen: dict[str, dict[str, Path]] = {}
+    for language, golds in sorted(_golds(data).items()):
+        chosen[language] = {name: golds[name] for name in (tune, part) if name in golds}
+        if not chosen[language]:
+            have = ", ".join(sorted(golds))
+            raise UserError(f"{data}: {language}-en has gold pairs of {have} only: choose with --tune and --part")
+    return chosen
+
+
 def _golds(data: Path) -> dict[str, dict[str, Path]]:
     """The gold files of a folder and its subfolders, by language and part."""
     if not data.is_dir():
@@ -124,15 +137,20 @@ def _golds(data: Path) -> dict[str, dict[str, Path]]:
 def _judged(embedder: SentenceEmbedder, gold: Path, language: str, part: str, score: Score) -> Judged:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        (texts, ids), (english, english_ids) = (
-            _read(gold.with_suffix(f".{code}"), folder / f"{code}.txt") for code in (language, "en")
-        )
-        right = _gold(gold, ids, english_ids)
+        texts, english, right = _read_all(gold, language, folder)
         vectors = [
             embed_texts(embedder, of_side, folder / f"{code}.npy", f"{language}-en {part}, {code}")
             for of_side, code in ((texts, language), (english, "en"))
         ]
         return judge(mined_pairs(vectors[0], vectors[1], How(score), embedder.device), right)
+
+
+def _read_all(gold: Path, language: str, folder: Path) -> tuple[Texts, Texts, set[tuple[int, int]]]:
+    """Both sides' texts, which go to a folder, and the gold pairs as numbers of them."""
+    (texts, ids), (english, english_ids) = (
+        _read(gold.with_suffix(f".{code}"), folder / f"{code}.txt") for code in (language, "en")
+    )
+    return texts, english, _gold(gold, ids, english_ids)
 
 
 def judge(mined: Mined, gold: set[tuple[int, int]]) -> Judged:

@@ -12,6 +12,7 @@ import pytest
 from infoxlm_ds import cli
 from infoxlm_ds.data.text import read_nway
 from infoxlm_ds.evaluation.bucc import Judged, best_threshold, measured
+from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.shipped import EMBEDDED
 
 
@@ -115,6 +116,11 @@ def test_each_mistake_is_one_line(
 
     folder = data / "bucc2018" / "de-en"
     assert "no such folder" in error("--data", data / "none")
+    (data / "fr-en.training.gold").touch()  # the last language is read before the first is embedded
+    with monkeypatch.context() as context:
+        context.setattr(SentenceEmbedder, "embed", None)
+        assert "fr-en.training.fr: no such file" in error("--data", data)
+    (data / "fr-en.training.gold").unlink()
     assert "has gold pairs of test, training only" in error("--data", data, "--tune", "x", "--part", "y")
     (folder / "de-en.training.gold").write_text("de-000000000\ten-999999999\n")
     assert "de-en.training.gold line 1: expected two ids" in error("--data", data)
