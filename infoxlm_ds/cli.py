@@ -633,7 +633,7 @@ def compare(
 
     from infoxlm_ds.evaluation.tables import print_comparison, read_json
 
-    names = [path.parent.name for path in results]
+    names = [path.absolute().parent.name for path in results]
     if len(set(names)) < len(names):
         names = [str(path) for path in results]
     print_comparison({name: read_json(path) for name, path in zip(names, results, strict=True)}, Console())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from infoxlm_ds import cli
 from infoxlm_ds.config import UserError
+from infoxlm_ds.evaluation.results import Result
 from infoxlm_ds.evaluation.retrieval import RetrievalRow
-from infoxlm_ds.evaluation.tables import print_comparison
+from infoxlm_ds.evaluation.tables import print_comparison, write_json
 
 
 def _row(**changes: Any) -> RetrievalRow:
@@ -34,6 +38,17 @@ def test_each_layer_has_a_row_and_layers_are_never_averaged() -> None:
 def test_models_with_one_layer_each_are_compared_though_the_layers_differ() -> None:
     ((_, layer, *_),) = _compared({"one": [_row(layer=1)], "other": [_row(layer=8)]})
     assert layer == "1/8"
+
+
+def test_results_are_named_by_their_folder_also_by_the_one_that_a_command_runs_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        write_json(Result([_row()], []), {}, tmp_path / folder / "rows.json")
+    monkeypatch.chdir(tmp_path / "here")
+    cli.compare([Path("rows.json"), Path("../there/rows.json")])
+    assert re.search("languages +here +there", capsys.readouterr().out)
 
 
 def test_only_common_languages_count() -> None:
