@@ -100,13 +100,19 @@ def embed_texts(embedder: Embedder, texts: Texts, path: Path, what: str) -> Halv
 @contextmanager
 def work_folder(out: Path, model: Path, inputs: Sequence[Path]) -> Iterator[Path]:
     """OUT.work, which stays if the block raises after something was embedded. A later run of the same model and inputs
-    gets it again. UserError if it is of others, or if `out` is a folder."""
+    gets it again. UserError if it is of others, if `out` is a folder or one of the inputs, or if no file can be written
+    there."""
     if out.is_dir():
         raise UserError(f"{out} is a folder: give the file to write")
+    if out.exists() and any(out.samefile(path) for path in inputs):
+        raise UserError(f"{out} is read and would be replaced: choose another output")
     folder = out.with_name(out.name + ".work")
     note = folder / "identity.json"
     identity = {"model": _fingerprint(model), "inputs": [sha256_of(path) for path in inputs]}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {folder}: {error.strerror}") from None
     if not any(folder.iterdir()):
         write_file(note, json.dumps(identity))
     elif not note.is_file() or json.loads(note.read_text()) != identity:

@@ -199,6 +199,14 @@ def test_a_work_folder_of_other_texts_is_refused(
     assert (tmp_path / "y.tsv.work" / "precious").exists()
 
 
+def test_an_output_that_is_an_input_or_cannot_be_written_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "A.txt").write_text("one\n")
+    for out, why in ((tmp_path / "A.txt", "is read and would be replaced"), (tmp_path / "A.txt" / "x", "cannot be")):
+        with pytest.raises(UserError, match=why):
+            mining.mine(tmp_path / "A.txt", tmp_path / "A.txt", out, model_folder, How())
+    assert (tmp_path / "A.txt").read_text() == "one\n"
+
+
 def test_texts_have_one_line_each_and_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes("\ufeffone\ttwo\r\n\n  \nthree\u2028four\none two\nthree\n".encode())
     texts = mining.read_texts(tmp_path / "x.txt", tmp_path / "kept")

@@ -45,7 +45,8 @@ class Settings:
 
 
 def keep_settings(settings: Settings) -> None:
-    """Write the settings into the result folder. UserError if it has results of other settings."""
+    """Write the settings into the result folder. UserError if it has results of other settings, or cannot
+    be written."""
     now = {key: value for key, value in asdict(settings).items() if key not in MAY_CHANGE}
     text = json.dumps(now, indent=1, default=str, ensure_ascii=False) + "\n"
     path = settings.out / FILE
@@ -60,5 +61,8 @@ def keep_settings(settings: Settings) -> None:
         if changed:
             raise UserError(f"--out {settings.out} has results with another {', '.join(changed)}: give another folder")
         return
-    settings.out.mkdir(parents=True, exist_ok=True)
-    write_file(path, text)
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
+    except OSError as error:
+        raise UserError(f"--out {settings.out} cannot be written: {error.strerror}") from None

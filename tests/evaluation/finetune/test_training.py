@@ -183,6 +183,8 @@ def test_other_settings_in_the_same_folder_are_the_users_mistake(trained: tuple[
     other = replace(chosen, learning_rate=1e-5)
     with pytest.raises(UserError, match="has results with another learning_rate: give another folder"):
         keep_settings(other)
+    with pytest.raises(UserError, match=r"--out .* cannot be written"):
+        keep_settings(replace(chosen, out=chosen.out / "settings.json" / "below"))
 
 
 def test_a_seed_ends_when_its_patience_does(model_folder: Path, tmp_path: Path) -> None:
