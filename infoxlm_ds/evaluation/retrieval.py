@@ -130,11 +130,13 @@ def _hits(query: Vectors, key: Vectors, key_texts: Sequence[str], score: Score) 
 
 def _of_candidates(query: Vectors, key: Vectors, ids: TextIds, score: Score) -> Hits:
     """`_hits` among the nearest that an approximate search finds. Standard error says how many of them it finds."""
-    k = NEIGHBOURS[score] or 1
+    k = NEIGHBOURS[score]
     cosine, place = nearest_by_cells(query, key, max(k, CANDIDATES), what="searching")
     found = recall(query, key, place[:, :1])
     print(f"approximate search: recall of the nearest is {found:.4f}, on a sample", file=sys.stderr)
-    around_query, around_key = _mean(cosine[:, :k]), _mean(nearest_by_cells(key, query, k)[0])
+    around_query = around_key = np.zeros(len(key), np.float32)
+    if k:
+        around_query, around_key = _mean(cosine[:, :k]), _mean(nearest_by_cells(key, query, k)[0])
     scores = np.where(np.isfinite(cosine), rescored(score, cosine, around_query[:, None], around_key[place]), -np.inf)
     right = ids[place] == ids[:, None]
     return np.asarray(_best(scores, right) > _best(scores, ~right))

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infoxlm_ds.evaluation.approximate import nearest_by_cells
 from infoxlm_ds.evaluation.neighbours import SCORES, Score
 from infoxlm_ds.evaluation.results import evaluate_retrieval
 from infoxlm_ds.evaluation.retrieval import retrieval_accuracy, trigram_accuracy
@@ -74,6 +76,21 @@ def test_above_a_million_pairs_candidates_come_from_faiss(monkeypatch: pytest.Mo
     for score in SCORES:
         assert retrieval_accuracy(query, key, texts, score) == pytest.approx(exact[score], abs=0.01)
         assert 0 < exact[score] < 1
+
+
+def test_cosines_of_many_pairs_need_one_approximate_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of neighbours need a search in the other direction too, which takes as long."""
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    vectors, searched = _unit(np.random.default_rng(0).normal(size=(200, 8))), list[str]()
+
+    def counted(*arguments: Any, what: str = "") -> tuple[Any, Any]:
+        searched.append(what)
+        return nearest_by_cells(*arguments)
+
+    monkeypatch.setattr("infoxlm_ds.evaluation.retrieval.MANY", 199)
+    monkeypatch.setattr("infoxlm_ds.evaluation.retrieval.nearest_by_cells", counted)
+    assert retrieval_accuracy(vectors, vectors) == 1 and len(searched) == 1
+    assert retrieval_accuracy(vectors, vectors, score="distance") == 1 and len(searched) == 3
 
 
 def test_a_hit_on_an_equal_text_counts_and_on_an_equal_vector_does_not() -> None:
