@@ -96,7 +96,7 @@ TASKS = {
         learning_rate=3e-5,
         batch_tokens=6144,
         names={
-            "train": (f"{TYDIQA}-train/tydiqa.{{language}}.train.json",),
+            "train": tuple(f"{TYDIQA}-train/{name}.{{language}}.train.json" for name in ("tydiqa", "tydiqa.goldp")),
             "dev": (TYDIQA_DEV,),
             "test": (TYDIQA_DEV,),  # the test files are not public
         },

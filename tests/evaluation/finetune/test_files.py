@@ -122,6 +122,9 @@ def test_tydiqa_in_one_file_or_by_language(tmp_path: Path) -> None:
     assert [len(read_split(TYDIQA, tmp_path, code, "train")) for code in ("en", "sw")] == [2, 1]
     write_json(tmp_path / "tydiqa-goldp-v1.1-dev" / "tydiqa.goldp.ko.dev.json", rows)
     assert languages_of(TYDIQA, tmp_path) == ["en", "ko", "sw"] and len(read_split(TYDIQA, tmp_path, "ko", "test")) == 3
+    for number, name in enumerate(("tydiqa.goldp.ko", "tydiqa.ko"), 1):  # XTREME has had both names
+        write_json(tmp_path / "tydiqa-goldp-v1.1-train" / f"{name}.train.json", rows[:number])
+        assert len(read_split(TYDIQA, tmp_path, "ko", "train")) == number
 
 
 def test_misplaced_answers_are_left_out_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
