@@ -10,7 +10,6 @@ import typer
 from data_prep.cli import app as prep
 from data_prep.cli import build_command
 from infoxlm_ds import shipped
-from infoxlm_ds.atomic import write_json
 from infoxlm_ds.config import Pooling, UserError, load_recipe
 
 app = typer.Typer(
@@ -508,7 +507,7 @@ def retrieval(
 
     from infoxlm_ds.evaluation.beside import OtherModel
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.output import check_writable
+    from infoxlm_ds.evaluation.output import check_writable, write_json
     from infoxlm_ds.evaluation.parallel import read_pairs
     from infoxlm_ds.evaluation.results import evaluate_all
     from infoxlm_ds.evaluation.tables import as_json, print_comparison, print_tables
@@ -547,7 +546,7 @@ def layers(
 
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
     from infoxlm_ds.evaluation.layers import evaluate_layers, print_layers
-    from infoxlm_ds.evaluation.output import check_writable
+    from infoxlm_ds.evaluation.output import check_writable, write_json
     from infoxlm_ds.evaluation.parallel import read_pairs
 
     check_writable(json)
@@ -573,7 +572,7 @@ def alignment(
     from rich.console import Console
 
     from infoxlm_ds.evaluation.alignment import evaluate_alignment, print_alignment
-    from infoxlm_ds.evaluation.output import check_writable
+    from infoxlm_ds.evaluation.output import check_writable, write_json
 
     check_writable(json)
     chosen = _layer(layer or "all")
@@ -597,7 +596,7 @@ def bucc(
 
     from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc
     from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.output import check_writable
+    from infoxlm_ds.evaluation.output import check_writable, write_json
 
     check_writable(json)
     rows = list(evaluate_bucc(SentenceEmbedder(model, half=True), data, tune, part, score))

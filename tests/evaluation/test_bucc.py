@@ -11,8 +11,9 @@ import pytest
 
 from infoxlm_ds import cli
 from infoxlm_ds.data.text import read_nway
-from infoxlm_ds.evaluation.bucc import Judged, best_threshold, measured
+from infoxlm_ds.evaluation.bucc import BuccRow, Judged, best_threshold, measured
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.evaluation.output import write_json
 from infoxlm_ds.shipped import EMBEDDED
 
 
@@ -80,6 +81,14 @@ def _bucc(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
         cli.main()
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+def test_rows_are_json_also_without_a_right_pair(tmp_path: Path) -> None:
+    """JSON has no infinity, and other readers than Python's refuse it."""
+    threshold = best_threshold(_judged([1.4, 1.3], [0, 0], 4))
+    write_json(tmp_path / "rows.json", [BuccRow("de", "test", "training", "ratio", threshold, 4, 0, 0.0, 0.0, 0.0)])
+    (row,) = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
+    assert row["threshold"] is None and row["gold"] == 4
 
 
 def test_files_of_bucc_become_a_table_and_rows(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from infoxlm_ds import cli
-from infoxlm_ds.evaluation.layers import anisotropy, centroid_distance, language_probe
+from infoxlm_ds.evaluation.layers import LayerRow, anisotropy, centroid_distance, language_probe
+from infoxlm_ds.evaluation.output import write_json
 
 SHIFT = np.array([3, 4], np.float32)
 
@@ -70,3 +71,9 @@ def test_the_command_has_a_row_for_each_layer(
     ((_, found),) = json.loads((tmp_path / "out.json").read_text()).items()
     assert [(row["layer"], row["pooling"]) for row in found] == [(layer, "mean") for layer in range(4)]
     assert all(np.isfinite([*row.values()][2:]).all() for row in found)
+
+
+def test_a_figure_that_few_rows_do_not_give_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "rows.json", {"rows": [LayerRow(1, "mean", 0.5, float("nan"), float("nan"), 0.1, 0.2)]})
+    (row,) = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)["rows"]
+    assert row["language"] is None and row["retrieval"] == 0.5

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from infoxlm_ds import cli
 from infoxlm_ds.config import UserError
+from infoxlm_ds.evaluation.output import write_json
 from infoxlm_ds.evaluation.results import Result
 from infoxlm_ds.evaluation.retrieval import RetrievalRow
-from infoxlm_ds.evaluation.tables import print_comparison, write_json
+from infoxlm_ds.evaluation.tables import as_json, print_comparison
 
 
 def _row(**changes: Any) -> RetrievalRow:
@@ -45,7 +46,7 @@ def test_results_are_named_by_their_folder_also_by_the_one_that_a_command_runs_i
 ) -> None:
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
-        write_json(Result([_row()], []), {}, tmp_path / folder / "rows.json")
+        write_json(tmp_path / folder / "rows.json", as_json(Result([_row()], []), {}))
     monkeypatch.chdir(tmp_path / "here")
     cli.compare([Path("rows.json"), Path("../there/rows.json")])
     assert re.search("languages +here +there", capsys.readouterr().out)
