@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infoxlm_ds.config import Pooling
-from infoxlm_ds.evaluation.retrieval import Embedder, Vectors, pair_accuracy
+from infoxlm_ds.evaluation.retrieval import Embedder, Vectors, embed_pivots, pair_accuracy
 from infoxlm_ds.evaluation.text import Pairs
 
 RANDOM_PAIRS = 10_000
@@ -44,10 +44,8 @@ class LayerRow:
 
 def evaluate_layers(embedder: Embedder, pairs: Sequence[Pairs]) -> list[LayerRow]:
     """A row for each view, by rising layer. `pairs`: of one file, with one pivot."""
-    pivots, others = [], []
-    for of_language in pairs:
-        pivots.append(embedder.embed(of_language.pivot_text, description=f"pivot of {of_language.language}"))
-        others.append(embedder.embed(of_language.text, description=of_language.language))
+    pivots = list(embed_pivots(embedder, pairs))
+    others = [embedder.embed(of_language.text, description=of_language.language) for of_language in pairs]
     most = max(range(len(pairs)), key=lambda i: len(pairs[i].rows))  # the pivot's texts in these pairs stand for it
     numbers = [pairs[most].rows, *(one.rows for one in pairs)]
     rows = []

@@ -22,10 +22,20 @@ from infoxlm_ds.config import Pooling
 from infoxlm_ds.evaluation.bootstrap import Numbers, interval, resampled
 from infoxlm_ds.evaluation.languages import SETS, base, family
 from infoxlm_ds.evaluation.neighbours import Score
-from infoxlm_ds.evaluation.retrieval import Accuracy, Embedder, Hits, RetrievalRow, Vectors, pair_hits, trigram_accuracy
+from infoxlm_ds.evaluation.retrieval import (
+    Accuracy,
+    Embedder,
+    Hits,
+    RetrievalRow,
+    Vectors,
+    embed_pivots,
+    pair_hits,
+    trigram_accuracy,
+)
 from infoxlm_ds.evaluation.text import Pairs
 from infoxlm_ds.model.sentence_vector import View
 
+MOST_TRIGRAMS = 100_000  # pairs; the time grows with their square
 AVERAGED = ("forward", "backward", "trigram_forward", "trigram_backward", "chance")
 
 
@@ -89,7 +99,9 @@ def evaluate_retrieval(embedder: Embedder, data: str, pairs: Sequence[Pairs], sc
 
 def trigrams(pairs: Pairs) -> tuple[float, float]:
     """`trigram_accuracy` of the pairs. It takes longer than a small model, so the user's cache keeps what texts gave
-    before, in small files by their hash."""
+    before, in small files by their hash. Of very many pairs it would take days: NaN."""
+    if len(pairs.text) > MOST_TRIGRAMS:
+        return float("nan"), float("nan")
     texts = json.dumps([pairs.pivot_text, pairs.text]).encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "infoxlm", "trigrams")
     path = folder / f"{hashlib.sha256(texts).hexdigest()}.json"
@@ -104,11 +116,7 @@ def trigrams(pairs: Pairs) -> tuple[float, float]:
 
 
 def _measured(embedder: Embedder, pairs: Sequence[Pairs], score: Score) -> Iterator[Measured]:
-    different = dict.fromkeys(text for of_language in pairs for text in of_language.pivot_text)
-    position = {text: i for i, text in enumerate(different)}
-    pivots = embedder.embed(list(position), description="pivot")
-    for of_language in pairs:
-        pivot = pivots[:, [position[text] for text in of_language.pivot_text]]
+    for of_language, pivot in zip(pairs, embed_pivots(embedder, pairs), strict=True):
         other: Vectors = embedder.embed(of_language.text, description=of_language.language)
         hits = [pair_hits(*vectors, of_language, score) for vectors in zip(pivot, other, strict=True)]
         forward, backward = (np.stack(direction) for direction in zip(*hits, strict=True))

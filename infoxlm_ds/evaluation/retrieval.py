@@ -9,7 +9,7 @@ different texts is a miss, so an encoder that maps all sentences to one point ha
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
@@ -71,6 +71,15 @@ class RetrievalRow(Accuracy):
     pooling: Pooling
     projected: bool
     score: Score
+
+
+def embed_pivots(embedder: Embedder, pairs: Sequence[Pairs]) -> Iterator[Vectors]:
+    """The vectors [V, n, D] of the pivot's texts of each language. Each different text is embedded once."""
+    different = dict.fromkeys(text for of_language in pairs for text in of_language.pivot_text)
+    position = {text: i for i, text in enumerate(different)}
+    vectors = embedder.embed(list(position), description="pivot")
+    for of_language in pairs:
+        yield vectors[:, [position[text] for text in of_language.pivot_text]]
 
 
 def pair_hits(pivot: Vectors, other: Vectors, pairs: Pairs, score: Score = "cosine") -> tuple[Hits, Hits]:
