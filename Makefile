@@ -1,4 +1,4 @@
-# make demo | ablation | test | torture | fuzz | check | same | docs | gpu | release-check | lock | wheelhouse | clean
+# make demo | ablation | test | torture | fuzz | check | coverage | same | docs | gpu | release-check | lock | wheelhouse | clean
 # Each target except docs, gpu, wheelhouse and clean first makes .venv from the pinned list; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +19,7 @@ PARALLEL := -n 2 --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo ablation test torture fuzz check same docs gpu release-check lock wheelhouse clean
+.PHONY: install demo ablation test torture fuzz check coverage same docs gpu release-check lock wheelhouse clean
 
 install: $(INSTALLED)
 
@@ -60,6 +60,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+# The whole suite, and which lines of the library no test runs.
+coverage: $(INSTALLED)
+	$(CPU_ONLY) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term $(TEST_OPTIONS)
 
 # Does the working tree train as revision REV does, bit by bit? RECIPE and SET="key.path=value ..." choose another recipe.
 REV ?= HEAD

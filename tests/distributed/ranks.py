@@ -102,6 +102,14 @@ def _answer(connection: Connection, rank: int, process: BaseProcess) -> Any:
     return value
 
 
+def _save_coverage() -> None:
+    """What this rank has run, for `make coverage`: a process that is killed writes nothing."""
+    coverage = sys.modules.get("coverage")
+    if coverage and (running := coverage.Coverage.current()):
+        running.stop()
+        running.save()
+
+
 def _rank_main(
     connection: Connection, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]
 ) -> None:
@@ -119,7 +127,9 @@ def _rank_main(
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
     )
-    connection.send_bytes(_outcome(function, rank, world_size, args))
+    outcome = _outcome(function, rank, world_size, args)
+    _save_coverage()
+    connection.send_bytes(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     # Rank 0 may host the store the others still talk to: wait to be killed, or for the parent to be gone.
