@@ -84,7 +84,11 @@ def embed_pivots(embedder: Embedder, pairs: Sequence[Pairs]) -> Iterator[Vectors
 
 def pair_hits(pivot: Vectors, other: Vectors, pairs: Pairs, score: Score = "cosine") -> tuple[Hits, Hits]:
     """Which rows are hits, forward and backward, both [n]. `pivot` and `other` [n, D] are L2-normalised."""
-    return _hits(pivot, other, pairs.text, score), _hits(other, pivot, pairs.pivot_text, score)
+    of_other, of_pivot = _text_ids(pairs.text), _text_ids(pairs.pivot_text)
+    if _many(other):
+        return _of_candidates(pivot, other, of_other, score), _of_candidates(other, pivot, of_pivot, score)
+    around = _around(pivot, other, score)
+    return _exact_hits(pivot, other, of_other, score, around), _exact_hits(other, pivot, of_pivot, score, around[::-1])
 
 
 def pair_accuracy(pivot: Vectors, other: Vectors, pairs: Pairs) -> float:
@@ -101,7 +105,10 @@ def retrieval_accuracy(
     Keys with equal `key_texts` count as the same answer.
     """
     texts = [str(number) for number in range(len(key))] if key_texts is None else key_texts
-    return float(_hits(query, key, texts, score).mean())
+    ids = _text_ids(texts)
+    if _many(key):
+        return float(_of_candidates(query, key, ids, score).mean())
+    return float(_exact_hits(query, key, ids, score, _around(query, key, score)).mean())
 
 
 def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str]) -> tuple[float, float]:
@@ -122,13 +129,24 @@ def trigram_accuracy(query_texts: Sequence[str], key_texts: Sequence[str]) -> tu
     return float(forward.mean()), float(backward.mean())
 
 
-def _hits(query: Vectors, key: Vectors, key_texts: Sequence[str], score: Score) -> Hits:
-    ids, k = _text_ids(key_texts), NEIGHBOURS[score]
-    around_query = around_key = np.zeros(len(key), np.float32)
-    if len(key) > MANY and find_spec("faiss"):
-        return _of_candidates(query, key, ids, score)
-    if k:
-        around_query, around_key = _mean(nearest(query, key, k)[0]), _mean(nearest(key, query, k)[0])
+def _many(key: Vectors) -> bool:
+    """Whether the search is approximate."""
+    return len(key) > MANY and find_spec("faiss") is not None
+
+
+def _around(query: Vectors, key: Vectors, score: Score) -> tuple[Vectors, Vectors]:
+    """The mean cosine [n] of each query to its nearest keys, and of each key to its nearest queries; zeros if the score
+    does not read them."""
+    k = NEIGHBOURS[score]
+    if not k:
+        none = np.zeros(len(key), np.float32)
+        return none, none
+    return _mean(nearest(query, key, k)[0]), _mean(nearest(key, query, k)[0])
+
+
+def _exact_hits(query: Vectors, key: Vectors, ids: TextIds, score: Score, around: tuple[Vectors, Vectors]) -> Hits:
+    """`ids` [n]: of the keys' texts; `around`: as `_around` gives it."""
+    around_query, around_key = around
     return _exact(
         lambda rows, columns: rescored(
             score, query[rows] @ key[columns].T, around_query[rows, None], around_key[None, columns]
@@ -138,7 +156,7 @@ def _hits(query: Vectors, key: Vectors, key_texts: Sequence[str], score: Score) 
 
 
 def _of_candidates(query: Vectors, key: Vectors, ids: TextIds, score: Score) -> Hits:
-    """`_hits` among the nearest that an approximate search finds. Standard error says how many of them it finds."""
+    """Hits among the nearest that an approximate search finds. Standard error says how many of them it finds."""
     k = NEIGHBOURS[score]
     cosine, place = nearest_by_cells(query, key, max(k, CANDIDATES), what="searching")
     found = recall(query, key, place[:, :1])
