@@ -68,7 +68,7 @@ def small_recipe(corpus: Path, run: Path, *overrides: str) -> Recipe:
         "batch": {"lanes": 4, "mmlm_tokens": 60, "tlm_tokens": 80, "xlco_pairs": 6},
         "sampling": {"window_packs": 1},
         # With a small eps, Adam would turn the rounding of gradients near zero into steps of full size.
-        "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "steps": 6, "warmup": 1},
+        "optimizer": {"learning_rate": 1e-2, "eps": 1e-2, "steps": 6, "warmup": 1},
         "log": {"every": 1},
         "checkpoint": {"every": 2},
     }
