@@ -4,10 +4,11 @@ import sys
 
 from data_prep.cli import app
 from infoxlm_ds.config import UserError
+from infoxlm_ds.trouble import complain
 
 if __name__ == "__main__":
     try:
         app(prog_name="python -m data_prep")
     except UserError as error:
-        print(f"infoxlm: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(2)

@@ -11,6 +11,7 @@ from data_prep.cli import app as prep
 from data_prep.cli import build_command
 from infoxlm_ds import shipped
 from infoxlm_ds.config import Pooling, UserError, load_recipe
+from infoxlm_ds.trouble import complain
 
 app = typer.Typer(
     help="Pre-training of cross-lingual encoders after InfoXLM.",
@@ -177,6 +178,29 @@ def doctor(
         write_json(findings, json)
     if any(finding.level == "failure" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command("trouble")
+def show_trouble(
+    symptom: Annotated[
+        list[str] | None, typer.Argument(help="Words of a symptom, or a message of the program. Default: list all.")
+    ] = None,
+) -> None:
+    """Say what a symptom means, and what to do about it."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from infoxlm_ds.trouble import entries, look_up
+
+    if not symptom:
+        print("\n".join(entry.title for entry in entries()))
+        return
+    words = " ".join(symptom)
+    if not (found := look_up(words)):
+        raise UserError(f"{words}: no such symptom: `infoxlm trouble` lists them")
+    console = Console()
+    for entry in found:
+        console.print(Markdown(entry.text) if console.is_terminal else entry.text, markup=False, soft_wrap=True)
 
 
 @prep.command()
@@ -664,7 +688,7 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(f"infoxlm: {message}", file=sys.stderr)
+    complain(message)
     sys.exit(code)
 
 

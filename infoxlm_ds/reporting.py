@@ -182,7 +182,7 @@ def tell_of_skip(state: TrainState, sinks: Sinks | None) -> None:
     why, times = state.skipped[-1], len(state.skipped)
     if sinks is not None:
         sinks.write(state.step, {}, {"skipped": why})
-        sinks.say(f"the step after {state.step} was not applied ({times} in a row): {why}")
+        sinks.warn(f"the step after {state.step} was not applied ({times} in a row): {why}")
     if times == state.recipe.optimizer.most_skipped:
         good = state.checkpoints.store.latest()
         on = f"go on from {good.name}, with resume.allow_change=[optimizer.learning_rate] and" if good else "start with"
@@ -208,7 +208,7 @@ def tell_of_save(state: TrainState, sinks: Sinks | None, outcome: Outcome | None
         return
     if outcome.problem:
         newest = state.checkpoints.store.latest()
-        sinks.say(
+        sinks.warn(
             f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}. "
             + (f"The newest is {newest.name}, as before" if newest else "There is none yet")
         )

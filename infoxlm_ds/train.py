@@ -23,6 +23,7 @@ from infoxlm_ds.engine.engine import NotJoined, start_ranks
 from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.state import TrainState
+from infoxlm_ds.trouble import complain
 
 STOPPED_ON_REQUEST = 75  # EX_TEMPFAIL: run the same command again to go on
 
@@ -101,7 +102,7 @@ def _mistake(error: Exception, code: int = 2) -> int:
     """Print the error on rank 0. If the ranks have not joined yet, print it on the first rank of
     each host. Returns `code`."""
     if (dist.rank() if dist.active() else dist.local_rank()) == 0:
-        print(f"infoxlm: {error}", file=sys.stderr)
+        complain(str(error))
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ class Command(NamedTuple):
     whole: bool
 
 
-def _named(path: Path) -> str:
+def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
@@ -49,7 +48,7 @@ def _anchors(path: Path) -> set[str]:
     return {re.sub(r"[-\s]+", "-", title) for title in plain} & {re.sub(r"\s", "-", title) for title in plain}
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=_named)
+@pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_links_lead_to_files_and_anchors_that_are_there(path: Path) -> None:
     for link in LINK.findall(CODE.sub("", _prose(path))):
         if re.match(r"\w+:", link):
@@ -77,10 +76,10 @@ def _leaves(tree: Any) -> Iterator[str]:
         yield from _leaves(branch)
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=_named)
+@pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_documented_commands_exist_with_their_options(path: Path) -> None:
     """By the program's own parser, without running them."""
-    for command in _commands(path):
+    for command in commands_of(path):
         try:
             _parse(shlex.split(command.line))
         except Exception as error:  # typer does not publish the types of its errors
@@ -89,7 +88,7 @@ def test_documented_commands_exist_with_their_options(path: Path) -> None:
                 pytest.fail(f"{command.line}: {said}")
 
 
-def _commands(path: Path) -> Iterator[Command]:
+def commands_of(path: Path) -> Iterator[Command]:
     text = path.read_text(encoding="utf-8")
     prose = _prose(path)
     for block in [*(body for _, _, body in FENCE.findall(text)), *INDENTED.findall(prose)]:
@@ -120,37 +119,14 @@ def _parse(words: list[str]) -> None:
         command.make_context(name, words)
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=_named)
+@pytest.mark.parametrize("path", TEXTS, ids=named)
 def test_documented_keys_of_recipes_exist(path: Path) -> None:
     table = (DOCS / "recipe.md").read_text(encoding="utf-8")
     keys = {key.replace("[]", "") for key in re.findall(r"^\| `([\w.\[\]]+)`", table, re.MULTILINE)}
     known = keys | set(Recipe.model_fields)
     sections = {key.split(".")[0] for key in keys if "." in key}
     written = [code.partition("=")[0].partition(":")[0] for code in CODE.findall(_prose(path))]
-    written += [word.partition("=")[0] for c in _commands(path) for word in shlex.split(c.line) if "=" in word]
+    written += [word.partition("=")[0] for c in commands_of(path) for word in shlex.split(c.line) if "=" in word]
     for key in written:
         if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", key) and key.split(".")[0] in sections and not key.endswith(".py"):
             assert key in known, f"{key}: no such key"
-
-
-def test_messages_in_the_page_about_trouble_are_those_of_the_program() -> None:
-    """An ellipsis stands for what differs: the parts between must be parts of one text in the code."""
-    texts = [
-        text
-        for folder in ("infoxlm_ds", "data_prep")
-        for path in (ROOT / folder).rglob("*.py")
-        for text in _texts(path)
-    ]
-    blocks = [
-        body for _, kind, body in FENCE.findall((DOCS / "trouble.md").read_text(encoding="utf-8")) if kind == "text"
-    ]
-    assert len(blocks) > 10
-    for part in re.split("…|\n|[;:] ", "\n".join(blocks)):
-        assert any(part.strip(" .,") in text for text in texts), part
-
-
-def _texts(path: Path) -> Iterator[str]:
-    """The constant parts of texts in a file of Python."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value

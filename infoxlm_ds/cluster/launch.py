@@ -30,6 +30,7 @@ from infoxlm_ds.cluster.hosts import SSH_OPTIONS, free_port, free_port_here, rea
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.engine.config import check_device
 from infoxlm_ds.train import STOPPED_ON_REQUEST
+from infoxlm_ds.trouble import complain
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 # Variables of this environment that the hosts get too. DeepSpeed's launcher itself passes on PYTHON*, on GPUs also
@@ -172,7 +173,7 @@ def _wait(
                     with suppress(psutil.NoSuchProcess):
                         child.kill()
             process.kill()
-            print("infoxlm: stopped at once", file=sys.stderr, flush=True)
+            complain("stopped at once")
             os._exit(128 + signal.SIGINT)
         if not requested:
             print("\nsaving, then stopping (^C again: at once, without a save)", flush=True)
@@ -207,7 +208,7 @@ def _tell_of_silent_death(number: int, run: Path) -> None:
         "SIGABRT": "on GPUs, NCCL ends ranks that wait longer than timeout.step for another one: see its lines above",
         "SIGKILL": "if memory ran out, the kernel's log says so",
     }.get(name, "see their lines above")
-    print(f"infoxlm: the ranks died without a message ({name}): {cause}. {Store(run).advice()}", file=sys.stderr)
+    complain(f"the ranks died without a message ({name}): {cause}. {Store(run).advice()}")
 
 
 def _agrees_to_fall_back(recipe: Recipe) -> bool:

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from typing import NamedTuple
 from infoxlm_ds import dist
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
+from infoxlm_ds.trouble import complain
 
 WAIT = 5.0  # seconds that a rank has to write its cause
 MESSAGE = 2**16  # bytes of disk that a cause needs, at most
@@ -78,14 +78,14 @@ def end(error: Exception, run: Path, where: Sequence[Place], newest: str) -> int
         return _tell(run, f"{type(error).__name__}: {error}", 1)
     if isinstance(error, dist.AllRanksError):
         if dist.rank() == 0:
-            print(f"infoxlm: {error}", file=sys.stderr, flush=True)
+            complain(str(error))
         return 1
     traceback.print_exception(error)
     return _tell(run, f"{type(error).__name__}: {error}", 1)
 
 
 def _tell(run: Path, cause: str, code: int) -> int:
-    print(f"infoxlm: rank {dist.rank()}: {cause}", file=sys.stderr, flush=True)
+    complain(f"rank {dist.rank()}: {cause}")
     _leave(run, ".json", json.dumps(asdict(Failure(dist.rank(), cause, code))))
     return code
 
@@ -106,7 +106,7 @@ def _tell_of_others(error: Exception, run: Path, where: Sequence[Place], newest:
     if not reports.causes and not silent:
         tellers = frozenset(rank for rank in tellers if where[rank].host == where[dist.rank()].host)
     if dist.rank() == min(tellers):
-        print(f"infoxlm: {'; '.join(why) or error}. {newest}", file=sys.stderr, flush=True)
+        complain(f"{'; '.join(why) or error}. {newest}")
     return max((f.code for f in reports.causes), default=1)
 
 

@@ -25,6 +25,7 @@ from infoxlm_ds.monitor.pictures import Picture
 from infoxlm_ds.monitor.progress import progress_line
 from infoxlm_ds.monitor.tags import tag
 from infoxlm_ds.monitor.watchdogs import Watchdogs
+from infoxlm_ds.trouble import pointer
 
 
 class Sinks:
@@ -77,7 +78,7 @@ class Sinks:
             self._metrics.append(f"{json.dumps(row)}\n")
         except OSError as error:
             if self._missing == 0:
-                self.say(f"{self._path} cannot be written: {error.strerror}. Training goes on without it")
+                self.warn(f"{self._path} cannot be written: {error.strerror}. Training goes on without it")
             self._missing += 1
         else:
             if self._missing:
@@ -86,7 +87,7 @@ class Sinks:
         shown = {tag(name): value for name, value in values.items()} | (tagged or {})
         self._to_boards(lambda board: board.scalars(step, shown))
         for warned in self.watchdogs.look(row) if self.watchdogs else ():
-            self.say(f"warning: {warned.text}")
+            self.warn(f"warning: {warned.text}")
             self.write(step, {}, {"warning": warned.name, "text": warned.text})
 
     def picture(self, step: int, tag: str, picture: Picture) -> None:
@@ -102,7 +103,7 @@ class Sinks:
                 job(board)
             except OSError as error:  # TensorBoard's is of its writer's thread, which has ended
                 self._boards.remove(board)
-                self.say(f"{board.name} cannot be written: {error.strerror}. It ends here until the next start")
+                self.warn(f"{board.name} cannot be written: {error.strerror}. It ends here until the next start")
 
     def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
         """Show the figures of a line of the log: on a terminal in its last line, elsewhere in a line of their own."""
@@ -116,6 +117,10 @@ class Sinks:
     def say(self, text: str) -> None:
         """Print a line that the progress bar does not overwrite."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print such a line, with a pointer to what the documentation says about it."""
+        self.say(text + pointer(text))
 
 
 def _cut(path: Path, first: int) -> Path | None:

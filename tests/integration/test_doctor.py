@@ -13,6 +13,7 @@ import pytest
 from tests.corpus import ROOT, write_corpus
 from tests.integration.commands import INFOXLM, infoxlm, infoxlm_here, write_recipe
 from tests.integration.hosts import Host, Hosts
+from tests.trouble import leads_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -116,6 +117,7 @@ def test_everything_that_can_be_wrong_is_named_with_its_remedy(corpus: Path, tmp
     ]:
         one = next((f for f in found[check] if f["level"] == level), {"what": "", "remedy": ""})
         assert words in one["what"] and remedy in one["remedy"], (check, screen)
+    assert leads_to("A port is taken") in screen and leads_to("The lock of a killed build") in screen
     hosts.wait_until_empty()
 
 
@@ -133,7 +135,7 @@ def test_hosts_that_run_nothing_are_told_apart(corpus: Path, tmp_path: Path, hos
     _lay_over(second, ROOT / "infoxlm_ds", tmp_path / "nothing")
     try:
         only_ssh = str(hosts.folder / "bin")
-        code, found, _ = _doctor(hosts, hostfile, write_recipe(corpus, tmp_path / "run"), PATH=only_ssh)
+        code, found, screen = _doctor(hosts, hostfile, write_recipe(corpus, tmp_path / "run"), PATH=only_ssh)
     finally:
         first.configure("")
         second.run("umount", ROOT / "infoxlm_ds")
@@ -144,7 +146,7 @@ def test_hosts_that_run_nothing_are_told_apart(corpus: Path, tmp_path: Path, hos
     said = {f["what"].split()[0]: f for f in found["ssh"]}
     assert "Permission denied" in said["node-1"]["what"] and said["node-1"]["remedy"] == "ssh-copy-id node-1"
     assert "No module named" in said["node-2"]["what"] and str(ROOT) in said["node-2"]["remedy"]
-    assert "node-9.invalid" in said
+    assert "node-9.invalid" in said and leads_to("ssh and pdsh") in screen
 
     hostfile.write_text("node-1\n")
     code, found, screen = _doctor(hosts, hostfile, PATH=str(INFOXLM.parent))

@@ -33,6 +33,7 @@ from tests.integration.commands import (
     wait_for_steps,
     write_recipe,
 )
+from tests.trouble import leads_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = {"learning_rate": 1e-2, "steps": 5000, "warmup": 2}
@@ -71,7 +72,7 @@ def test_a_rank_that_is_killed_alone_is_named_by_the_others(corpus: Path, tmp_pa
     assert process.returncode == 1 and newest is not None and damage_of(newest) == ""
     line = _told(stderr)
     assert f"rank {lost} (process {rank.pid} on " in line and "is gone without a message" in line
-    assert newest.name in line and "Traceback" not in stderr
+    assert newest.name in line and "Traceback" not in stderr and leads_to("Out of memory") in line
 
 
 def test_ranks_that_all_die_at_once_are_told_by_who_started_them(corpus: Path, tmp_path: Path) -> None:
@@ -104,6 +105,7 @@ def test_a_rank_that_does_not_answer_is_named_when_the_time_is_up(corpus: Path, 
     process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 (process " in line and "does not answer" in line and "timeout.step" in line
+    assert leads_to("It hangs, or a rank is lost") in line
 
 
 def test_a_rank_that_fails_alone_is_quoted_by_the_others(corpus: Path, tmp_path: Path) -> None:
@@ -128,6 +130,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_is_said(
     assert newest is not None and newest.name == "step-00000002" and damage_of(newest) == "", screen.out
     assert "Traceback" not in screen.err
     said = [line for line in screen.out.splitlines() if "could not be written" in line]
+    assert all(leads_to("The disk is full") in line for line in [*said, _told(screen.err)])
     assert len(said) == 2 and all("No space left on device" in line and newest.name in line for line in said), said
     assert "the last checkpoint could not be written" in _told(screen.err)
     assert not list(newest.parent.glob("*.partial"))

@@ -18,10 +18,26 @@ from infoxlm_ds.losses.diagnostics import describe_space
 from infoxlm_ds.monitor.meters import Meter
 from infoxlm_ds.monitor.watchdogs import WATCHDOGS, Seen, Watchdogs
 from infoxlm_ds.train import main
+from infoxlm_ds.trouble import pointer
 from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
 from tests.integration.commands import read_metrics, train_here, write_recipe
+from tests.trouble import leads_to
 
+ENTRIES = {
+    "collapse": leads_to("The contrast has collapsed"),
+    "chance": leads_to("The loss stays at ln N"),
+    "saturated": leads_to("The contrast is solved"),
+    "stale_queue": leads_to("Keys of the queue are stale"),
+    "frozen_keys": leads_to("The key encoder stands still"),
+    "temperature": leads_to("The temperature is at a bound"),
+    "language": leads_to("One language gets nothing"),
+    "spike": leads_to("A loss jumps"),
+    "data_wait": leads_to("It is slow"),
+    "slow_rank": leads_to("It is slow"),
+    "memory": leads_to("Out of memory"),
+    "checkpoints": leads_to("It is slow"),
+}
 DEMO = Path(__file__).with_name("demo.jsonl.xz")  # the lines of a run of the demo, without those of pairs
 
 
@@ -35,7 +51,9 @@ def _demo() -> list[dict[str, Any]]:
 
 
 def _named(watchdogs: Watchdogs, *rows: dict[str, Any]) -> list[str]:
-    return [warned.name for row in rows for warned in watchdogs.look(row)]
+    warnings = [warned for row in rows for warned in watchdogs.look(row)]
+    assert all(pointer(warned.text) == f" {ENTRIES[warned.name]}" for warned in warnings)
+    return [warned.name for warned in warnings]
 
 
 def _said(run: Path) -> dict[str, str]:
@@ -50,14 +68,17 @@ def test_a_healthy_run_has_none(recipe: Recipe) -> None:
     assert _named(Watchdogs(Seen(recipe, shares, {}, memory=6)), *_demo()) == []
 
 
-def test_real_runs_say_each_fault_once_also_when_they_go_on(corpus: Path, tmp_path: Path) -> None:
+def test_real_runs_say_each_fault_once_also_when_they_go_on(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A key encoder that never moves, a temperature that leaves nothing to learn, and a save after each step."""
     run = tmp_path / "run"
     path = write_recipe(corpus, run, probe=None)
     faulty = ("contrast.momentum=1.0", "contrast.temperature=100", "contrast.learn_temperature_within=[50,100]")
     common = (*faulty, "checkpoint.every=1", "log.geometry=1", "log.tensorboard=false")
     run_ranks(train_here, 1, path, *common, "optimizer.steps=8")
-    said = _said(run)
+    said, screen = _said(run), capfd.readouterr().out
+    assert all(f"warning: {text} {ENTRIES[name]}" in screen for name, text in said.items())
     assert {"frozen_keys", "chance", "temperature", "checkpoints"} <= said.keys()
     assert said["frozen_keys"] == (
         "the key encoder stands still: no weight changed in two logged steps: set contrast.momentum below 1"
@@ -86,6 +107,7 @@ def test_a_slow_rank_is_named_and_so_are_keys_of_another_encoder(corpus: Path, t
     run_ranks(_slow_on_rank_1, 2, write_recipe(corpus, run, probe=None))
     said = _said(run)
     assert "of rank 1 take" in said["slow_rank"]
+    assert pointer(said["stale_queue"]) == f" {ENTRIES['stale_queue']}"
     assert "stale: 2 steps old on average, and their encoder stays alike for 1" in said["stale_queue"]
 
 
@@ -140,5 +162,5 @@ def test_memory_that_would_be_full_before_the_end_is_found(recipe: Recipe, growt
 
 
 def test_each_has_a_name_and_a_remedy() -> None:
-    assert len({dog.name for dog in WATCHDOGS}) == len(WATCHDOGS) == 12
+    assert [dog.name for dog in WATCHDOGS] == list(ENTRIES)
     assert all(dog.remedy for dog in WATCHDOGS)

@@ -24,7 +24,7 @@ LICENCES = sorted((ROOT / "data_prep" / "embedded" / "licenses").iterdir())
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy, because setuptools leaves files in the folder, and takes what an older build left."""
     folder = tmp_path_factory.mktemp("wheel")
-    not_needed = shutil.ignore_patterns(".*", "runs", "build", "dist", "tests", "docs", "*.egg-info", "__pycache__")
+    not_needed = shutil.ignore_patterns(".*", "runs", "build", "dist", "tests", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder / "copy", symlinks=True, ignore=not_needed)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*command, "-w", folder, folder / "copy"], capture_output=True, text=True, check=False)
@@ -45,7 +45,8 @@ def test_it_has_every_module_recipe_engine_configuration_and_text(wheel: zipfile
     wanted |= {f"infoxlm_ds/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     wanted |= {f"infoxlm_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").iterdir()}
     wanted |= {f"data_prep/embedded/{path.name}" for path in (ROOT / "data_prep/embedded").iterdir() if path.is_file()}
-    assert wanted <= set(wheel.namelist())
+    assert wanted | {"infoxlm_ds/trouble.md"} <= set(wheel.namelist())
+    assert wheel.read("infoxlm_ds/trouble.md") == (ROOT / "docs" / "trouble.md").read_bytes()
     for name in ("infoxlm_ds/recipes/demo.yaml", "infoxlm_ds/ds_configs/zero1_bf16.json"):
         assert wheel.read(name) == (ROOT / name.removeprefix("infoxlm_ds/")).read_bytes()
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infoxlm_ds.atomic import write_file
+from infoxlm_ds.trouble import pointer
 
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
@@ -45,7 +46,7 @@ def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
         line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.check:12}{finding.what}")
         console.print(line, soft_wrap=True)
         if finding.remedy:
-            console.print(Text(f"{'':20}{finding.remedy}"), soft_wrap=True)
+            console.print(Text(f"{'':20}{finding.remedy}{pointer(finding.what)}"), soft_wrap=True)
         seen.append(finding)
     return seen
 
