@@ -25,11 +25,11 @@ def infoxlm(*arguments: str | Path, timeout: float = 300) -> subprocess.Complete
     return subprocess.run([INFOXLM, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def infoxlm_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def infoxlm_here(*arguments: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The same in this process, without the imports of another: for what does not start ranks."""
     out, err, code = io.StringIO(), io.StringIO(), None
     words = ["infoxlm", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err), chdir(ROOT):
+    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err), chdir(folder):
         try:
             cli.main()
         except SystemExit as ended:
