@@ -58,9 +58,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if mark not in item.keywords]
     if _tests_a_gpu(config):
         return
+    # Files with slow tests first: at the end, no worker has a long file alone.
+    long = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in long)
     for item in items:
         if item.get_closest_marker("gpu") is not None:  # a folder may have this name
             item.add_marker(pytest.mark.skip(reason="needs a GPU and a process of its own: pytest -m gpu"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from the user's cache, and nothing stays in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
