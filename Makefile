@@ -13,8 +13,8 @@ TRITON := triton==3.9.0
 CPU_ONLY := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
-# A file of tests stays in one process: what its tests share is made once.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# A file of tests stays in one process: what its tests share is made once. Three, because many tests wait.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
