@@ -26,14 +26,13 @@ from rich.console import Console
 from data_prep.description import CorpusDescription, load_description
 from data_prep.encode import Encoder
 from data_prep.filters.report import QUOTED, Report, Sample
+from data_prep.inputs import Input, also_read, expansion, hashes_of, read_inputs, stated
 from data_prep.map import MapTask, Setting, map_block
 from data_prep.near_duplicates import ChooseTask, LinkTask, SignTask, choose, link, sign
 from data_prep.reduce import Reduced, ReduceTask, Target, read_reduced, reduce_shard, shards_of, targets_of
-from data_prep.rows import Block
 from data_prep.run import ONE, How, Stage, Task, run
 from data_prep.sample import LEAST, SampleTask, sample_block
-from data_prep.sources import READERS
-from data_prep.sources.files import is_compressed, raw, size_of
+from data_prep.sources.files import size_of
 from data_prep.table import Footer, read_footer
 from data_prep.texts import Texts, texts_of
 from data_prep.tokenizer import TokenizerTask, describe_tokenizer, load_fast, make_tokenizer
@@ -43,20 +42,10 @@ from infoxlm_ds.data import manifest as manifests
 from infoxlm_ds.data.files import File, sha256_of
 from infoxlm_ds.data.manifest import Manifest, Shard, Source, load_manifest
 
-LARGEST_BLOCK, SMALLEST_BLOCK, BLOCKS = 8 * 2**20, 2**20, 32  # bytes; how many there are of small inputs
 BUCKET = 32 * 2**20  # bytes of text
-EXPANSION = 6  # of compressed text, about
 TRIED = 2000  # texts of each source on which SentencePiece must agree with the tokenizer
 MOST_FAULTS = 0.01  # of rows and sentences
 SAMPLES = "samples.json"  # texts that were dropped, by reason
-
-
-class Input(NamedTuple):
-    """A block of a source, and how many bytes of its file it stands for."""
-
-    source: int
-    block: Block
-    bytes: int
 
 
 def build(description_path: Path, out: Path, how: How = ONE) -> None:
@@ -69,7 +58,7 @@ def build(description_path: Path, out: Path, how: How = ONE) -> None:
     base, console = description_path.parent.absolute(), Console(stderr=True, soft_wrap=True)
     say = partial(console.print, highlight=False, markup=False)
     inputs = read_inputs(description, base)
-    hashes = _hashes(description, base, inputs)
+    hashes = hashes_of(description, base, inputs)
     prep = {"description": description.model_dump(mode="json"), "inputs": hashes}
     work = out.with_name(f"{out.name}.work")
     stages = _Build(description, base, inputs, hashes, work, how, console)
@@ -99,25 +88,6 @@ def build(description_path: Path, out: Path, how: How = ONE) -> None:
         say(f"part {how.part[0]} of {how.part[1]}: done; when all parts have ended, {work} can be removed")
 
 
-def read_inputs(description: CorpusDescription, base: Path) -> list[Input]:
-    """All blocks, in the order of sources and files. How files are cut depends on their sizes alone."""
-    sources = [list(READERS[s.format].blocks(s, base, LARGEST_BLOCK)) for s in description.sources]
-    files = {part.file for blocks in sources for block in blocks for part in block.parts}
-    sizes = {file: size_of(file) for file in files}
-    size = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, sum(sizes.values()) // BLOCKS))
-    if size < LARGEST_BLOCK:
-        sources = [list(READERS[s.format].blocks(s, base, size)) for s in description.sources]
-    inputs: list[Input] = []
-    for number, blocks in enumerate(sources):
-        of_file = Counter(part.file for block in blocks for part in block.parts)
-        for block in blocks:
-            share = sum(sizes[part.file] // of_file[part.file] for part in block.parts)
-            inputs.append(Input(number, block, share))
-    if not inputs:
-        raise UserError("the files of all sources are empty: correct the paths in the corpus description")
-    return inputs
-
-
 class _Build:
     """The stages of a build."""
 
@@ -134,16 +104,16 @@ class _Build:
         self._description, self._base, self._inputs, self._how, self._console = description, base, inputs, how, console
         self._names = [self._name(number, one, hashes) for number, one in enumerate(inputs)]
         settings = description.model_dump(mode="json", exclude={"sources"})
-        read = [hashes[_stated(path, base)] for path in _also_read(description, base)]
+        read = [hashes[stated(path, base)] for path in also_read(description, base)]
         self._work = work / _short_hash([manifests.FORMAT, version("infoxlm-ds"), settings, read])
         files = {part.file for one in inputs for part in one.block.parts}
-        text = sum(size_of(file) * (EXPANSION if is_dense(file) else 1) for file in files)
+        text = sum(size_of(file) * expansion(file) for file in files)
         self._buckets = 1 << (max(1, -(-text // BUCKET)) - 1).bit_length()
 
     def _name(self, number: int, one: Input, hashes: dict[str, str]) -> str:
         """Of the tasks of a block. It holds all that the block's text depends on."""
         source = self._description.sources[one.source]
-        read = [(*part[1:], hashes[_stated(part.file, self._base)]) for part in one.block.parts]
+        read = [(*part[1:], hashes[stated(part.file, self._base)]) for part in one.block.parts]
         settings = source.model_dump(mode="json", exclude={"license", "homepage"})
         return f"{source.name}-{number:06d}-{_short_hash([settings, read])}"
 
@@ -390,44 +360,6 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
         shards=tuple(shards),
     )
     return source, written
-
-
-def _hashes(description: CorpusDescription, base: Path, inputs: list[Input]) -> dict[str, str]:
-    """The sha256 of every input file, by path. UserError if one is missing."""
-    paths = [*dict.fromkeys(part.file for one in inputs for part in one.block.parts), *_also_read(description, base)]
-    try:
-        return {_stated(path, base): _sha256(path) for path in paths}
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}: correct the path in the corpus description") from None
-
-
-def _also_read(description: CorpusDescription, base: Path) -> list[str]:
-    """The files of the tokenizer and of the filters. A copy of a name on the hub has its hashes in the manifest."""
-    held_out, identifier = description.filters.held_out, description.filters.language_id
-    paths = [*held_out.files] if held_out else []
-    paths += [identifier.model] if identifier and identifier.model else []
-    folder = base / (description.tokenizer.path or "")
-    kinds = (".json", ".model", ".txt", ".vocab")
-    tokenizer = sorted(path for path in folder.glob("*") if path.suffix in kinds) if description.tokenizer.path else []
-    return [str(base / path) for path in (*paths, *tokenizer)]
-
-
-def _sha256(file: str) -> str:
-    digest = hashlib.sha256()
-    with raw(file) as opened:
-        while chunk := opened.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _stated(file: str, base: Path) -> str:
-    """A file as the manifest names it."""
-    return file if "://" in file else os.path.relpath(file, base)
-
-
-def is_dense(file: str) -> bool:
-    """Whether a file holds more text than it has bytes."""
-    return is_compressed(file) or file.endswith((".parquet", ".zip"))
 
 
 def _short_hash(tree: Any) -> str:

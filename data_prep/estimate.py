@@ -11,8 +11,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.build import EXPANSION, Input, is_dense, read_inputs
 from data_prep.description import CorpusDescription, load_description
+from data_prep.inputs import Input, expansion, is_dense, read_inputs
 from data_prep.rows import Row
 from data_prep.sources import READERS
 from data_prep.texts import Texts, texts_of
@@ -72,7 +72,7 @@ def _estimate(description: CorpusDescription, base: Path, inputs: list[Input]) -
     seconds = time.process_time() - started
     part = block.parts[0]
     if text > 2 * SAMPLE or is_dense(part.file):
-        read = text / (EXPANSION if is_dense(part.file) else 1)
+        read = text / expansion(part.file)
     else:
         read = sum(part.end - part.start for part in block.parts)
     scale = stored / max(1.0, read)

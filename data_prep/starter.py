@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import yaml
 
-from data_prep.build import LARGEST_BLOCK
 from data_prep.description import FORMATS, SourceDescription, load_description
+from data_prep.inputs import LARGEST_BLOCK
 from data_prep.rows import Fault, Row
 from data_prep.sources import READERS
 from infoxlm_ds.atomic import write_file

@@ -127,7 +127,7 @@ def test_one_of_two_stays_in_a_corpus(corpus: Path, tmp_path: Path, kind: str) -
         description = describe(folder, tokenizer, [source], max_tokens=400, filters=filters)
         with pytest.MonkeyPatch.context() as sizes:
             if name == "two":
-                sizes.setattr("data_prep.build.SMALLEST_BLOCK", 2**11)
+                sizes.setattr("data_prep.inputs.SMALLEST_BLOCK", 2**11)
                 sizes.setattr("data_prep.build.BUCKET", 2**11)
             build(description, folder / "corpus", How(workers=1 if name == "one" else 2))
         made = Corpus(folder / "corpus")

@@ -26,7 +26,7 @@ from tests.corpus import ROOT
 from tests.data_prep.small import describe
 
 pytestmark = pytest.mark.timeout(300)
-SIZES = {"SMALLEST_BLOCK": 2**15, "BUCKET": 2**14}  # bytes: many blocks and buckets of little text
+SIZES = {"inputs.SMALLEST_BLOCK": 2**15, "build.BUCKET": 2**14}  # bytes: many blocks and buckets of little text
 SHARD = 2**17
 
 
@@ -34,7 +34,7 @@ SHARD = 2**17
 def many_tasks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as sizes:
         for name, size in SIZES.items():
-            sizes.setattr(f"data_prep.build.{name}", size)
+            sizes.setattr(f"data_prep.{name}", size)
         sizes.setattr("data_prep.reduce.SHARD", SHARD)
         yield
 
@@ -88,9 +88,9 @@ def test_ray_gives_the_same_bytes(description: Path, whole: dict[str, bytes], tm
 
 
 def _start(description: Path, out: Path, how: How) -> subprocess.Popen[str]:
-    settings = "".join(f"build.{name} = {size}; " for name, size in SIZES.items())
+    settings = "".join(f"{name} = {size}; " for name, size in SIZES.items())
     script = (
-        "from pathlib import Path; import data_prep.build as build, data_prep.reduce as reduce; "
+        "from pathlib import Path; from data_prep import build, inputs, reduce; "
         f"from data_prep.run import How; {settings} reduce.SHARD = {SHARD}; "
         f"build.build(Path({str(description)!r}), Path({str(out)!r}), {how!r})"
     )
