@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -111,11 +111,15 @@ class _Build:
         self._buckets = 1 << (max(1, -(-text // BUCKET)) - 1).bit_length()
 
     def _name(self, number: int, one: Input, hashes: dict[str, str]) -> str:
-        """Of the tasks of a block. It holds all that the block's text depends on."""
+        """The name of a block's tasks. It holds a hash of all that the block's text depends on."""
         source = self._description.sources[one.source]
         read = [(*part[1:], hashes[stated(part.file, self._base)]) for part in one.block.parts]
         settings = source.model_dump(mode="json", exclude={"license", "homepage"})
         return f"{source.name}-{number:06d}-{_short_hash([settings, read])}"
+
+    def _hash_of(self, paths: Sequence[Path]) -> str:
+        """A hash of the names of tasks' outputs, for the name of what is made of them."""
+        return _short_hash([str(path.relative_to(self._work)) for path in paths])
 
     def has_done(self) -> bool:
         """Whether a task has left anything."""
@@ -136,15 +140,15 @@ class _Build:
         setting = Setting(self._description, self._base, tokenizer, unknown, buckets=self._buckets)
         setting = setting._replace(pieces=Encoder(tokenizer, unknown, pieces=True).agrees(tried))
         mapped = self._map(setting)
-        folder = self._work / f"corpus-{_short_hash([str(path.relative_to(self._work)) for path in mapped.spills])}"
+        folder = self._work / f"corpus-{self._hash_of(mapped.spills)}"
         reduced = self._reduce(mapped, folder, self._near_duplicates(mapped))
         if self._how.part[0] == 0:
             shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
             self._finish(folder, described, mapped, reduced, prep)
             folder.replace(out)
 
-    def _run(self, name: str, tasks: Sequence[Task], counts: Callable[[Path], Counter[str]] | None = None) -> None:
-        run(Stage(name, tasks, counts or (lambda _: Counter())), self._how, self._console)
+    def _run(self, stage: Stage) -> None:
+        run(stage, self._how, self._console)
 
     def _tokenizer(self) -> Path:
         """The tokenizer's folder, made if need be. Its name holds the texts that it is trained on."""
@@ -161,13 +165,13 @@ class _Build:
                 for name, one in zip(self._names, self._inputs, strict=True)
             ]
             samples = [task.out for task in tasks]
-        folder = self._work / f"tokenizer-{_short_hash([str(path.relative_to(self._work)) for path in samples])}"
+        folder = self._work / f"tokenizer-{self._hash_of(samples)}"
         if folder.is_dir():
             return folder
         if samples:
-            self._run("choosing text for the tokenizer", tasks)
+            self._run(Stage("choosing text for the tokenizer", tasks))
         argument = TokenizerTask(description, self._base, tuple(samples))
-        self._run("making the tokenizer", [Task(make_tokenizer, argument, folder, 0)])
+        self._run(Stage("making the tokenizer", [Task(make_tokenizer, argument, folder, 0)]))
         return folder
 
     def _first_texts(self) -> list[str]:
@@ -185,7 +189,7 @@ class _Build:
             Task(map_block, MapTask(setting, one.source, one.block), spills_of / name, one.bytes)
             for name, one in zip(self._names, self._inputs, strict=True)
         ]
-        self._run("reading and encoding", tasks, lambda out: Counter(read_footer(out).notes["counts"]))
+        self._run(Stage("reading and encoding", tasks, _counted))
         spills = tuple(task.out for task in tasks)
         footers = [read_footer(spill) for spill in spills]
         report = Report(self._description.seed)
@@ -225,7 +229,7 @@ class _Build:
         settings, reference = self._description.filters.near_duplicates, self._description.filters.reference
         if settings is None:
             return {}
-        work = self._work / f"near-{_short_hash([str(path.relative_to(self._work)) for path in mapped.spills])}"
+        work = self._work / f"near-{self._hash_of(mapped.spills)}"
         signing = [
             Task(
                 sign,
@@ -235,7 +239,7 @@ class _Build:
             )
             for spill in mapped.spills
         ]
-        self._run("near-duplicates, signing", signing)
+        self._run(Stage("near-duplicates, signing", signing))
         signed = [task.out for task in signing]
         linking = {
             name: [
@@ -249,12 +253,12 @@ class _Build:
             ]
             for name in mapped.targets
         }
-        self._run("near-duplicates, linking", list(itertools.chain.from_iterable(linking.values())))
+        self._run(Stage("near-duplicates, linking", list(itertools.chain.from_iterable(linking.values()))))
         choosing = {
             name: Task(choose, ChooseTask(tuple(task.out for task in tasks)), work / f"{name}.npy", 1)
             for name, tasks in linking.items()
         }
-        self._run("near-duplicates, choosing", list(choosing.values()))
+        self._run(Stage("near-duplicates, choosing", list(choosing.values())))
         return {name: task.out for name, task in choosing.items()}
 
     def _reduce(self, mapped: Mapped, folder: Path, left_out: dict[str, Path]) -> dict[str, list[Task]]:
@@ -272,7 +276,7 @@ class _Build:
                     out.unlink(missing_ok=True)
                 tasks[name].append(Task(reduce_shard, argument, out, size))
         everything = [task for of_target in tasks.values() for task in of_target]
-        self._run("shuffling and writing", everything, lambda out: Counter(_dropped(read_reduced(out))))
+        self._run(Stage("shuffling and writing", everything, _dropped))
         return tasks
 
     def _finish(
@@ -335,8 +339,13 @@ class Mapped(NamedTuple):
         return tuple(out for out, held in zip(outputs, self.held, strict=True) if source in held)
 
 
-def _dropped(reduced: Reduced) -> dict[str, int]:
-    return {"duplicates": reduced.duplicates, "near_duplicates": reduced.near_duplicates}
+def _counted(out: Path) -> Counter[str]:
+    return Counter(read_footer(out).notes["counts"])
+
+
+def _dropped(out: Path) -> Counter[str]:
+    reduced = read_reduced(out)
+    return Counter(duplicates=reduced.duplicates, near_duplicates=reduced.near_duplicates)
 
 
 def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Task]) -> tuple[Source, list[Reduced]]:
