@@ -17,12 +17,12 @@ from data_prep.description import FORMATS, SourceDescription, load_description
 from data_prep.inputs import LARGEST_BLOCK
 from data_prep.rows import Fault, Row
 from data_prep.sources import READERS
+from data_prep.sources.files import COMPRESSED
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError, check, load_recipe
 from infoxlm_ds.data.packs import text_id
 
 FORMAT_OF = {".jsonl": "jsonl", ".tsv": "tsv", ".tmx": "tmx", ".zip": "opus"}
-COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 LEAST_PAIRS = 100
 MOST_HELD_OUT, SHARE_HELD_OUT = 500, 20  # rows; one in so many
 FILES = ("corpus.yaml", "recipe.yaml", "dev.jsonl")

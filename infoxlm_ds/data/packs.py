@@ -21,7 +21,6 @@ import numpy as np
 ROWS = 512
 # Members of a tar, by field of `Negatives`.
 NEGATIVES = {name: f"neg.{name}.npy" for name in ("rows", "sides", "lengths", "text_ids", "ids")}
-INDEX_COLUMNS = ("shard", "offset", "size", "rows", "tokens", "crc32")
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,9 @@ def content_id(data: bytes) -> int:
 
 
 def write_shard(path: Path, packs: Iterable[Pack], name: str) -> np.ndarray:
-    """Write packs into a new tar; its members' names begin with `name`. Returns their rows of the index without the
-    shard's number, int64 [packs, 5]."""
+    """Write packs into a new tar; its members' names begin with `name`. Returns offset, size, rows,
+    tokens and crc32 of each pack, int64 [packs, 5]: its row of the source's index, without the shard's number before
+    it."""
     index = []
     with path.open("w+b") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, pack in enumerate(packs):

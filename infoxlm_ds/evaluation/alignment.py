@@ -82,14 +82,14 @@ class Scores:
 
 
 def evaluate_alignment(
-    model: Path, texts: tuple[Path, Path], gold: Path, first: int, layer: int | None, device: str | None = None
+    model: Path, texts: tuple[Path, Path], gold: Path, first: int, layer: int | None
 ) -> list[AlignmentRow]:
     """A row for each layer, or for one. `texts`: words separated by spaces, a sentence a line. `gold`: see `read_gold`;
     `first`: the number of the first word there. UserError for files that are not aligned or have another form, and as
     in `load_folder`."""
     pairs = read_pairs(*texts)
     links = read_gold(gold, first, [(len(one), len(other)) for one, other in pairs])
-    states = TokenStates(model, layer, device)
+    states = TokenStates(model, layer)
     scores = [Scores() for _ in states.layers]
     for part in blocks(len(pairs), BATCH, "aligning"):
         sides = [states.of([pair[side] for pair in pairs[part]]) for side in (0, 1)]
@@ -110,8 +110,8 @@ class Sentence:
 class TokenStates:
     """Token states of sentences that are given as words, of one layer or all."""
 
-    def __init__(self, folder: Path, layer: int | None, device: str | None = None) -> None:
-        self._device = device_of(device)
+    def __init__(self, folder: Path, layer: int | None) -> None:
+        self._device = device_of(None)
         model, self._tokenizer = load_folder(folder)
         last = model.config.num_hidden_layers
         if layer is not None and not 0 <= layer <= last:
