@@ -21,11 +21,12 @@ from torch import Tensor
 from infoxlm_ds.config import Contrast, Recipe, UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.flat_batch import FlatBatch, Layout, flat_batch, make_layout
+from infoxlm_ds.data.items import ALONE, Grouping, Rows
 from infoxlm_ds.data.masking import Masked, mask_pieces
 from infoxlm_ds.data.mixture import mixture_of
 from infoxlm_ds.data.order import keyed_generator
 from infoxlm_ds.data.sequences import Sequences, Texts, assemble, mix
-from infoxlm_ds.data.stream import Grouping, Rows, StreamReader
+from infoxlm_ds.data.stream import StreamReader
 from infoxlm_ds.data.upload import ON_HOST, to_device
 
 # Text ids of an item, by mixup. A pair has one for each side and one that all translations of its row share.
@@ -125,7 +126,7 @@ class BatchBuilder:
                 own_lanes=own_lanes,
                 pivot=sampling.pivot,
                 pivot_share=sampling.pivot_share,
-                grouping=_grouping(recipe.contrast) if task == "xlco" else Grouping(),
+                grouping=_grouping(recipe.contrast) if task == "xlco" else ALONE,
                 negatives=recipe.contrast.hard_negatives if task == "xlco" else 0,
             )
             for task, used in recipe.tasks.items()

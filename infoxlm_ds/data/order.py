@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 SLOTS = 65536  # draws in one round of the table: a source's share is exact to 1 / SLOTS
-ROUNDS = 6
+FEISTEL_ROUNDS = 6
 
 
 class Draw(NamedTuple):
@@ -112,7 +112,7 @@ def permuted(index: int, size: int, key: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
-        for turn in range(ROUNDS):
+        for turn in range(FEISTEL_ROUNDS):
             left, right = right, left ^ (_mix(right + (turn << half), key) & mask)
         index = left << half | right
         if index < size:

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.files import File
+from infoxlm_ds.data.items import Grouping, Rows
 from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, Tokenizer
 from infoxlm_ds.data.mixture import KINDS, Mixture
 from infoxlm_ds.data.order import Stage
 from infoxlm_ds.data.packs import ROWS, Pack, write_shard
-from infoxlm_ds.data.stream import ROUNDS, Grouping, Rows, StreamReader
+from infoxlm_ds.data.stream import ROUNDS, StreamReader
 
 ID = 1000
 SOURCES: dict[str, tuple[Literal["mono", "para", "nway"], tuple[str, ...], int]] = {
