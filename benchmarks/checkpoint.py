@@ -48,7 +48,7 @@ from infoxlm_ds.build import build, check_inputs
 from infoxlm_ds.checkpoint.files import write_files
 from infoxlm_ds.checkpoint.fragments import LONGEST, Index, Layout, index_of
 from infoxlm_ds.checkpoint.store import INDEX, Receipt, Store
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 
 WAYS = ("ours", "ours, without hashes", "ours, asynchronous", "DeepSpeed", "torch", "torch, asynchronous")
 UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}  # what the converter asks for

@@ -35,7 +35,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from benchmarks.cases import EMBEDDED, corpus_of
 from benchmarks.processes import Group, cpu
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.evaluation.finetune.data import read_data
 from infoxlm_ds.evaluation.finetune.settings import Settings
 from infoxlm_ds.evaluation.finetune.tasks import TASKS

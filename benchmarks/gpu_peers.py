@@ -19,7 +19,7 @@ from benchmarks.ours import FixedLanes
 from benchmarks.peers import NAIVE, TUNED, Peer, Way
 from infoxlm_ds.build import build
 from infoxlm_ds.data.batch import BatchBuilder
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.model.pretrained import build_model
 from infoxlm_ds.objective import TASKS

@@ -22,7 +22,7 @@ from benchmarks.gpu_report import GIB, Part
 from infoxlm_ds import objective
 from infoxlm_ds.build import build
 from infoxlm_ds.data.batch import N_TEXTS
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.planner.cost import useful
 from infoxlm_ds.planner.memory import memory

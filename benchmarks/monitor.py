@@ -21,7 +21,7 @@ from rich.table import Table
 from infoxlm_ds import reporting, trainer
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import load_recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.monitor.sinks import Sinks
 

@@ -19,7 +19,7 @@ from benchmarks.cases import Work
 from infoxlm_ds.build import build, check_inputs
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.flat_batch import FlatBatch
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.model.momentum import momentum_at
 from infoxlm_ds.objective import TASKS, Objective

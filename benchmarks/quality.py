@@ -33,7 +33,7 @@ from infoxlm_ds.build import build, check_inputs
 from infoxlm_ds.config import Probe, Recipe, load_recipe
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.model.pretrained import build_model
 from infoxlm_ds.monitor.probe import RetrievalProbe

@@ -1,5 +1,5 @@
-"""The engine: starts DeepSpeed, runs micro-steps, reports whether a step was applied, gives and takes its state as
-fragments.
+"""The engine: a model under DeepSpeed. It runs micro-steps, says whether a step was applied, and gives and takes its
+state as fragments.
 
 Only this package knows DeepSpeed. docs/design.md ("The engine") lists the traps that it avoids.
 """
@@ -7,76 +7,25 @@ Only this package knows DeepSpeed. docs/design.md ("The engine") lists the traps
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
-import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from infoxlm_ds.engine.config import stage_of, summed_in  # must come before DeepSpeed: it sets its device
-
-# isort: split
 import deepspeed
 import torch
 from torch import Tensor, nn
 
 from infoxlm_ds import dist
-from infoxlm_ds.cluster import environment
-from infoxlm_ds.config import Optimizer, Timeout
+from infoxlm_ds.config import Optimizer
+from infoxlm_ds.engine.config import stage_of, summed_in
 from infoxlm_ds.model.momentum import Fragment, WriteWhole
 
 M = TypeVar("M", bound=nn.Module)
 
-PATIENT = Timeout()
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by torch's names
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes in a dynamic loss scale
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
-
-
-class NotJoined(RuntimeError):
-    """The ranks did not come together."""
-
-
-def start_ranks(timeout: Timeout = PATIENT, deterministic: bool = False) -> None:
-    """Join the ranks of the launcher, or be the only rank. NotJoined if the others do not come in time.
-    `deterministic`: kernels on GPUs give the same bits every time."""
-    environment.settle()
-    if torch.cuda.is_available():
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-            torch.use_deterministic_algorithms(True)
-        torch.cuda.set_device(dist.local_rank())
-    else:
-        # Only inference uses this op; its build takes minutes, and a killed build hangs every later one.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
-    joining = timedelta(seconds=timeout.join)
-    try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=joining)
-        dist.host_group()  # made now, so that the next timeouts hold for it too
-    except RuntimeError as error:
-        if not dist.is_broken(error):
-            raise
-        raise NotJoined(
-            f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet the other ranks within {timeout.join} "
-            f"seconds (timeout.join), at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: a host is slow to "
-            "start, its start failed, or the network between hosts is closed; `infoxlm doctor --hostfile` checks. "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    dist.set_timeout(timeout.start)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step. It would return buffers of over 32 MB to the system at once,
-    and the system would clear each page again: 3.3 s a step became 1.9 s with a vocabulary of 250,000, at ZeRO 1."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class NotFinite(dist.AllRanksError):

@@ -22,7 +22,7 @@ from infoxlm_ds.checkpoint.consolidate import consolidate
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_state
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.files import sha256_of
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.publish.export import export
 from infoxlm_ds.trainer import SaveFailed, fit, save, train_step
 from tests.corpus import small_recipe

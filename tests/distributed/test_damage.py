@@ -15,7 +15,7 @@ from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.data.stream import DamagedDraw, LeftOut
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import TooMuchDamage, save, train_step
 from tests.corpus import small_recipe, write_corpus

@@ -24,7 +24,7 @@ from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.loader import Loader
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe

@@ -16,7 +16,8 @@ from infoxlm_ds import dist
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Log, Recipe
 from infoxlm_ds.data.batch import JointBatch
-from infoxlm_ds.engine.engine import NotFinite, schedule, start_ranks
+from infoxlm_ds.engine.engine import NotFinite, schedule
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.objective import Step
 from infoxlm_ds.state import TrainState

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Constant, Contrast, Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.model.momentum import Fragment, MomentumEncoder, WriteWhole, momentum_at
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import train_step

@@ -12,7 +12,7 @@ import pytest
 from infoxlm_ds.build import agreed_inputs, build, check_inputs
 from infoxlm_ds.checkpoint.checkpoints import Best
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.train import main
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import EMBEDDED, small_recipe

@@ -21,7 +21,7 @@ from torch import Tensor
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.train import fit_and_close
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.masters import whole_state

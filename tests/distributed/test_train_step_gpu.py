@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import rehearse, save, train_step
 from tests.corpus import ROOT, small_recipe

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.losses import negatives
 from infoxlm_ds.trainer import rehearse, train_step
 from tests.corpus import small_recipe

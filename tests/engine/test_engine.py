@@ -13,7 +13,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from infoxlm_ds.config import Optimizer
-from infoxlm_ds.engine.engine import MOMENTS, Engine, start_ranks
+from infoxlm_ds.engine.engine import MOMENTS, Engine
+from infoxlm_ds.engine.ranks import start_ranks
 from tests.corpus import ROOT
 from tests.distributed.ranks import run_ranks
 

@@ -19,7 +19,7 @@ import pytest
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store, damage_of
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.trainer import fit
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks

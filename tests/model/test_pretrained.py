@@ -26,7 +26,7 @@ from transformers import (
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Model, Recipe, UserError
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.pretrained import build_model, check_fit, init_config, shape_of
 from infoxlm_ds.publish.export import export

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from infoxlm_ds import trainer
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Log, Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.monitor.boards import Csv
 from infoxlm_ds.monitor.pictures import heat_map
 from infoxlm_ds.monitor.sinks import Sinks

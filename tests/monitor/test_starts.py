@@ -10,7 +10,7 @@ import pytest
 
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.monitor.starts import NAME, environment, read_starts, record_start
 from infoxlm_ds.train import fit_and_close
 from tests.corpus import small_recipe

@@ -23,7 +23,7 @@ from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.cli import app
 from infoxlm_ds.config import Recipe, UserError, load_recipe
 from infoxlm_ds.engine.config import load_engine_config
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.planner.cost import flops, tokens_per_step, wire
 from infoxlm_ds.planner.memory import checkpoint_bytes, memory, partition, smallest_world, stages
 from infoxlm_ds.planner.workload import Setting, Shape, read_text

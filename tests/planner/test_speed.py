@@ -11,7 +11,7 @@ from infoxlm_ds import reporting
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.cli import app
 from infoxlm_ds.config import Recipe
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.planner.cost import flops
 from infoxlm_ds.planner.report import Wishes, read_setting
 from infoxlm_ds.planner.speed import ASSUMED, GPUS, Gpu, known_gpu, step_seconds, tokens_per_second

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, XLMRobertaForMaske
 
 from infoxlm_ds.build import agreed_inputs, build, check_inputs
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.checksums import check_checksums
 from infoxlm_ds.model.pretrained import init_config

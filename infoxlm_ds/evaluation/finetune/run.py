@@ -8,7 +8,7 @@ from rich.console import Console
 
 from infoxlm_ds import dist
 from infoxlm_ds.config import UserError
-from infoxlm_ds.engine.engine import start_ranks
+from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.evaluation.finetune.data import read_data
 from infoxlm_ds.evaluation.finetune.results import print_results, summarize, write_results
 from infoxlm_ds.evaluation.finetune.settings import Settings, keep_settings
