@@ -3,14 +3,17 @@
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from data_prep.cli import app as prep
 from data_prep.cli import build_command
 from infoxlm_ds import shipped
-from infoxlm_ds.config import Pooling, UserError, load_recipe
+from infoxlm_ds.checkpoint.cli import app as checkpoint
+from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.evaluation.cli import app as evaluation
+from infoxlm_ds.evaluation.cli import compare, embed, finetune, mine, retrieval
 from infoxlm_ds.trouble import complain
 
 app = typer.Typer(
@@ -18,15 +21,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
 app.add_typer(prep, name="prep", help="Turn text into a corpus of packs of token ids.")
 app.add_typer(evaluation, name="eval")
-checkpoint = typer.Typer(help="List, verify, consolidate and remove a run's checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 Hostfile = Annotated[Path | None, typer.Option(help="Lines of HOST slots=N, see hostfile.example.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML, or the name of one that comes with the package.")]
-Score = Literal["cosine", "ratio", "distance", "csls"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")]
 
 
@@ -318,348 +318,9 @@ def publish(
     print(address)
 
 
-@app.command()
-def embed(
-    model: Annotated[Path, typer.Argument(help="A model folder in Hugging Face format.")],
-    text: Annotated[Path | None, typer.Argument(help="A file of lines in UTF-8. Default: standard input.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The file to write. Default: standard output.")] = None,
-    form: Annotated[
-        Literal["npy", "parquet"], typer.Option("--format", help="parquet has the columns text and vector.")
-    ] = "npy",
-    layer: Annotated[int | None, typer.Option(min=0, help="Plain states of this layer; 0: embeddings.")] = None,
-    pooling: Annotated[Pooling | None, typer.Option(help="Default: as the folder's sentence vectors.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")] = None,
-) -> None:
-    """Write the sentence vector of each line of a text. By default, vectors are those of `infoxlm eval retrieval`."""
-    from infoxlm_ds.evaluation.vectors import embed_lines
-
-    embed_lines(model, text, out, form, layer=layer, pooling=pooling, device=device)
-
-
-@app.command()
-def mine(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="A.txt B.txt OUT.tsv | ROWS.jsonl OUT.jsonl",
-            help="Two files of lines in UTF-8, plain or .xz, and the table to write. With --hard-negatives: rows as "
-            "`prep build` reads them, and the file to write.",
-        ),
-    ],
-    *,
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    score: Annotated[Score, typer.Option(help="How a pair's cosine becomes its score.")] = "ratio",
-    neighbours: Annotated[
-        int | None, typer.Option(min=1, help="Of each text, for the score. Default: 4; csls: 10.")
-    ] = None,
-    threshold: Annotated[float | None, typer.Option(help="Leave out pairs with a lower score.")] = None,
-    search: Annotated[Literal["exact", "ivf"], typer.Option(help="ivf: approximate, by faiss.")] = "exact",
-    retrieval: Annotated[
-        Literal["max", "intersect"],
-        typer.Option(help="max: the best pairs first, each text once; intersect: pairs in which each chose the other."),
-    ] = "max",
-    hard_negatives: Annotated[
-        int | None, typer.Option(min=1, help="Write so many wrong texts for each text of a row, in place of pairs.")
-    ] = None,
-    margin: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Their cosine is below this part of the right text's. Default: 0.95."),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU if there is one.")] = None,
-) -> None:
-    """Find translations in two texts, or hard negatives for the rows of a corpus. A killed run goes on.
-
-    A line of OUT.tsv is a score, a text of A and a text of B; the best come first. OUT.jsonl has the rows of
-    ROWS.jsonl, with wrong texts that are near to them.
-    """
-    from infoxlm_ds.evaluation.hard_negatives import MARGIN, mine_hard_negatives
-    from infoxlm_ds.evaluation.mining import How
-    from infoxlm_ds.evaluation.mining import mine as mine_pairs
-
-    how = How(score, neighbours, search, retrieval, threshold)
-    if hard_negatives is None:
-        if len(paths) != 3:
-            raise UserError("give three files: A.txt B.txt OUT.tsv")
-        if margin is not None:
-            raise UserError("--margin is for --hard-negatives only")
-        a, b, out = paths
-        mine_pairs(a, b, out, model, how, device)
-        return
-    if len(paths) != 2:
-        raise UserError("--hard-negatives: give two files: ROWS.jsonl OUT.jsonl")
-    if how != How():
-        raise UserError("--hard-negatives: use only --margin, --model and --device with it")
-    rows, out = paths
-    mine_hard_negatives(rows, out, model, hard_negatives, MARGIN if margin is None else margin, device)
-
-
-@app.command()
-def finetune(
-    task: Annotated[
-        Literal["xnli", "pawsx", "mlqa", "xquad", "tydiqa", "ner", "pos", "sentences", "pairs"],
-        typer.Argument(help="The task."),
-    ],
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    data: Annotated[Path, typer.Option(help="The folder of the task's files, see docs/finetune.md.")],
-    out: Annotated[Path, typer.Option(help="The folder for models and results. The same command goes on there.")],
-    train_languages: Annotated[str, typer.Option(help="Separated by commas.")] = "en",
-    languages: Annotated[str, typer.Option(help="To measure. Default: all that have a test file.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="How often to train, with another seed each time.")] = 1,
-    select: Annotated[
-        Literal["english", "train", "target"],
-        typer.Option(help="Whose dev files choose the best epoch: English, the languages of training, all others."),
-    ] = "english",
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: 5 for pairs, 3 for answers, 10 for words.")
-    ] = None,
-    patience: Annotated[int | None, typer.Option(min=1, help="End after so many epochs that are not better.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=1e-9, help="Default: 2e-5, for answers 3e-5.")] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a batch, without padding. Default: 1024, for answers 6144.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=16, help="Of a sequence. Default: 128, for answers 384.")
-    ] = None,
-    dropout: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
-) -> None:
-    """Train a model on a task in one language, and measure it in every language."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.finetune.run import finetune as run_all
-    from infoxlm_ds.evaluation.finetune.settings import Settings
-    from infoxlm_ds.evaluation.finetune.tasks import TASKS
-
-    settings = Settings(
-        *(task, model, data, out),
-        epochs=epochs or TASKS[task].epochs,
-        max_tokens=max_tokens or TASKS[task].max_tokens,
-        train_languages=_codes(train_languages) or ("en",),
-        languages=_codes(languages),
-        seeds=seeds,
-        select=select,
-        patience=patience,
-        learning_rate=learning_rate or TASKS[task].learning_rate,
-        batch_tokens=batch_tokens or TASKS[task].batch_tokens,
-        dropout=dropout,
-    )
-    run_all(settings, Console())
-
-
-@checkpoint.command("list")
-def list_(run: Run) -> None:
-    """List steps, sizes and numbers of ranks, and folders that are not committed checkpoints."""
-    from rich.console import Console
-
-    from infoxlm_ds.checkpoint.tools import list_checkpoints
-
-    list_checkpoints(run, Console())
-
-
-@checkpoint.command()
-def verify(
-    run: Run, step: Annotated[int | None, typer.Option(min=1, help="Only this step. Default: all.")] = None
-) -> None:
-    """Read every byte and compare it with what was written. Exit code 1 if something differs."""
-    from rich.console import Console
-
-    from infoxlm_ds.checkpoint.tools import verify as verify_run
-
-    if not verify_run(run, step, Console()):
-        raise typer.Exit(1)
-
-
-@checkpoint.command()
-def consolidate(
-    run: Run,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    step: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
-) -> None:
-    """Write the fp32 weights, also the key encoder's, as whole tensors in safetensors files."""
-    from infoxlm_ds.checkpoint.consolidate import consolidate as consolidate_run
-
-    consolidate_run(run, out, step)
-
-
-@checkpoint.command()
-def prune(
-    run: Run,
-    keep: Annotated[
-        int | None, typer.Option(min=1, help="Keep so many of the newest. Default: checkpoint.keep.")
-    ] = None,
-    keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Also keep multiples of this step. Default: checkpoint.keep_every.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
-) -> None:
-    """Remove older checkpoints, and damaged ones that were renamed."""
-    from rich.console import Console
-
-    from infoxlm_ds.checkpoint.tools import prune as prune_run
-
-    prune_run(run, keep, keep_every, dry_run, Console())
-
-
-@evaluation.command()
-def retrieval(
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="Parallel text: JSON lines, TSV, PREFIX.de-en.de, or a folder of such pairs; may be repeated."
-        ),
-    ],
-    pivot: Annotated[str, typer.Option(help="The language that is paired with all others.")] = "en",
-    layer: Annotated[
-        str, typer.Option(help="Number (0: embeddings) or all. Default: the universal layer, else the last.")
-    ] = "",
-    pooling: Annotated[
-        Literal["mean", "cls", "both"] | None, typer.Option(help="Default: from the model's config, else mean.")
-    ] = None,
-    score: Annotated[Score, typer.Option(help="Compare cosines, or cosines with those of near neighbours.")] = "cosine",
-    languages: Annotated[
-        str, typer.Option(help="Only these, separated by commas; zh includes every zh_*. Default: all.")
-    ] = "",
-    min_pairs: Annotated[int, typer.Option(min=1, help="Leave out languages with fewer pairs.")] = 50,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(help="Another model on the same pairs: any that sentence-transformers loads; may be repeated."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
-) -> None:
-    """Measure how often a sentence's nearest neighbour is its translation (accuracy@1), beside a trigram baseline."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.beside import OtherModel
-    from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.output import check_writable, write_json
-    from infoxlm_ds.evaluation.parallel import read_pairs
-    from infoxlm_ds.evaluation.results import evaluate_all
-    from infoxlm_ds.evaluation.tables import as_json, print_comparison, print_tables
-
-    if beside and (layer == "all" or pooling == "both"):
-        raise UserError("--beside compares one vector of each model: give one --layer and one --pooling")
-    check_writable(json)
-    pairs = read_pairs(data, pivot, _codes(languages), min_pairs)
-    embedder = SentenceEmbedder(model, _layer(layer), pooling, half=True)
-    rivals = {name: OtherModel(name) for name in beside or []}  # before any work, which a wrong name would waste
-    ours = evaluate_all(embedder, pairs, score)
-    others = {name: evaluate_all(rival, pairs, score) for name, rival in rivals.items()}
-    print_tables(ours, Console())
-    if others:
-        print_comparison(
-            {f"ours: {model.name}": ours.rows} | {name: other.rows for name, other in others.items()}, Console()
-        )
-    if json:
-        write_json(json, as_json(ours, others))
-
-
-@evaluation.command()
-def layers(
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    data: Annotated[list[Path], typer.Option(help="Parallel text, as for `eval retrieval`; may be repeated.")],
-    pivot: Annotated[str, typer.Option(help="The language that is paired with all others.")] = "en",
-    pooling: Annotated[
-        Literal["mean", "cls", "both"] | None, typer.Option(help="Default: from the model's config, else mean.")
-    ] = None,
-    languages: Annotated[str, typer.Option(help="Only these, separated by commas. Default: all.")] = "",
-    min_pairs: Annotated[int, typer.Option(min=1, help="Leave out languages with fewer pairs.")] = 50,
-    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
-) -> None:
-    """Measure each layer: retrieval, how well it tells languages apart, how far apart they lie, anisotropy."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.layers import evaluate_layers, print_layers
-    from infoxlm_ds.evaluation.output import check_writable, write_json
-    from infoxlm_ds.evaluation.parallel import read_pairs
-
-    check_writable(json)
-    pairs = read_pairs(data, pivot, _codes(languages), min_pairs)
-    embedder = SentenceEmbedder(model, "all", pooling, half=True)
-    results = {name: evaluate_layers(embedder, of_file) for name, of_file in pairs.items()}
-    for name, rows in results.items():
-        print_layers(name, rows, len(pairs[name]), Console())
-    if json:
-        write_json(json, results)
-
-
-@evaluation.command()
-def alignment(
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    text: Annotated[tuple[Path, Path], typer.Option(help="Two files of sentences, words separated by spaces.")],
-    gold: Annotated[Path, typer.Option(help="Lines such as 0-0 1p2, or SENTENCE WORD WORD [S|P].")],
-    first: Annotated[int, typer.Option(min=0, max=1, help="The number of the first word in the gold file.")] = 0,
-    layer: Annotated[str, typer.Option(help="Number (0: embeddings) or all.")] = "all",
-    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
-) -> None:
-    """Measure word alignment: precision, recall and error rate of words whose states are each other's nearest."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.alignment import evaluate_alignment, print_alignment
-    from infoxlm_ds.evaluation.output import check_writable, write_json
-
-    check_writable(json)
-    chosen = _layer(layer or "all")
-    rows = evaluate_alignment(model, text, gold, first, None if chosen == "all" else chosen)
-    print_alignment(rows, Console())
-    if json:
-        write_json(json, rows)
-
-
-@evaluation.command()
-def bucc(
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    data: Annotated[Path, typer.Option(help="The folder of BUCC's files: de-en.training.de, .en, .gold and so on.")],
-    tune: Annotated[str, typer.Option(help="The part that the threshold comes from.")] = "training",
-    part: Annotated[str, typer.Option(help="The part that is measured.")] = "test",
-    score: Annotated[Score, typer.Option(help="As for `infoxlm mine`.")] = "ratio",
-    json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
-) -> None:
-    """Measure how well translations are found among other sentences: precision, recall and F1 on BUCC."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.bucc import evaluate_bucc, print_bucc
-    from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.output import check_writable, write_json
-
-    check_writable(json)
-    rows = list(evaluate_bucc(SentenceEmbedder(model, half=True), data, tune, part, score))
-    print_bucc(rows, Console())
-    if json:
-        write_json(json, rows)
-
-
-@evaluation.command("mteb")
-def mteb_(
-    model: Annotated[Path, typer.Option(help="A model folder in Hugging Face format.")],
-    task: Annotated[
-        list[str], typer.Option(help="A name that mteb knows, such as Tatoeba or STS22.v2; may be repeated.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder for mteb's results. A task that is there is not run again.")],
-    languages: Annotated[str, typer.Option(help="Only these, as deu or deu-Latn, separated by commas.")] = "",
-) -> None:
-    """Run tasks of mteb: bitext mining, STS, classification and others on single texts."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.embed import SentenceEmbedder
-    from infoxlm_ds.evaluation.mteb_model import evaluate_mteb
-
-    evaluate_mteb(model, SentenceEmbedder(model, half=True), task, _codes(languages), out, Console())
-
-
-@evaluation.command()
-def compare(
-    results: Annotated[list[Path], typer.Argument(help="Files of `eval retrieval --json`, one for each model.")],
-) -> None:
-    """Show several models in one table, on the same pairs."""
-    from rich.console import Console
-
-    from infoxlm_ds.evaluation.tables import print_comparison, read_json
-
-    names = [path.absolute().parent.name for path in results]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in results]
-    print_comparison({name: read_json(path) for name, path in zip(names, results, strict=True)}, Console())
+app.command()(embed)
+app.command()(mine)
+app.command()(finetune)
 
 
 def main() -> None:
@@ -690,16 +351,3 @@ def main() -> None:
 def _end(message: str, code: int) -> NoReturn:
     complain(message)
     sys.exit(code)
-
-
-def _codes(text: str) -> tuple[str, ...]:
-    """The languages of an option, in their order."""
-    return tuple(dict.fromkeys(code.strip() for code in text.split(",") if code.strip()))
-
-
-def _layer(text: str) -> int | Literal["all"] | None:
-    if text in ("", "all"):
-        return "all" if text else None
-    if not text.isdecimal():
-        raise UserError(f"--layer {text}: expected a number or all")
-    return int(text)

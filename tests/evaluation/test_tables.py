@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from infoxlm_ds import cli
 from infoxlm_ds.config import UserError
+from infoxlm_ds.evaluation import cli
 from infoxlm_ds.evaluation.output import write_json
 from infoxlm_ds.evaluation.results import Result
 from infoxlm_ds.evaluation.retrieval import RetrievalRow
