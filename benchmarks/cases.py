@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from infoxlm_ds.config import Place, Recipe, check
+from infoxlm_ds.config import Place, Recipe
 from infoxlm_ds.data.batch import N_TEXTS, BatchBuilder, JointBatch
 from infoxlm_ds.data.corpus import PACKS_KEPT, Corpus
 from infoxlm_ds.data.packs import Pack
 from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.pretrained import build_model
+from infoxlm_ds.reading import check
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "benchmarks"

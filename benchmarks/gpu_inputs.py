@@ -8,11 +8,12 @@ from pathlib import Path
 from benchmarks.cases import ROOT, SpreadCorpus
 from benchmarks.gpu_report import Part
 from infoxlm_ds.build import Inputs, check_inputs
-from infoxlm_ds.config import Recipe, load_recipe
+from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.loader import Loader
 from infoxlm_ds.engine.config import dtype_of
 from infoxlm_ds.model.attention import why_not_varlen
 from infoxlm_ds.model.pretrained import head_width
+from infoxlm_ds.reading import load_recipe
 
 VOCABULARY = 250_002  # XLM-R's
 SHAPES = {  # of XLM-R, with random weights: there is no hub

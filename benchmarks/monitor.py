@@ -20,10 +20,10 @@ from rich.table import Table
 
 from infoxlm_ds import reporting, trainer
 from infoxlm_ds.build import agreed_inputs, build
-from infoxlm_ds.config import load_recipe
 from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.monitor.probe import RetrievalProbe
 from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.reading import load_recipe
 
 
 class Clock:

@@ -30,13 +30,14 @@ from benchmarks.cases import EMBEDDED, ROOT, corpus_of
 from benchmarks.processes import Group
 from benchmarks.sentences import padded_sides, sentence_model
 from infoxlm_ds.build import build, check_inputs
-from infoxlm_ds.config import Probe, Recipe, load_recipe
+from infoxlm_ds.config import Probe, Recipe
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.model.pretrained import build_model
 from infoxlm_ds.monitor.probe import RetrievalProbe
+from infoxlm_ds.reading import load_recipe
 from infoxlm_ds.trainer import train_step
 
 FILES = ("home_assistant", "jupyterlab", "kolibri", "wagtail")

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from data_prep.clean import Form
 from data_prep.filters.settings import FilterSettings
-from infoxlm_ds.config import Fraction, Positive, Section, check, read_yaml
+from infoxlm_ds.config import Fraction, Positive, Section
+from infoxlm_ds.reading import check, read_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # corpus, sources and languages: they become names of folders
 Name = Annotated[str, Field(pattern=NAME)]

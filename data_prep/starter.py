@@ -19,8 +19,9 @@ from data_prep.rows import Fault, Row
 from data_prep.sources import READERS
 from data_prep.sources.files import COMPRESSED
 from infoxlm_ds.atomic import write_file
-from infoxlm_ds.config import UserError, check, load_recipe
+from infoxlm_ds.config import UserError
 from infoxlm_ds.data.packs import text_id
+from infoxlm_ds.reading import check, load_recipe
 
 FORMAT_OF = {".jsonl": "jsonl", ".tsv": "tsv", ".tmx": "tmx", ".zip": "opus"}
 LEAST_PAIRS = 100

@@ -11,9 +11,10 @@ from data_prep.cli import app as prep
 from data_prep.cli import build_command
 from infoxlm_ds import shipped
 from infoxlm_ds.checkpoint.cli import app as checkpoint
-from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation.cli import app as evaluation
 from infoxlm_ds.evaluation.cli import compare, embed, finetune, mine, retrieval
+from infoxlm_ds.reading import load_recipe
 from infoxlm_ds.trouble import complain
 
 app = typer.Typer(

@@ -18,10 +18,11 @@ from pathlib import Path
 from infoxlm_ds import dist, reporting, trainer
 from infoxlm_ds.build import Inputs, agreed_inputs, build, summary
 from infoxlm_ds.cluster.environment import follow_launcher
-from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.config import UserError
 from infoxlm_ds.engine.ranks import NotJoined, start_ranks
 from infoxlm_ds.monitor import failures
 from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.reading import load_recipe
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trouble import complain
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from infoxlm_ds.config import Recipe, load_recipe
+from infoxlm_ds.config import Recipe
+from infoxlm_ds.reading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "data_prep" / "embedded"

@@ -9,9 +9,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForMaskedLM
 
-from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.config import UserError
 from infoxlm_ds.engine.config import check_device, load_engine_config, stage_of
 from infoxlm_ds.model.pretrained import shape_of
+from infoxlm_ds.reading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"

@@ -20,7 +20,7 @@ from data_prep.verify import verify
 from infoxlm_ds import cli
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.cluster.hosts import read_hostfile
-from infoxlm_ds.config import UserError, load_recipe, parse_yaml, read_yaml
+from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.manifest import load_manifest
 from infoxlm_ds.data.packs import unpack
@@ -28,6 +28,7 @@ from infoxlm_ds.data.text import lines
 from infoxlm_ds.engine.config import load_engine_config
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.model.pretrained import init_config
+from infoxlm_ds.reading import load_recipe, parse_yaml, read_yaml
 from tests.corpus import ROOT, small_recipe
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"b{i}: &b{i} [{', '.join(['*a'] * 9)}]\n" for i in range(30))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infoxlm_ds.config import Recipe, Sampling, UserError, check
+from infoxlm_ds.config import Recipe, Sampling, UserError
 from infoxlm_ds.data.batch import N_TEXTS
 from infoxlm_ds.engine.config import precision_of, stage_of
+from infoxlm_ds.reading import check
 
 # Keys that may always change: no step depends on them, or only by rounding. A corpus is compared by content, not by
 # path; a preset by its values.

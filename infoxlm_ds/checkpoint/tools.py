@@ -14,7 +14,8 @@ from rich.table import Table
 
 from infoxlm_ds.atomic import SUFFIX
 from infoxlm_ds.checkpoint.store import Store, damage_of, read_receipts, read_state, step_of
-from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.config import Recipe, UserError
+from infoxlm_ds.reading import check
 
 
 def list_checkpoints(run: Path, console: Console) -> None:

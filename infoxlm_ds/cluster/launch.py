@@ -27,8 +27,9 @@ from infoxlm_ds.checkpoint.tools import read_through
 from infoxlm_ds.cluster.dry_run import dry_run
 from infoxlm_ds.cluster.environment import LAUNCHER, ranks_here
 from infoxlm_ds.cluster.hosts import SSH_OPTIONS, free_port, free_port_here, read_hostfile
-from infoxlm_ds.config import Recipe, UserError, load_recipe
+from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine.config import check_device
+from infoxlm_ds.reading import load_recipe
 from infoxlm_ds.train import STOPPED_ON_REQUEST
 from infoxlm_ds.trouble import complain
 

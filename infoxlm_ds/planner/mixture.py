@@ -9,9 +9,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from infoxlm_ds.config import Recipe, Sampling, load_recipe
+from infoxlm_ds.config import Recipe, Sampling
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.mixture import Expected, expected
+from infoxlm_ds.reading import load_recipe
 
 OFTEN = 10  # passes: more are said in a line
 

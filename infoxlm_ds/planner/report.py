@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from infoxlm_ds.atomic import write_file
-from infoxlm_ds.config import load_recipe
 from infoxlm_ds.engine.config import load_engine_config
 from infoxlm_ds.planner.cost import flops, tokens_per_step, useful, wire
 from infoxlm_ds.planner.memory import memory, smallest_world, stages
 from infoxlm_ds.planner.speed import ASSUMED, mfu, step_seconds, tokens_per_second
 from infoxlm_ds.planner.workload import Setting, Shape, read_text
+from infoxlm_ds.reading import load_recipe
 
 GIB = 2**30
 KINDS = ("weights", "gradients", "optimizer", "momentum", "queue", "activations", "logits", "buffers", "host", "peak")

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.checkpoint.store import read_state
 from infoxlm_ds.checkpoint.weights import undamaged
-from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.model.checksums import check_checksums, write_checksums
 from infoxlm_ds.publish.card import CARD, write_card
 from infoxlm_ds.publish.choose import best_step
@@ -19,6 +19,7 @@ from infoxlm_ds.publish.hugging_face import check_hugging_face, write_hugging_fa
 from infoxlm_ds.publish.onnx import check_onnx, require_onnx, write_onnx
 from infoxlm_ds.publish.sentence_transformers import check_sentence_transformers, write_sentence_transformers
 from infoxlm_ds.publish.trained import Trained, read_trained
+from infoxlm_ds.reading import check
 
 FORMS: dict[str, tuple[Callable[[Trained, Path], None], Callable[[Trained, Path], str]]] = {
     "hf": (write_hugging_face, check_hugging_face),

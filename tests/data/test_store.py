@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from data_prep.cli import app
 from data_prep.verify import verify
 from infoxlm_ds.cluster.doctor.agent import read_corpus
-from infoxlm_ds.config import Place, UserError, load_recipe, place
+from infoxlm_ds.config import Place, UserError, place
 from infoxlm_ds.data import store
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.cache import Cache
@@ -27,6 +27,7 @@ from infoxlm_ds.data.files import File
 from infoxlm_ds.data.manifest import NAME, load_manifest
 from infoxlm_ds.data.stream import StreamReader
 from infoxlm_ds.planner.workload import read_text
+from infoxlm_ds.reading import load_recipe
 from tests.corpus import ROOT, small_recipe
 from tests.data.servers import HttpFolder, http_folder
 from tests.data.test_stream import mixture

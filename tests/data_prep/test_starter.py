@@ -12,10 +12,11 @@ import pytest
 from data_prep.build import build
 from data_prep.starter import FILES, Base, init
 from infoxlm_ds.build import check_inputs
-from infoxlm_ds.config import UserError, load_recipe
+from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.data.packs import text_id
 from infoxlm_ds.data.text import read_nway
+from infoxlm_ds.reading import load_recipe
 from tests.corpus import EMBEDDED
 from tests.data_prep.small import stored
 

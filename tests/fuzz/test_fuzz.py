@@ -26,7 +26,7 @@ from infoxlm_ds.checkpoint.fragments import Index
 from infoxlm_ds.checkpoint.store import Store, damage_of
 from infoxlm_ds.checkpoint.weights import Weights, undamaged
 from infoxlm_ds.cluster.hosts import read_hostfile
-from infoxlm_ds.config import Log, UserError, load_recipe
+from infoxlm_ds.config import Log, UserError
 from infoxlm_ds.data.batch import BatchBuilder
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.engine.config import load_engine_config
@@ -35,6 +35,7 @@ from infoxlm_ds.evaluation.finetune.squad import languages_of_questions, questio
 from infoxlm_ds.evaluation.finetune.windows import windows_of
 from infoxlm_ds.model.checksums import write_checksums
 from infoxlm_ds.monitor.sinks import Sinks
+from infoxlm_ds.reading import load_recipe
 from tests.corpus import ROOT, small_recipe
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_checkpoint import stop_after_two

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data_prep.description import FORMATS, SourceDescription
 from data_prep.rows import Document, Fault, Notice, Row
 from data_prep.sources import files
-from infoxlm_ds.config import UserError, check
+from infoxlm_ds.config import UserError
+from infoxlm_ds.reading import check
 from tests.data_prep.source_files import COMPRESS, SMALL, read
 from tests.fuzz.test_fuzz import Fuzz, fuzz  # noqa: F401 - a fixture
 

@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.checkpoint.store import Store
 from infoxlm_ds.cli import app
-from infoxlm_ds.config import Recipe, UserError, load_recipe
+from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.engine.config import load_engine_config
 from infoxlm_ds.engine.ranks import start_ranks
 from infoxlm_ds.planner.cost import flops, tokens_per_step, wire
 from infoxlm_ds.planner.memory import checkpoint_bytes, memory, partition, smallest_world, stages
 from infoxlm_ds.planner.workload import Setting, Shape, read_text
+from infoxlm_ds.reading import load_recipe
 from infoxlm_ds.state import TrainState
 from infoxlm_ds.trainer import save, train_step
 from tests.corpus import ROOT, small_recipe

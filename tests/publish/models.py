@@ -15,11 +15,12 @@ from transformers import (
     XLMRobertaXLConfig,
 )
 
-from infoxlm_ds.config import Model, load_recipe
+from infoxlm_ds.config import Model
 from infoxlm_ds.model.attention import FLAT_ATTENTION
 from infoxlm_ds.model.pretrained import assemble
 from infoxlm_ds.model.sentence_vector import SentenceVector
 from infoxlm_ds.publish.trained import Trained
+from infoxlm_ds.reading import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LAYERS, WIDTH, POSITIONS = 3, 32, 40

@@ -19,11 +19,12 @@ from infoxlm_ds.cluster.doctor.findings import Finding, failure, ok, warning
 from infoxlm_ds.cluster.doctor.network import PATIENCE
 from infoxlm_ds.cluster.environment import ranks_here
 from infoxlm_ds.cluster.hosts import read_hostfile
-from infoxlm_ds.config import Place, Recipe, UserError, load_recipe
+from infoxlm_ds.config import Place, Recipe, UserError
 from infoxlm_ds.planner.cost import wire
 from infoxlm_ds.planner.memory import checkpoint_bytes, memory
 from infoxlm_ds.planner.report import GIB, Wishes, read_setting
 from infoxlm_ds.planner.workload import Setting
+from infoxlm_ds.reading import load_recipe
 
 PORT = 29500  # DeepSpeed's default
 PARTNERS = 15  # a host exchanges data with so many others: with all of them up to 16 hosts

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infoxlm_ds.checkpoint.store import Store, read_state, step_of
-from infoxlm_ds.config import Recipe, UserError, check
+from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.corpus import Corpus
 from infoxlm_ds.monitor.history import History, read_history
 from infoxlm_ds.planner import mixture
+from infoxlm_ds.reading import check
 
 
 class Saved(NamedTuple):
