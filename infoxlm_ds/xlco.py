@@ -26,7 +26,9 @@ from torch import Tensor
 from infoxlm_ds import dist
 from infoxlm_ds.config import Contrast
 from infoxlm_ds.data.batch import JointBatch, Sides, split_sides
-from infoxlm_ds.losses.contrast import Form, Keys, Report, Temperature, contrast, contrast_with_keys, finished
+from infoxlm_ds.losses.contrast import Form, Keys, Report, contrast, contrast_with_keys
+from infoxlm_ds.losses.known_gradients import with_gradients
+from infoxlm_ds.losses.temperature import Temperature
 from infoxlm_ds.model.encoder import SentenceEncoder
 from infoxlm_ds.model.momentum import MomentumEncoder
 
@@ -135,7 +137,7 @@ class AgainstMomentumKeys(XlCo):
     def share(self, own: Representations, lane: JointBatch, step: KeysOfStep, slot: int) -> tuple[Tensor, Rows | None]:
         if step.queue is None and not self._form.in_batch:  # the queue is not full yet
             nothing = [(x, torch.zeros_like(x)) for x in (*own, *self._learned_values())]
-            return finished(own.first.new_zeros(()), nothing), None
+            return with_gradients(own.first.new_zeros(()), nothing), None
         place = len(lane.text_ids) * (slot * dist.world_size() + dist.rank())
         directions = [(own.first, step.second, step.hard)]
         directions += [(own.second, step.first, None)] if self._symmetric else []
@@ -225,7 +227,7 @@ class CachedTrainedKeys(XlCo):
         inputs = list(zip(own, step.gradients[slot], strict=False))
         if step.d_temperature is not None:
             inputs += [(x, step.d_temperature * first) for x in self._learned_values()]
-        return finished(step.share * first, inputs), step.rows if first else None
+        return with_gradients(step.share * first, inputs), step.rows if first else None
 
 
 def choose_xlco(

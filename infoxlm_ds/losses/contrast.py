@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import log
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds import dist
+from infoxlm_ds.losses.known_gradients import with_gradients
 from infoxlm_ds.losses.negatives import (
     NEVER,
     Anchors,
@@ -39,8 +39,7 @@ from infoxlm_ds.losses.negatives import (
     sum_negatives,
 )
 
-__all__ = ["Form", "Keys", "Report", "Temperature", "contrast", "contrast_with_keys", "finished"]
-
+__all__ = ["Form", "Keys", "Report", "contrast", "contrast_with_keys"]
 
 SameText = Literal["mask", "positive", "ignore"]
 
@@ -91,28 +90,6 @@ class Report(NamedTuple):
         return Report(*(torch.cat(column) for column in zip(*reports, strict=True)))
 
 
-class Temperature(nn.Module):
-    """A learned temperature with bounds. Its value is clamped. Its gradient is zero only if a step would lead further
-    out of the bounds, so the parameter can always come back.
-
-    The parameter is the logarithm of temperature / start, so it begins at 0, where bf16 is finest. An engine that casts
-    it to bf16 gives steps of 0.4 % to a temperature that has doubled, and smaller ones before. The logarithm of the
-    temperature itself, -2.7 at 0.07, would make steps of 1.6 % from the beginning. Everything else is in fp32.
-    """
-
-    def __init__(self, start: float, lowest: float, highest: float) -> None:
-        super().__init__()
-        if not 0 < lowest <= start <= highest:
-            raise ValueError(f"a temperature needs 0 < lowest <= start <= highest, not {lowest}, {start}, {highest}")
-        self.log_ratio = nn.Parameter(torch.zeros(1))
-        self._start, self._bounds = start, (log(lowest / start), log(highest / start))
-
-    def forward(self) -> Tensor:
-        wide = self.log_ratio.to(torch.promote_types(self.log_ratio.dtype, torch.float32))
-        ratio: Tensor = _Bounded.apply(wide, *self._bounds)  # type: ignore[no-untyped-call]
-        return self._start * ratio.exp().squeeze(0)
-
-
 def contrast(
     query: Tensor,
     key: Tensor,
@@ -152,7 +129,7 @@ def contrast(
     if isinstance(temperature, Tensor):
         inputs.append((temperature, torch.stack([turn.d_temperature for turn in turns]).sum()))
     averaged = weight * dist.world_size(group)
-    return finished(loss, [(x, gradient.mul_(averaged)) for x, gradient in inputs]), report
+    return with_gradients(loss, [(x, gradient.mul_(averaged)) for x, gradient in inputs]), report
 
 
 def contrast_with_keys(
@@ -188,7 +165,7 @@ def contrast_with_keys(
     inputs = [(wide, direction.gradient / total)]
     if isinstance(temperature, Tensor):
         inputs.append((temperature, direction.d_temperature / total))
-    return finished(direction.report.loss.sum() / total, inputs), direction.report
+    return with_gradients(direction.report.loss.sum() / total, inputs), direction.report
 
 
 @contextmanager
@@ -403,43 +380,3 @@ def _check_keys(name: str, vectors: Tensor, ids: Tensor, query: Tensor) -> None:
         raise ValueError(f"{name}: text ids must be int64 [{len(vectors)}, texts], not {given}")
     if ids.device.type != "cpu":
         raise ValueError(f"{name}: text ids must be on the host, not on {ids.device}: they are compared there")
-
-
-def finished(value: Tensor, inputs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A loss with the given value and known gradients. `inputs`: pairs (tensor, gradient); backward gives each tensor
-    its gradient times the incoming one."""
-    tensors, gradients = zip(*inputs, strict=True)
-    result: Tensor = _Finished.apply(value, len(inputs), *tensors, *gradients)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Finished(torch.autograd.Function):
-    """`apply(value, n, *tensors, *gradients)` with n tensors and n gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[count:])
-        ctx.dtypes = [t.dtype for t in tensors[:count]]
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
-        # Cast after scaling: without the loss scale, a gradient may vanish in 16 bits.
-        scaled = [(g * d_value).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return None, None, *scaled, *(None for _ in scaled)
-
-
-class _Bounded(torch.autograd.Function):
-    """Clamp to [lowest, highest]. The gradient passes unless a step along it leads further out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lowest: float, highest: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = (lowest, highest)
-        return x.clamp(lowest, highest)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
-        (x,), (lowest, highest) = ctx.saved_tensors, ctx.bounds
-        outwards = ((x <= lowest) & (d_out > 0)) | ((x >= highest) & (d_out < 0))
-        return d_out.masked_fill(outwards, 0.0), None, None

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds.losses import negatives
-from infoxlm_ds.losses.contrast import Form, Keys, Report, Temperature, contrast, contrast_with_keys
+from infoxlm_ds.losses.contrast import Form, Keys, Report, contrast, contrast_with_keys
+from infoxlm_ds.losses.temperature import Temperature
 from tests.distributed.ranks import run_ranks
 from tests.losses import oracle
 
