@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from infoxlm_ds import dist
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.data.batch import JointBatch, split_sides
-from infoxlm_ds.losses.contrast import Keys
 from infoxlm_ds.losses.contrast import Report as ContrastReport
 from infoxlm_ds.losses.diagnostics import describe_space
+from infoxlm_ds.losses.keys import Keys
 from infoxlm_ds.losses.temperature import Temperature
 from infoxlm_ds.model.encoder import InfoXLM
 from infoxlm_ds.model.heads import masked_lm_losses

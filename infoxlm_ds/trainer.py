@@ -14,7 +14,7 @@ from infoxlm_ds import dist, reporting
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.data.stream import DamagedDraw
-from infoxlm_ds.losses.contrast import Keys
+from infoxlm_ds.losses.keys import Keys
 from infoxlm_ds.monitor.faults import explain, find_faults
 from infoxlm_ds.monitor.sinks import Sinks
 from infoxlm_ds.objective import Report, Step

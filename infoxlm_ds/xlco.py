@@ -26,7 +26,8 @@ from torch import Tensor
 from infoxlm_ds import dist
 from infoxlm_ds.config import Contrast
 from infoxlm_ds.data.batch import JointBatch, Sides, split_sides
-from infoxlm_ds.losses.contrast import Form, Keys, Report, contrast, contrast_with_keys
+from infoxlm_ds.losses.contrast import Form, Report, contrast, contrast_with_keys
+from infoxlm_ds.losses.keys import Keys
 from infoxlm_ds.losses.known_gradients import with_gradients
 from infoxlm_ds.losses.temperature import Temperature
 from infoxlm_ds.model.encoder import SentenceEncoder

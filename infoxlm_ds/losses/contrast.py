@@ -26,18 +26,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from infoxlm_ds import dist
+from infoxlm_ds.losses.keys import Anchors, Block, Keys, TextIndex
 from infoxlm_ds.losses.known_gradients import with_gradients
-from infoxlm_ds.losses.negatives import (
-    NEVER,
-    Anchors,
-    Block,
-    Fate,
-    Keys,
-    TextIndex,
-    attract,
-    push,
-    sum_negatives,
-)
+from infoxlm_ds.losses.negatives import NEVER, Fate, attract, push, sum_negatives
 
 __all__ = ["Form", "Keys", "Report", "contrast", "contrast_with_keys"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infoxlm_ds import dist
-from infoxlm_ds.losses.contrast import Keys
+from infoxlm_ds.losses.keys import Keys
 
 CHUNK = 8192  # rows that a checksum reads at once
 MIX = 0x1E3779B97F4A7C15  # odd, so multiplying by it loses no bit

@@ -10,7 +10,7 @@ from torch import Tensor
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine.ranks import start_ranks
-from infoxlm_ds.losses import negatives
+from infoxlm_ds.losses.keys import TextIndex
 from infoxlm_ds.trainer import rehearse, train_step
 from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
@@ -23,15 +23,15 @@ def _sorted_texts(rank: int, world: int, recipe: Recipe) -> list[int]:
     while state.queue is None or state.queue.filled < 1:
         train_step(state)
     rows: list[int] = []
-    make = negatives.TextIndex.__init__
+    make = TextIndex.__init__
 
-    def counted(index: negatives.TextIndex, ids: Tensor) -> None:
+    def counted(index: TextIndex, ids: Tensor) -> None:
         rows.append(len(ids))
         make(index, ids)
 
     assert rehearse(state) > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(negatives.TextIndex, "__init__", counted)
+        patch.setattr(TextIndex, "__init__", counted)
         train_step(state)
     state.loader.close()
     return sorted(rows)
