@@ -27,12 +27,12 @@ from infoxlm_ds.data.flat_batch import flat_batch
 from infoxlm_ds.data.text import aligned, lines
 from infoxlm_ds.data.upload import to_device
 from infoxlm_ds.evaluation.embed import device_of, load_folder
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.evaluation.progress import blocks
 from infoxlm_ds.model.encoder import Body
 from infoxlm_ds.model.families import positions_of
 
 Links = set[tuple[int, int]]
-Vectors = npt.NDArray[np.float32]
 BATCH = 64  # sentence pairs
 LINK = re.compile(r"(\d+)([-p?])(\d+)")  # - sure; p or ? possible
 NUMBERED = re.compile(r"(\d+)\s+(\d+)\s+(\d+)(?:\s+([SP]))?")

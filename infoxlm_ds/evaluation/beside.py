@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from infoxlm_ds.config import UserError
-from infoxlm_ds.evaluation.retrieval import Vectors
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.model.loading import loading
 from infoxlm_ds.model.sentence_vector import View
 

@@ -4,13 +4,14 @@ Legend: n sentences, b sentences of one batch, T tokens, D width, L layers asked
 Face's `hidden_states`: 0 is the embeddings, i is the output of the i-th layer.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -23,6 +24,7 @@ from infoxlm_ds import dist
 from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.data.flat_batch import FlatBatch, flat_batch
 from infoxlm_ds.data.upload import to_device
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.model.attention import FLAT_ATTENTION, why_not_varlen
 from infoxlm_ds.model.checksums import CHANGED, check_checksums
 from infoxlm_ds.model.encoder import Body
@@ -30,7 +32,6 @@ from infoxlm_ds.model.families import family_of, positions_of
 from infoxlm_ds.model.loading import loading
 from infoxlm_ds.model.sentence_vector import chosen_views, pooled, read_projection
 
-Vectors = npt.NDArray[np.float32]
 BATCH = 128  # sentences
 
 log = logging.getLogger(__name__)

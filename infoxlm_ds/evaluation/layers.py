@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from infoxlm_ds.config import Pooling
-from infoxlm_ds.evaluation.retrieval import Embedder, Vectors, embed_pivots, pair_accuracy
+from infoxlm_ds.evaluation.neighbours import Vectors
+from infoxlm_ds.evaluation.retrieval import Embedder, embed_pivots, pair_accuracy
 from infoxlm_ds.evaluation.text import Pairs
 
 RANDOM_PAIRS = 10_000

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
-from infoxlm_ds.evaluation.retrieval import Vectors
+from infoxlm_ds.evaluation.neighbours import Vectors
 
 
 def mteb_model(folder: Path, embedder: SentenceEmbedder) -> Any:

@@ -21,13 +21,12 @@ from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Pooling
 from infoxlm_ds.evaluation.bootstrap import Numbers, interval, resampled
 from infoxlm_ds.evaluation.languages import SETS, base, family
-from infoxlm_ds.evaluation.neighbours import Score
+from infoxlm_ds.evaluation.neighbours import Score, Vectors
 from infoxlm_ds.evaluation.retrieval import (
     Accuracy,
     Embedder,
     Hits,
     RetrievalRow,
-    Vectors,
     embed_pivots,
     pair_hits,
     trigram_accuracy,

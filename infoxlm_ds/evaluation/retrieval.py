@@ -19,11 +19,10 @@ import numpy.typing as npt
 
 from infoxlm_ds.config import Pooling
 from infoxlm_ds.evaluation.approximate import nearest_by_cells, recall
-from infoxlm_ds.evaluation.neighbours import NEIGHBOURS, Score, nearest, rescored
+from infoxlm_ds.evaluation.neighbours import NEIGHBOURS, Score, Vectors, nearest, rescored
 from infoxlm_ds.evaluation.text import Pairs
 from infoxlm_ds.model.sentence_vector import View
 
-Vectors = npt.NDArray[np.float32]
 TextIds = npt.NDArray[np.int64]
 Hits = npt.NDArray[np.bool_]
 QUERIES, KEYS = 1024, 16384  # scores in memory at once

@@ -3,6 +3,8 @@
 Language codes are kept as the file has them (`fr_FR`, `zh-Hans`).
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from collections import Counter
@@ -27,7 +29,7 @@ class Pairs:
     script: str
     rows: list[int]
 
-    def first(self, count: int) -> "Pairs":
+    def first(self, count: int) -> Pairs:
         """The first pairs, at most so many."""
         return replace(self, pivot_text=self.pivot_text[:count], text=self.text[:count], rows=self.rows[:count])
 

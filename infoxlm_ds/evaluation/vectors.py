@@ -20,7 +20,8 @@ import numpy as np
 
 from infoxlm_ds.atomic import SUFFIX
 from infoxlm_ds.config import Pooling, UserError
-from infoxlm_ds.evaluation.embed import SentenceEmbedder, Vectors
+from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.evaluation.neighbours import Vectors
 
 CHUNK = 8192  # lines in memory; sorting by length within a chunk leaves little padding
 Form = Literal["npy", "parquet"]

@@ -20,11 +20,11 @@ import numpy.typing as npt
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.files import sha256_of
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.evaluation.progress import blocks
 from infoxlm_ds.model.checksums import CHECKSUMS
 
 CHUNK = 8192  # texts that are embedded before their vectors are on disk
-Vectors = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
 
@@ -34,7 +34,7 @@ class Embedder(Protocol):
     width: int
 
     def embed(self, sentences: list[str], *, description: str = ...) -> Vectors:
-        """L2-normalised vectors [L, n, D]; the first layer is used."""
+        """L2-normalised vectors [V, n, D] of V views, of which the first is used."""
 
 
 class Texts:

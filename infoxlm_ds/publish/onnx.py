@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from infoxlm_ds.config import Pooling, UserError
-from infoxlm_ds.evaluation.embed import Vectors
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.evaluation.retrieval import pair_accuracy
 from infoxlm_ds.evaluation.text import Pairs
 from infoxlm_ds.monitor.probe import read_probe

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from infoxlm_ds.checkpoint.weights import Weights
 from infoxlm_ds.config import Recipe, UserError
-from infoxlm_ds.evaluation.embed import Vectors, embed
+from infoxlm_ds.evaluation.embed import embed
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.model.encoder import Body, InfoXLM
 from infoxlm_ds.model.families import positions_of
 from infoxlm_ds.model.pretrained import saved_shape, strip_vocabulary

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from infoxlm_ds.evaluation.embed import SentenceEmbedder, Vectors
+from infoxlm_ds.evaluation.embed import SentenceEmbedder
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.model.sentence_vector import SentenceVector
 from infoxlm_ds.publish.hugging_face import ENCODER, check_hugging_face, write_hugging_face
 from infoxlm_ds.publish.sentence_transformers import check_sentence_transformers, write_sentence_transformers

@@ -21,7 +21,8 @@ from infoxlm_ds.config import Probe, UserError
 from infoxlm_ds.data.flat_batch import FlatBatch
 from infoxlm_ds.data.manifest import load_manifest
 from infoxlm_ds.data.text import read_nway
-from infoxlm_ds.evaluation.embed import Vectors, embed
+from infoxlm_ds.evaluation.embed import embed
+from infoxlm_ds.evaluation.neighbours import Vectors
 from infoxlm_ds.evaluation.retrieval import pair_accuracy, trigram_accuracy
 from infoxlm_ds.evaluation.text import Pairs, pairs_with_pivot
 from infoxlm_ds.model.encoder import InfoXLM
