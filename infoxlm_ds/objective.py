@@ -104,7 +104,7 @@ class Objective(nn.Module):
         weights[: lane.mmlm] = self._weights.mmlm / step.denominators["mmlm"]
         weighted, each = masked_lm_losses(self.model.lm, rows, lane.labels, weights)
         losses, report = {}, Report({}, each)
-        for task, part in (("mmlm", slice(None, lane.mmlm)), ("tlm", slice(lane.mmlm, None))):
+        for task, part in lane.masked_parts.items():
             losses[task] = weighted[part].sum()
             if self._tasks[task]:
                 report.sums |= {f"{task}/loss": each[part].sum(), f"{task}/items": len(each[part])}

@@ -53,10 +53,10 @@ def count(state: TrainState, lane: JointBatch, report: Report) -> None:
     meter, names = state.meter, lane.names
     meter.add(report.sums | {"tokens": lane.text_tokens})
     meter.count_languages(names)
-    sequences, blocks = lane.masked_sequences, len(names.get("mmlm", ()))
-    for task, part, first in (("mmlm", slice(None, lane.mmlm), 0), ("tlm", slice(lane.mmlm, None), blocks)):
+    sequences, firsts = lane.masked_sequences, {"mmlm": 0, "tlm": len(names.get("mmlm", ()))}
+    for task, part in lane.masked_parts.items():
         if len(report.masked[part]):
-            meter.add_rows(task, names[task], report.masked[None, part], sequences[part] - first)
+            meter.add_rows(task, names[task], report.masked[None, part], sequences[part] - firsts[task])
     if report.contrast is not None and report.pair_names is not None:
         meter.add_rows("xlco", report.pair_names, report.contrast)
 

@@ -80,6 +80,11 @@ class JointBatch:
         return {"mmlm": self.mmlm, "tlm": len(self.labels) - self.mmlm, "xlco": len(self.text_ids)}
 
     @property
+    def masked_parts(self) -> dict[str, slice]:
+        """Which of the masked tokens are MMLM's, and which TLM's."""
+        return {"mmlm": slice(None, self.mmlm), "tlm": slice(self.mmlm, None)}
+
+    @property
     def masked_sequences(self) -> Tensor:
         """The sequence of each masked token, [M] int64: MMLM's blocks come first, then TLM's pairs."""
         return self.tokens.layout.sequence[self.rows]

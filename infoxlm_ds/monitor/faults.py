@@ -47,8 +47,8 @@ def _faults(lane: JointBatch, report: Report, own: Representations) -> dict[str,
     blamed: dict[str, Iterable[str]] = {}
     sequences = lane.masked_sequences.cpu().numpy()
     bad = _not_finite(report.masked[:, None])
-    names = np.concatenate([lane.names.get(task, np.zeros(0, str)) for task in ("mmlm", "tlm")])
-    for task, part in (("mmlm", slice(None, lane.mmlm)), ("tlm", slice(lane.mmlm, None))):
+    names = np.concatenate([lane.names.get(task, np.zeros(0, str)) for task in lane.masked_parts])
+    for task, part in lane.masked_parts.items():
         if bad[part].any():
             blamed[task] = names[sequences[part][bad[part]]]
     loss, sides = report.sums.get("xlco/loss", 0.0), [_not_finite(side) for side in own[:2] if len(side)]
