@@ -172,9 +172,9 @@ def doctor(
     from rich.console import Console
 
     from infoxlm_ds.cluster.doctor.examine import examine
-    from infoxlm_ds.cluster.doctor.findings import told, write_json
+    from infoxlm_ds.cluster.doctor.findings import print_findings, write_json
 
-    findings = told(examine(hostfile, recipe, overrides or []), Console())
+    findings = print_findings(examine(hostfile, recipe, overrides or []), Console())
     if json:
         write_json(findings, json)
     if any(finding.level == "failure" for finding in findings):

@@ -22,8 +22,7 @@ from infoxlm_ds.engine.engine import NotFinite, schedule
 from infoxlm_ds.monitor.meters import Interval, Scalars, by_language, scalars
 from infoxlm_ds.monitor.progress import LOSSES, clock, short
 from infoxlm_ds.monitor.sinks import Sinks
-from infoxlm_ds.monitor.starts import NAME as STARTS
-from infoxlm_ds.monitor.starts import environment, record_start
+from infoxlm_ds.monitor.starts import STARTS, environment, record_start
 from infoxlm_ds.monitor.tags import of_languages
 from infoxlm_ds.monitor.watchdogs import Seen, Watchdogs
 from infoxlm_ds.objective import Report

@@ -152,11 +152,11 @@ def capped(wanted: np.ndarray, budgets: np.ndarray, most: np.ndarray, recipe: Re
     """The parts of the budgets [S] that the sources get, [S, n], if none gets more than `most` [n] in all and the
     others divide what it leaves in each stage. `wanted` [S, n]: relative parts without the cap."""
     parts = wanted / wanted.sum(1, keepdims=True)
-    capped = np.zeros(len(most), bool)
-    while (over := ~capped & (budgets @ parts > most * (1 + 1e-9))).any():
+    at_cap = np.zeros(len(most), bool)
+    while (over := ~at_cap & (budgets @ parts > most * (1 + 1e-9))).any():
         parts[:, over] *= most[over] / (budgets @ parts)[over]
-        capped |= over
-        left, others = 1 - parts[:, capped].sum(1), np.where(capped, 0, wanted)
+        at_cap |= over
+        left, others = 1 - parts[:, at_cap].sum(1), np.where(at_cap, 0, wanted)
         if (others.sum(1) <= 0).any():
             cap, steps = recipe.sampling.most_epochs, recipe.optimizer.steps
             raise UserError(
@@ -165,7 +165,7 @@ def capped(wanted: np.ndarray, budgets: np.ndarray, most: np.ndarray, recipe: Re
                 "train for fewer steps"
             )
         free = others / others.sum(1, keepdims=True) * left[:, None]
-        parts = np.where(capped, parts, free)
+        parts = np.where(at_cap, parts, free)
     return parts
 
 

@@ -16,7 +16,7 @@ import torch
 from infoxlm_ds import dist
 from infoxlm_ds.monitor.lines import Lines
 
-NAME = "starts.jsonl"
+STARTS = "starts.jsonl"
 PACKAGES = ("infoxlm-ds", "torch", "deepspeed", "transformers")
 
 
@@ -43,14 +43,14 @@ def _version(package: str) -> str:
 
 def record_start(run: Path, found: dict[str, Any]) -> None:
     """Add a line. OSError if it cannot be written."""
-    with closing(Lines(run / NAME)) as lines:
+    with closing(Lines(run / STARTS)) as lines:
         lines.append(f"{json.dumps(found)}\n")
 
 
 def read_starts(run: Path) -> list[dict[str, Any]]:
     """All starts that can be read, in order. Runs of older versions have none."""
     try:
-        lines = (run / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (run / STARTS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found = []

@@ -17,8 +17,7 @@ from infoxlm_ds.config import UserError
 from infoxlm_ds.monitor.failures import causes
 from infoxlm_ds.monitor.history import Row, read_rows
 from infoxlm_ds.monitor.progress import LOSSES, clock, short
-from infoxlm_ds.monitor.starts import NAME as STARTS
-from infoxlm_ds.monitor.starts import read_starts
+from infoxlm_ds.monitor.starts import STARTS, read_starts
 
 EVERY = 2.0  # seconds between two looks
 RECENT = 5  # lines of the log whose mean speed gives the time that is left

@@ -11,7 +11,7 @@ import pytest
 from infoxlm_ds.build import agreed_inputs, build
 from infoxlm_ds.config import Recipe
 from infoxlm_ds.engine.ranks import start_ranks
-from infoxlm_ds.monitor.starts import NAME, environment, read_starts, record_start
+from infoxlm_ds.monitor.starts import STARTS, environment, read_starts, record_start
 from infoxlm_ds.train import fit_and_close
 from tests.corpus import small_recipe
 from tests.distributed.ranks import run_ranks
@@ -35,11 +35,11 @@ def test_each_start_is_recorded_and_training_goes_on_where_it_cannot_be(
     starts = read_starts(run)
     assert [(start["step"], start["ranks"], start["device"]) for start in starts] == [(0, 2, "cpu"), (2, 1, "cpu")]
     assert starts[0]["versions"].keys() == {"infoxlm-ds", "torch", "deepspeed", "transformers"}
-    (run / NAME).unlink()
-    (run / NAME).mkdir()  # nothing can be written there, not even by root
+    (run / STARTS).unlink()
+    (run / STARTS).mkdir()  # nothing can be written there, not even by root
     capfd.readouterr()
     assert run_ranks(_train, 1, small_recipe(corpus, run, "optimizer.steps=6", allowed)) == [0]
-    assert capfd.readouterr().out.count(f"{NAME} cannot be written: Is a directory") == 1
+    assert capfd.readouterr().out.count(f"{STARTS} cannot be written: Is a directory") == 1
     assert read_starts(run) == []
 
 

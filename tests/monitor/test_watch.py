@@ -14,7 +14,7 @@ from rich.console import Console
 from infoxlm_ds.config import UserError
 from infoxlm_ds.monitor import watch as module
 from infoxlm_ds.monitor.history import Row, read_rows
-from infoxlm_ds.monitor.starts import NAME, record_start
+from infoxlm_ds.monitor.starts import STARTS, record_start
 from infoxlm_ds.monitor.watch import Watched, watch
 from tests.monitor.test_watchdogs import DEMO
 
@@ -80,7 +80,7 @@ def test_a_run_that_starts_again_without_its_last_lines_is_followed(run: Path) -
     assert not watched.over and "100 of 700" in _shown(watched)
     _append(run, ENDED)
     future = time.time() + 5
-    os.utime(run / NAME, (future, future))  # a start has come, and no line yet
+    os.utime(run / STARTS, (future, future))  # a start has come, and no line yet
     watched.look()
     assert not watched.over
 

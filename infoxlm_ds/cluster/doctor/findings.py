@@ -39,7 +39,7 @@ def failure(check: str, what: str, remedy: str) -> Finding:
     return Finding(check, "failure", what, remedy)
 
 
-def told(findings: Iterable[Finding], console: Console) -> list[Finding]:
+def print_findings(findings: Iterable[Finding], console: Console) -> list[Finding]:
     """Print each finding when it comes. Returns all."""
     seen = []
     for finding in findings:

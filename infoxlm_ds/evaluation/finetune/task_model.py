@@ -25,6 +25,7 @@ from infoxlm_ds.evaluation.finetune.items import NONE
 from infoxlm_ds.evaluation.finetune.packing import Batch
 from infoxlm_ds.evaluation.finetune.tasks import Kind
 from infoxlm_ds.model.encoder import Body
+from infoxlm_ds.model.heads import first_rows
 from infoxlm_ds.model.loading import loading
 
 CLASSES = {
@@ -56,7 +57,7 @@ class TaskModel(nn.Module):
     def logits(self, flat: FlatBatch) -> Tensor:
         """[S, C] of pairs, [T, C] of words or [T, 2] of answers, equal to those of `model` on padded batches."""
         body = Body(self.model.base_model)
-        first = flat.layout.cu_seqlens[:-1].long() if self.kind == "pair" else None
+        first = first_rows(flat.layout) if self.kind == "pair" else None
         hidden = body.run(body.embed(flat), flat.layout, 0, len(body.layers), first)
         if self.kind == "span":
             out: Tensor = self.model.qa_outputs(hidden)

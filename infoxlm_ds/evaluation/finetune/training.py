@@ -57,7 +57,7 @@ def train_seed(settings: Settings, seed: int, data: Data) -> dict[str, Any]:
         return _read_result(folder)
     run = start(settings, seed, folder, data)
     try:
-        while run.progress.epoch < settings.epochs and not _patient_no_more(run):
+        while run.progress.epoch < settings.epochs and not _out_of_patience(run):
             _epoch(run)
         return _finish(run)
     finally:
@@ -101,7 +101,7 @@ def _batches(settings: Settings, seed: int, epoch: int, data: Prepared) -> list[
     return packed(lengths, settings.batch_tokens, np.random.default_rng([seed, epoch]))
 
 
-def _patient_no_more(run: Run) -> bool:
+def _out_of_patience(run: Run) -> bool:
     patience = run.settings.patience
     return patience is not None and run.progress.epoch - run.progress.best >= patience
 
