@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 SUFFIX = ".partial"
 
@@ -28,6 +29,19 @@ def write_file(path: Path, text: str, durable: bool = False, private: bool = Fal
         raise
     if durable:
         sync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write into and to seek in. At the end of the block it is renamed to `path`. If the block raises,
+    it is removed."""
+    partial = path.with_name(path.name + SUFFIX)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

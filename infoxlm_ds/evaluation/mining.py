@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from infoxlm_ds.atomic import SUFFIX
+from infoxlm_ds.atomic import new_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.text import lines
 from infoxlm_ds.evaluation.approximate import check_faiss, nearest_by_cells, recall
@@ -151,14 +151,9 @@ def _each_text_once(candidates: Mined, threshold: float | None) -> Mined:
 
 
 def write_lines(out: Path, lines: Iterator[str]) -> None:
-    """A text file, as a whole or not at all."""
-    partial = out.with_name(out.name + SUFFIX)
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write lines, which have their ends, as a whole or not at all."""
+    with new_file(out) as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def _table(mined: Mined, a: Texts, b: Texts) -> Iterator[str]:

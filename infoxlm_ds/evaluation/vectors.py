@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
-from infoxlm_ds.atomic import SUFFIX
+from infoxlm_ds.atomic import new_file
 from infoxlm_ds.config import Pooling, UserError
 from infoxlm_ds.evaluation.embed import SentenceEmbedder
 from infoxlm_ds.evaluation.neighbours import Vectors
@@ -134,13 +134,8 @@ def _output(out: Path | None) -> Iterator[BinaryIO]:
             shutil.copyfileobj(spool, sys.stdout.buffer, io.DEFAULT_BUFFER_SIZE * 16)
             sys.stdout.buffer.flush()
         return
-    partial = out.with_name(out.name + SUFFIX)
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(out) as file:
+        yield file
 
 
 def _decoded(lines: Any, name: str) -> Iterator[str]:
