@@ -19,6 +19,7 @@ from infoxlm_ds.checkpoint.identity import FREE, leaves
 from infoxlm_ds.checkpoint.protocol import Outcome
 from infoxlm_ds.data.batch import JointBatch
 from infoxlm_ds.engine.engine import NotFinite, schedule
+from infoxlm_ds.monitor.history import METRICS
 from infoxlm_ds.monitor.meters import Interval, Scalars, by_language, scalars
 from infoxlm_ds.monitor.progress import LOSSES, clock, short
 from infoxlm_ds.monitor.sinks import Sinks
@@ -152,7 +153,7 @@ def _results(state: TrainState, sinks: Sinks) -> Iterator[tuple[str, str]]:
 def _places(state: TrainState) -> Iterator[tuple[str, str]]:
     run, probe = state.recipe.run, state.recipe.probe
     yield "checkpoint", str(state.checkpoints.store.latest())
-    yield "figures", str(run / "metrics.jsonl")
+    yield "figures", str(run / METRICS)
     yield "next", shlex.join(["infoxlm", "export", str(run), str(run / "export")])
     data = str(probe.data) if probe else "PARALLEL_TEXT"
     yield "", shlex.join(["infoxlm", "eval", "retrieval", "--model", str(run / "export"), "--data", data])

@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from infoxlm_ds.config import UserError
 from infoxlm_ds.monitor.tags import TASKS
 
+METRICS = "metrics.jsonl"
 Row = dict[str, Any]
 
 
@@ -60,10 +62,18 @@ class History:
         return tasks
 
 
+def metrics_of(run: Path) -> Path:
+    """The file with the figures of a run. UserError if the folder has none."""
+    path = run / METRICS
+    if not path.is_file():
+        raise UserError(f"{run} has no metrics.jsonl: give the folder of a run, `run` in its recipe")
+    return path
+
+
 def read_history(run: Path, step: int | None = None) -> History:
     """The lines up to `step`; None: all. Damaged lines are left out; without a readable file, there are none."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (run / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return History(())
     rows = list(read_rows(lines))

@@ -18,7 +18,7 @@ from rich.text import Text
 from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Log
 from infoxlm_ds.monitor.boards import Board, Numbers, open_boards
-from infoxlm_ds.monitor.history import read_history
+from infoxlm_ds.monitor.history import METRICS, read_history
 from infoxlm_ds.monitor.lines import Lines
 from infoxlm_ds.monitor.meters import Scalars
 from infoxlm_ds.monitor.pictures import Picture
@@ -37,7 +37,7 @@ class Sinks:
         `watchdogs`: look at every line that is written, and are told those that are there."""
         run.mkdir(parents=True, exist_ok=True)
         self._console = Console()
-        self._path, self._missing = run / "metrics.jsonl", 0  # lines that did not fit, since the last that did
+        self._path, self._missing = run / METRICS, 0  # lines that did not fit, since the last that did
         if aside := _cut(self._path, first):
             self.say(
                 f"{self._path} had lines that cannot be read: it is kept as {aside.name}, and the others go on here"

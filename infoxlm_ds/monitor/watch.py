@@ -13,9 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from infoxlm_ds.config import UserError
 from infoxlm_ds.monitor.failures import causes
-from infoxlm_ds.monitor.history import Row, read_rows
+from infoxlm_ds.monitor.history import Row, metrics_of, read_rows
 from infoxlm_ds.monitor.progress import LOSSES, clock, short
 from infoxlm_ds.monitor.starts import STARTS, read_starts
 
@@ -41,9 +40,7 @@ class Watched:
     """What a run has written so far. `over`: it has ended."""
 
     def __init__(self, run: Path) -> None:
-        if not (run / "metrics.jsonl").is_file():
-            raise UserError(f"{run} has no metrics.jsonl: give the folder of a run, `run` in its recipe")
-        self._run, self._path = run, run / "metrics.jsonl"
+        self._run, self._path = run, metrics_of(run)
         self._begin()
         self.look()
 

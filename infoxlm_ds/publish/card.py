@@ -12,11 +12,11 @@ import yaml
 
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.manifest import load_manifest
-from infoxlm_ds.monitor.history import History, read_history
+from infoxlm_ds.monitor.history import METRICS, History, read_history
 from infoxlm_ds.monitor.starts import read_starts
 from infoxlm_ds.monitor.tags import TASKS
 from infoxlm_ds.publish.compute import hours, operations
-from infoxlm_ds.publish.curves import MISSING, NAME, can_draw, write_curves
+from infoxlm_ds.publish.curves import CURVES, MISSING, can_draw, write_curves
 from infoxlm_ds.publish.origins import Origin, licence_of, origins_of
 from infoxlm_ds.publish.trained import Trained
 from infoxlm_ds.publish.usage import usage
@@ -56,10 +56,10 @@ def write_card(
     facts = Facts(out.name, forms, trained, run, state, history, origins_of(trained.recipe.corpus))
     drawn = bool(history.rows) and can_draw()
     if drawn:
-        write_curves(history, folder / NAME)
+        write_curves(history, folder / CURVES)
     (folder / CARD).write_text(card(facts, drawn), encoding="utf-8")
     if not history.rows:
-        return f"without curves and results, as {run / 'metrics.jsonl'} has no line that can be read"
+        return f"without curves and results, as {run / METRICS} has no line that can be read"
     return "" if drawn else f"without a picture of the curves, as matplotlib is not installed: {MISSING}"
 
 
@@ -73,7 +73,7 @@ def card(facts: Facts, drawn: bool) -> str:
         *usage(facts.name, facts.forms, facts.trained.vector),
         "## Results",
         _results(facts),
-        *([f"![Losses, bounds, retrieval and speed over the steps]({NAME})"] if drawn else []),
+        *([f"![Losses, bounds, retrieval and speed over the steps]({CURVES})"] if drawn else []),
         "## Languages",
         _languages(facts),
         "## Data",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infoxlm_ds.checkpoint.store import Store, step_of
 from infoxlm_ds.config import UserError
-from infoxlm_ds.monitor.history import read_history
+from infoxlm_ds.monitor.history import METRICS, read_history
 
 
 def best_step(run: Path) -> int:
@@ -16,7 +16,7 @@ def best_step(run: Path) -> int:
     if not kept:
         raise UserError(f"{run} holds no checkpoint: train there first, or correct the path")
     if not accuracies:
-        raise UserError(f"--best: {run / 'metrics.jsonl'} has no probe: set probe in the recipe, or give --step")
+        raise UserError(f"--best: {run / METRICS} has no probe: set probe in the recipe, or give --step")
     candidates = [step for step in kept if step in accuracies]
     if not candidates:
         raise UserError(

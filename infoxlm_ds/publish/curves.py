@@ -8,7 +8,7 @@ from pathlib import Path
 from infoxlm_ds.monitor.history import History
 from infoxlm_ds.monitor.tags import TASKS
 
-NAME = "curves.png"
+CURVES = "curves.png"
 MISSING = "pip install 'infoxlm-ds[report]'"
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from infoxlm_ds.checkpoint.store import Store, read_state, step_of
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.data.corpus import Corpus
-from infoxlm_ds.monitor.history import History, read_history
+from infoxlm_ds.monitor.history import History, metrics_of, read_history
 from infoxlm_ds.planner import mixture
 from infoxlm_ds.reading import check
 
@@ -53,9 +53,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """UserError if the folder is no run, or if it has no figures yet."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder} has no metrics.jsonl: give the folder of a run, `run` in its recipe")
+    path = metrics_of(folder)
     history = read_history(folder)
     if not history.rows:
         raise UserError(f"{path} has no line that can be read: wait for the first line of the log, or check the file")
