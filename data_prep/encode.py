@@ -65,6 +65,7 @@ class Encoder:
         return rebuild(json.loads(self._fast.to_str()))
 
     def encode(self, texts: list[str]) -> Encoded:
+        """The ids of texts, in their order."""
         parts = [self._chunk(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
         none = np.zeros(0, np.int64)
         return Encoded(*map(np.concatenate, zip(Encoded(none.astype(np.uint32), none, none), *parts, strict=True)))

@@ -24,7 +24,7 @@ STAGES = 2.5  # times the time of reading, cleaning and filtering, for a whole b
 
 
 class Estimate(NamedTuple):
-    """Of a source: bytes on disk, bytes of packs, seconds of one core."""
+    """What a source takes: bytes on disk, bytes of packs, seconds of one core."""
 
     stored: int
     packs: float

@@ -28,6 +28,7 @@ BEGIN, END = "<!-- keys: written by `python -m data_prep.keys` -->\n", "<!-- end
 
 
 def main() -> None:
+    """Write both documents."""
     for document in (ABOUT_CORPORA, ABOUT_RECIPES):
         document.write_text(with_keys(document), encoding="utf-8")
 
@@ -50,6 +51,7 @@ def chapters(whole: type[Section]) -> Iterator[str]:
 
 
 def table(lines: Iterable[str]) -> str:
+    """A table of Markdown with these lines."""
     return "| key | value | default | |\n|---|---|---|---|\n" + "".join(lines)
 
 

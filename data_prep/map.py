@@ -39,6 +39,8 @@ class Setting(NamedTuple):
 
 
 class MapTask(NamedTuple):
+    """A block of source number `source` of the description."""
+
     setting: Setting
     source: int
     block: Block
@@ -208,7 +210,7 @@ class _Rows:
         return self._languages.setdefault(language, len(self._languages))
 
     def _keys(self, source: str, rows: Iterable[bytes], n: int) -> np.ndarray:
-        """Sorting by them shuffles the rows of a source independently of the input's order."""
+        """Keyed hashes [n, 2] of rows. Sorting by them shuffles the rows of a source, whatever their order was."""
         key = hashlib.blake2b(f"{self._seed}/{source}".encode(), digest_size=16).digest()
         digests = b"".join(hashlib.blake2b(row, digest_size=16, key=key).digest() for row in rows)
         return np.frombuffer(digests, np.uint64).reshape(n, 2)
@@ -221,5 +223,5 @@ def _codes(row: Row) -> list[str]:
 
 @lru_cache(1)
 def encoder_of(tokenizer: Path, unknown: int, pieces: bool) -> Encoder:
-    """One for each process."""
+    """The encoder of a tokenizer folder, made once in a process."""
     return Encoder(tokenizer, unknown, pieces)

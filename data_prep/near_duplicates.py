@@ -38,12 +38,16 @@ class SignTask(NamedTuple):
 
 
 class LinkTask(NamedTuple):
+    """Part number `part` of the keys of a source. `signed`: what `sign` wrote for each spill that holds the source."""
+
     source: str
     part: int
     signed: tuple[Path, ...]
 
 
 class ChooseTask(NamedTuple):
+    """`links`: what `link` wrote for all parts of a source."""
+
     links: tuple[Path, ...]
 
 

@@ -105,6 +105,7 @@ def reduce_shard(task: ReduceTask, out: Path) -> None:
 
 
 def read_reduced(path: Path) -> Reduced:
+    """What `reduce_shard` wrote."""
     return Reduced(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -119,6 +120,7 @@ def _samples(table: Table, languages: tuple[str, ...]) -> list[tuple[str, str, l
 
 
 def packs_of(table: Table, languages: int) -> Iterator[Pack]:
+    """The packs of a table's rows, in their order. `languages`: how many the source has."""
     for start in range(0, len(table), ROWS):
         part = table.select(np.arange(start, min(start + ROWS, len(table))))
         row = np.repeat(np.arange(len(part)), part.sides)

@@ -211,7 +211,7 @@ probe: # measures retrieval on rows that are not in the corpus
 
 
 def _pairing(counted: Counted) -> str:
-    """Of rows with more than two languages, of which a run draws a pair at a time."""
+    """The keys about rows with more than two languages, of which a run draws a pair at a time."""
     if len(counted.languages) == 2:
         return ""
     return f"\n  pivot: {counted.pivot} # one side of the drawn pair ...\n  pivot_share: 0.5 # ... so often"
@@ -246,5 +246,5 @@ def next_commands(folder: Path, counted: Counted) -> str:
 
 
 def _quoted(text: Path | str) -> str:
-    """As a YAML value."""
+    """A text as a YAML value."""
     return json.dumps(str(text), ensure_ascii=False)

@@ -40,6 +40,7 @@ class Table:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all arrays."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))
 
     def select(self, rows: np.ndarray) -> Table:
@@ -57,10 +58,12 @@ class Table:
 
     @staticmethod
     def concatenate(parts: Sequence[Table]) -> Table:
+        """The rows of all parts, in their order."""
         return Table(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Table)))
 
     @staticmethod
     def empty() -> Table:
+        """No rows."""
         small, wide = np.zeros(0, np.uint16), np.zeros(0, np.uint64)
         return Table(np.zeros((0, 2), np.uint64), small, small, small, wide, np.zeros(0, np.uint32))
 
@@ -104,6 +107,7 @@ class SpillWriter:
         self._file.close()
 
     def add(self, source: str, table: Table) -> None:
+        """Write rows of a source, sorted by key and divided into buckets."""
         ordered = table.in_order()
         ends = np.searchsorted(bucket_of(ordered.keys, self._buckets), np.arange(self._buckets + 1)).tolist()
         of_source = self._frames.setdefault(source, {})
@@ -123,6 +127,7 @@ class SpillWriter:
 
 
 def read_footer(path: Path) -> Footer:
+    """The footer of a spill."""
     with path.open("rb") as file:
         stop = file.seek(-END, io.SEEK_END)
         start = int.from_bytes(file.read(END), "little")
@@ -136,6 +141,7 @@ def read_footer(path: Path) -> Footer:
 
 
 def read_frames(path: Path, frames: Sequence[Frame]) -> Iterator[Table]:
+    """The rows of each of these frames of a spill."""
     with path.open("rb") as file:
         for frame in frames:
             yield _from_bytes(zstandard.decompress(_at(file, frame)))

@@ -114,7 +114,7 @@ _filters: dict[str, Filters] = {}
 
 
 def filters_of(description: CorpusDescription, base: Path) -> Filters:
-    """One for each process."""
+    """The filters of a description, made once in a process."""
     key = f"{base}\0{description.filters.model_dump_json()}"
     if key not in _filters:
         _filters.clear()

@@ -167,10 +167,12 @@ class Contrast(Section):
 
     @property
     def uses_queue(self) -> bool:
+        """Whether keys of earlier steps are negatives."""
         return self.negatives != "in_batch"
 
     @property
     def in_batch(self) -> bool:
+        """Whether other pairs of the step are negatives."""
         return self.negatives != "queue"
 
 

@@ -23,14 +23,17 @@ Group = ProcessGroup | None  # None: all ranks
 
 
 def active() -> bool:
+    """Whether there is a process group."""
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 
 def rank(group: Group = None) -> int:
+    """The number of this rank in the group; 0 without a process group."""
     return torch_dist.get_rank(group) if active() else 0
 
 
 def world_size(group: Group = None) -> int:
+    """The number of ranks in the group; 1 without a process group."""
     return torch_dist.get_world_size(group) if active() else 1
 
 
@@ -88,6 +91,7 @@ def is_broken(error: Exception) -> bool:
 
 
 def barrier() -> None:
+    """Wait until all ranks are here. Collective."""
     if active():
         torch_dist.barrier(host_group())
 

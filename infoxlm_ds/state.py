@@ -54,6 +54,7 @@ class TrainState:
 
     @property
     def recipe(self) -> Recipe:
+        """The recipe of the run."""
         return self.identity.recipe
 
     def due(self, every: int) -> bool:

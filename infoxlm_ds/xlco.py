@@ -76,6 +76,7 @@ class XlCo(ABC):
 
     @property
     def temperature(self) -> float | Tensor:
+        """What scores are divided by now: a number, or [] with a gradient."""
         return self._number if self._learned is None else self._learned()
 
     def _learned_values(self) -> list[Tensor]:

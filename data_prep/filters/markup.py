@@ -14,10 +14,12 @@ _LINK = re.compile(r"!?\[([^\[\]]*)\]\([^()\s]*\)")
 
 
 def has_placeholders(text: str) -> bool:
+    """Whether a program would replace a part of the text."""
     return ("{" in text or "%" in text) and bool(_PLACEHOLDER.search(text))
 
 
 def strip_placeholders(text: str) -> str:
+    """The text without placeholders."""
     return " ".join(_PLACEHOLDER.sub("", text).split())
 
 

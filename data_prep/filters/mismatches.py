@@ -16,6 +16,7 @@ def numbers_differ(one: str, other: str) -> bool:
 
 
 def urls_differ(one: str, other: str) -> bool:
+    """Whether the addresses in one text are not those in the other, in any order. Letter case does not matter."""
     return _urls(one) != _urls(other)
 
 

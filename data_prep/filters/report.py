@@ -39,6 +39,7 @@ class Report:
             self._keep(reason, [Sample(digest, place, quoted)])
 
     def merge(self, other: Report) -> None:
+        """Add what another report counted and kept."""
         self.counts.update(other.counts)
         for reason, samples in other.samples.items():
             self._keep(reason, samples)

@@ -22,6 +22,7 @@ CATALOGUE = re.compile(r"homeassistant/components/([^/]+)/translations/(.+)\.jso
 
 
 def main() -> int:
+    """Write the rows of a wheel. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("out", type=Path, help="JSON lines for a source of format jsonl and kind nway")

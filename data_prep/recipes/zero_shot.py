@@ -29,6 +29,7 @@ Example = tuple[str, ...]  # sentences and a label
 
 
 def main() -> int:
+    """Write both tasks. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out

@@ -69,6 +69,7 @@ def _remote(url: str) -> tuple[Any, str]:
 
 
 def size_of(file: str) -> int:
+    """The stored bytes of a path or URL. UserError if its server does not tell."""
     with raw(file) as opened:
         try:
             return opened.seek(0, os.SEEK_END)
@@ -110,6 +111,7 @@ def plain(part: Part) -> Iterator[io.BufferedIOBase]:
 
 
 def whole(file: str) -> Part:
+    """All of a file."""
     return Part(file, 0, size_of(file))
 
 
@@ -121,6 +123,7 @@ def one_block_each(path: str | None, base: Path) -> Iterator[Block]:
 
 
 def is_compressed(file: str) -> bool:
+    """Whether a file is compressed, by its name."""
     return file.endswith(COMPRESSED)
 
 

@@ -44,6 +44,7 @@ def _cut(aligned: Sequence[str], size: int) -> Iterator[Block]:
 
 
 def check_lengths(names: Sequence[str], counts: Sequence[int]) -> None:
+    """UserError if aligned files have different numbers of lines."""
     if len(set(counts)) > 1:
         listed = ", ".join(f"{name}: {count:,}" for name, count in zip(names, counts, strict=True))
         raise UserError(f"aligned files need the same number of lines, but these differ: {listed}")

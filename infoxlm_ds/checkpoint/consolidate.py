@@ -20,7 +20,7 @@ def consolidate(run: Path, out: Path, step: int | None = None) -> None:
     averages, under the same names; `state.json`. UserError if the checkpoint is missing or damaged, or if `out` exists.
     """
     if out.exists():
-        raise UserError(f"{out} exists: remove it, or write to another folder")
+        raise UserError(f"{out} exists: remove it or choose another folder")
     path = undamaged(run, step)
     masters, averages = Weights(path), Weights(path, "average")
     with new_folder(out) as folder:

@@ -152,6 +152,7 @@ def pack(pieces: Iterable[Piece], names: Sequence[str]) -> tuple[Contents, Layou
 
 
 def file_name(rank: int, number: int) -> str:
+    """The name of file number `number` of a rank."""
     return f"state-{rank:05d}-{number:02d}.safetensors"
 
 

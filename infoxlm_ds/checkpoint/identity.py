@@ -63,6 +63,7 @@ class Identity:
     tokenizer: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
+        """What state.json holds of the run."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "engine": self.engine,

@@ -202,6 +202,7 @@ class Store:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -270,7 +271,7 @@ def damage_of(folder: Path, part: slice = slice(None), seen: Callable[[int], Non
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """UserError if the file is missing or is not JSON."""
+    """The object in a JSON file. UserError if the file is missing or is not JSON."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

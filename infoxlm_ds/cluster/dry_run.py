@@ -82,7 +82,8 @@ def _check_weights(inputs: Inputs) -> None:
 
 
 def _disk(setting: Setting, recipe: Recipe) -> str:
-    """What checkpoints need beside what is there. One more than is kept exists while it is written."""
+    """A line about the disk. UserError if the checkpoints do not fit: while one is written, there is one more than is
+    kept."""
     folder = _first_folder(recipe.run)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written to: correct `run` or its permissions")

@@ -46,7 +46,7 @@ class Cache:
         return self._folder / "corpora" / key
 
     def copy(self, file: File, folder: Path, fetch: Fetch, url: str) -> Path:
-        """The path of a small file's copy in one of these folders. It has the right hash."""
+        """The path of a small file's copy in the folder of its corpus. It has the right hash."""
         path = inside(folder, file.name)
         with self._locked():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from infoxlm_ds.config import Section, UserError
 
 
 class File(Section):
+    """A file of a corpus: its name, size and hash when it was written."""
+
     name: str  # relative to the corpus
     bytes: int
     sha256: str

@@ -53,6 +53,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
+        """The number of tokens, T."""
         return len(self.positions)
 
 

@@ -47,6 +47,7 @@ class Rows:
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
+        """The items of all parts, in their order, with one pool. There is at least one part."""
         if len(parts) == 1:
             return parts[0]
         shifts = np.cumsum([0] + [len(p.pool) for p in parts])

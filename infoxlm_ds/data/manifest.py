@@ -17,6 +17,8 @@ NAME = "manifest.json"
 
 
 class Shard(File):
+    """A tar of packs."""
+
     packs: int
 
 

@@ -32,6 +32,8 @@ def keyed_generator(*key: object) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class SourceSize:
+    """A source, as far as the order depends on it."""
+
     name: str
     items: int
     packs: int

@@ -37,6 +37,7 @@ class Negatives:
 
     @staticmethod
     def none() -> Negatives:
+        """No negatives."""
         return Negatives(*(np.zeros(0, kind) for kind in (np.int64, np.uint16, np.uint16, np.uint64, np.uint32)))
 
     def __len__(self) -> int:

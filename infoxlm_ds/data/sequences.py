@@ -28,6 +28,7 @@ class Sequences:
 
     @staticmethod
     def concatenate(parts: Iterable[Sequences]) -> Sequences:
+        """The sequences of all parts, in their order. There may be no part."""
         parts, empty = list(parts), np.zeros(0, np.int64)
         ids, lengths = [p.ids for p in parts], [p.lengths for p in parts]
         return Sequences(np.concatenate([empty, *ids]), np.concatenate([empty, *lengths]))

@@ -42,6 +42,7 @@ class Range(NamedTuple):
     crc32: int
 
     def is_right(self, data: bytes) -> bool:
+        """Whether these are the bytes that were written."""
         return len(data) == self.size and zlib.crc32(data) == self.crc32
 
 
@@ -56,6 +57,7 @@ class Folder:
         self._path = path
 
     def where(self, name: str) -> Path:
+        """The path of a file of the corpus."""
         return self._path / name
 
     def whole(self, name: str) -> bytes | None:
@@ -78,7 +80,7 @@ class Folder:
         return self.folder(key) / file.name
 
     def folder(self, key: str) -> Path:
-        """The folder of such paths."""
+        """The folder of the paths that `copy` gives."""
         return self._path
 
     def read(self, wanted: Range) -> bytes:
@@ -113,6 +115,7 @@ class Server:
         self._coming: WeakValueDictionary[tuple[str, int], Future[dict[int, bytes]]] = WeakValueDictionary()
 
     def where(self, name: str) -> str:
+        """The URL of a file of the corpus."""
         return f"{self._url}/{_plain(name)}"
 
     def whole(self, name: str) -> bytes | None:
@@ -134,6 +137,7 @@ class Server:
         return int(self._present(file, "", lambda: self._remote.head(file.name)["size"]))
 
     def sha256(self, file: File) -> str:
+        """The hash of a file's bytes, all of which are read."""
         digest = hashlib.sha256()
         for piece in self._pieces(file):
             digest.update(piece)
@@ -144,7 +148,7 @@ class Server:
         return self._cache.copy(file, self.folder(key), self._pieces, self.where(file.name))
 
     def folder(self, key: str) -> Path:
-        """The folder of such copies."""
+        """The folder of the paths that `copy` gives."""
         return self._cache.folder(key)
 
     def read(self, wanted: Range) -> bytes:
@@ -251,7 +255,7 @@ def _connect(url: str) -> tuple[Any, Any]:
         from obstore import exceptions
         from obstore.store import from_url
     except ImportError:
-        raise UserError(f"{url}: URLs need a package more: pip install 'infoxlm-ds[remote]'") from None
+        raise UserError(f"{url}: URLs need one more package: pip install 'infoxlm-ds[remote]'") from None
     # Options given here would replace those of the environment, such as AWS_ALLOW_HTTP.
     options = {"client_options": {"allow_http": True}} if url.startswith("http://") else {}
     try:

@@ -110,6 +110,7 @@ def check_device(config: dict[str, Any]) -> None:
 
 
 def stage_of(config: dict[str, Any]) -> int:
+    """The ZeRO stage, 0 to 3."""
     stage: int = config.get("zero_optimization", {}).get("stage", 0)
     return stage
 

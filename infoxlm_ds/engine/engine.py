@@ -96,6 +96,7 @@ class Engine:
             }
 
     def forward(self, *args: Any) -> Any:
+        """Call the module."""
         return self._engine(*args)
 
     def backward(self, share: Tensor) -> None:

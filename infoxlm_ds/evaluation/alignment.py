@@ -65,6 +65,7 @@ class Scores:
         self.ours = self.sure = self.hit_sure = self.hit_possible = self.pairs = 0
 
     def add(self, links: Links, gold: Gold) -> None:
+        """Count the links of a sentence pair."""
         self.pairs += 1
         self.ours += len(links)
         self.sure += len(gold.sure)
@@ -72,6 +73,7 @@ class Scores:
         self.hit_possible += len(links & gold.possible)
 
     def row(self, layer: int) -> AlignmentRow:
+        """The scores so far, as those of a layer."""
         return AlignmentRow(
             layer=layer,
             pairs=self.pairs,

@@ -133,6 +133,7 @@ class SentenceEmbedder:
 
 
 def device_of(name: str | None) -> torch.device:
+    """The device of a name; None: a GPU if there is one. UserError if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).cpu()

@@ -129,7 +129,7 @@ class Search:
     device: torch.device | None
 
     def negatives(self) -> Iterator[Found]:
-        """Of each row, by language."""
+        """The negatives of each row, by language."""
         for part in blocks(self.table.numbers.shape[1], CHUNK, "searching"):
             numbers = self.table.numbers[:, part]
             sums, several = self._sums(numbers), (numbers >= 0).sum(axis=0) > 1

@@ -45,6 +45,7 @@ class How:
 
     @property
     def k(self) -> int:
+        """Neighbours of each text; at least one, because candidates are found among them."""
         return self.neighbours or NEIGHBOURS[self.score] or 1
 
 

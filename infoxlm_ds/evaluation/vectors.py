@@ -30,9 +30,11 @@ Form = Literal["npy", "parquet"]
 class Writer(Protocol):
     """Appends vectors [n, D] of texts."""
 
-    def append(self, texts: list[str], vectors: Vectors) -> None: ...
+    def append(self, texts: list[str], vectors: Vectors) -> None:
+        """Add texts and their vectors."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Complete the file, which stays open."""
 
 
 class Npy:

@@ -77,6 +77,7 @@ class TextWriter:
         return number
 
     def close(self) -> Texts:
+        """The texts that were added. No more can be."""
         self._file.close()
         self._numbers.clear()
         return Texts(self._path, self._ends)

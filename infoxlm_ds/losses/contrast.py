@@ -78,6 +78,7 @@ class Report(NamedTuple):
 
     @staticmethod
     def concatenate(reports: Sequence[Report]) -> Report:
+        """The rows of all reports, in their order."""
         return Report(*(torch.cat(column) for column in zip(*reports, strict=True)))
 
 

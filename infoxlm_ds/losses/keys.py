@@ -57,6 +57,7 @@ class Keys:
 
     @cached_property
     def texts(self) -> TextIndex:
+        """The index of the text ids."""
         return TextIndex(self.ids)
 
     @staticmethod
@@ -78,10 +79,12 @@ class Anchors(NamedTuple):
     cut: Tensor | None
 
     def rows(self, part: slice) -> Anchors:
+        """Some of the anchors."""
         cut = None if self.cut is None else self.cut[part]
         return Anchors(self.vectors[part], self.ids[part], self.positive[part], cut)
 
     def of_all_ranks(self, counts: list[int], group: dist.Group) -> Anchors:
+        """The anchors of all ranks. `counts`: how many each rank has. Collective."""
         cut = None if self.cut is None else dist.gather_rows(self.cut, counts, group)
         vectors, ids, positive = (dist.gather_rows(x, counts, group) for x in (self.vectors, self.ids, self.positive))
         return Anchors(vectors, ids, positive, cut)

@@ -220,6 +220,7 @@ class Attraction(NamedTuple):
 
     @staticmethod
     def none(vectors: Tensor) -> Attraction:
+        """Sums over no further positive."""
         zero = vectors.new_zeros(len(vectors))
         return Attraction(zero.long(), zero, zero, zero, torch.zeros_like(vectors))
 

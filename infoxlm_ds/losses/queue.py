@@ -42,6 +42,7 @@ class KeyQueue:
 
     @property
     def filled(self) -> float:
+        """The share of the rows that hold a key, from 0 to 1."""
         return min(1.0, (self.pushed - self.start) / self.size)
 
     def view(self) -> Keys | None:

@@ -26,6 +26,7 @@ class Temperature(nn.Module):
         self._start, self._bounds = start, (log(lowest / start), log(highest / start))
 
     def forward(self) -> Tensor:
+        """The temperature, [], in fp32 or wider."""
         wide = self.log_ratio.to(torch.promote_types(self.log_ratio.dtype, torch.float32))
         ratio: Tensor = _Bounded.apply(wide, *self._bounds)  # type: ignore[no-untyped-call]
         return self._start * ratio.exp().squeeze(0)

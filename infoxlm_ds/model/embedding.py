@@ -40,6 +40,7 @@ class TiedEmbedding(nn.Embedding):
         self._of_head = gradient
 
     def take(self) -> Tensor | None:
+        """What `collect` was given, once; None if there is nothing."""
         gradient, self._of_head = self._of_head, None
         return gradient
 

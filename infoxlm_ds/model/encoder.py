@@ -114,6 +114,7 @@ class InfoXLM(nn.Module):
 
     @property
     def body(self) -> Body:
+        """All layers, without the heads. It shares these weights."""
         return Body(self.lm.base_model, compiled=self.compiled)
 
     def forward(self, batch: FlatBatch, trunk: Layout, queries: Layout, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,14 @@ class Board:
     def scalars(self, step: int, values: Scalars) -> None:
         """Values by tag."""
 
-    def picture(self, step: int, tag: str, picture: Picture) -> None: ...
+    def picture(self, step: int, tag: str, picture: Picture) -> None:
+        """A picture, by tag."""
 
-    def histogram(self, step: int, tag: str, values: np.ndarray) -> None: ...
+    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
+        """How values [n] are distributed, by tag."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Complete what is written."""
 
 
 class TensorBoard(Board):

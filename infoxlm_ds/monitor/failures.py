@@ -27,12 +27,16 @@ MESSAGE = 2**16  # bytes of disk that a cause needs, at most
 
 
 class Place(NamedTuple):
+    """Where a rank runs: its host, and the number of its process there."""
+
     host: str
     process: int
 
 
 @dataclass(frozen=True)
 class Failure:
+    """Why a rank ended, and with which exit code."""
+
     rank: int
     cause: str
     code: int

@@ -45,7 +45,7 @@ class History:
 
     @property
     def hours(self) -> float:
-        """Of the clock, in all intervals."""
+        """Hours of the clock, in all intervals."""
         return sum(row["seconds"] for row in self.intervals) / 3600
 
     @cached_property

@@ -32,6 +32,7 @@ class Lines:
             raise
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
     def _opened(self) -> int:

@@ -47,6 +47,7 @@ class Meter:
         self._clear()
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add values to the sums of their names."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value
 

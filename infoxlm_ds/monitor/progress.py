@@ -36,9 +36,11 @@ def _parts(values: Scalars, seconds_left: float) -> Iterator[str]:
 
 
 def short(value: float) -> str:
+    """A figure in few characters."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
 
 
 def clock(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -91,6 +91,7 @@ class Sinks:
             self.write(step, {}, {"warning": warned.name, "text": warned.text})
 
     def picture(self, step: int, tag: str, picture: Picture) -> None:
+        """Show a picture on the boards."""
         self._to_boards(lambda board: board.picture(step, tag, picture))
 
     def histogram(self, step: int, tag: str, values: np.ndarray) -> None:

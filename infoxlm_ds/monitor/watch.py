@@ -82,6 +82,7 @@ class Watched:
 
     @property
     def over(self) -> bool:
+        """Whether the run has ended or failed, and has not started again."""
         return bool(self._failed) or ("ended" in self._newest and not self._started_again)
 
     @property
@@ -91,6 +92,7 @@ class Watched:
         return False
 
     def table(self) -> Table:
+        """What is known now."""
         table = Table("", "", title=Text(str(self._run)), box=box.SIMPLE, show_header=False, title_justify="left")
         for name, value in self._cells().items():
             table.add_row(name, Text(value))

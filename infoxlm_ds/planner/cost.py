@@ -52,6 +52,7 @@ def _head(s: Setting, task: str) -> float:
 
 
 def useful(s: Setting) -> float:
+    """Operations of a step without those that are computed a second time."""
     return sum(n for name, n in flops(s).items() if name != "recomputed")
 
 

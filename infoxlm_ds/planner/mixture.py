@@ -18,7 +18,8 @@ OFTEN = 10  # passes: more are said in a line
 
 
 def print_mixture(path: Path, overrides: list[str], console: Console) -> None:
-    """UserError if the recipe or its corpus is wrong, or if its sampling cannot be had."""
+    """Print a table of sources and one of languages for each task. UserError if the recipe or its corpus is wrong, or
+    if its sampling cannot be had."""
     recipe = load_recipe(path, overrides)
     corpus = Corpus(recipe.corpus)
     for task in (task for task, used in recipe.tasks.items() if used):

@@ -38,7 +38,7 @@ class Wishes:
 
 
 def read_setting(path: Path, overrides: list[str], wishes: Wishes) -> Setting:
-    """UserError if the recipe is wrong or cannot run on so many ranks."""
+    """A recipe on the wished number of ranks. UserError if it is wrong or cannot run on so many."""
     recipe = load_recipe(path, overrides)
     recipe.batch.lanes_of(0, wishes.ranks)
     text = read_text(recipe, wishes.vocabulary)
@@ -52,12 +52,12 @@ def days(s: Setting, wishes: Wishes) -> float:
 
 
 def _knows_speed(s: Setting, wishes: Wishes) -> bool:
-    """The model of a GPU's parts is for 16 bits."""
+    """Whether the speed is given or can be estimated: the model of a GPU's parts is for 16 bits."""
     return s.precision != "fp32" or wishes.tokens_per_second is not None or wishes.utilisation is not None
 
 
 def _tokens_per_second(s: Setting, wishes: Wishes) -> float:
-    """Of one GPU."""
+    """Tokens a second of one GPU."""
     if wishes.tokens_per_second is not None:
         return wishes.tokens_per_second
     if wishes.utilisation is not None:
@@ -89,11 +89,13 @@ def as_json(s: Setting, wishes: Wishes) -> dict[str, Any]:
 
 
 def write_json(s: Setting, wishes: Wishes, path: Path) -> None:
+    """Write what `as_json` gives. The folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(as_json(s, wishes), indent=1) + "\n")
 
 
 def print_plan(s: Setting, wishes: Wishes, console: Console) -> None:
+    """Print memory by ZeRO stage, the cost of a step and, as far as they are known, speed and days."""
     shape, batch, init = s.shape, s.recipe.batch, s.recipe.model.init
     if init and shape.own:
         console.print(f"model.init {init} cannot be read now: the shape comes from the recipe", soft_wrap=True)

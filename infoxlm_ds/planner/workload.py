@@ -100,10 +100,12 @@ class Shape:
 
     @cached_property
     def whole(self) -> int:
+        """Elements of all parameters."""
         return sum(n for n, _ in self.matrices + self.vectors)
 
     @cached_property
     def momentum(self) -> int:
+        """Elements that the momentum encoder has a copy of."""
         return sum(n for n, copied in self.matrices + self.vectors if copied)
 
     @property
@@ -122,6 +124,7 @@ class Shape:
         return element * (4 * self.width + 2 * self.feed_forward) + 16
 
     def layer_bytes(self, element: int) -> int:
+        """Bytes that autograd saves for one token in a whole layer."""
         return self.attention_bytes(element) + self.block_bytes(element)
 
 
@@ -155,20 +158,24 @@ class Setting:
     world: int
 
     def at(self, world: int | None = None, stage: int | None = None) -> Setting:
+        """The same on another number of ranks or at another ZeRO stage."""
         zero = self.engine.get("zero_optimization", {})
         section = zero if stage is None else zero | {"stage": stage}
         return replace(self, world=world or self.world, engine=self.engine | {"zero_optimization": section})
 
     @cached_property
     def zero(self) -> Any:
+        """The ZeRO section with DeepSpeed's own defaults."""
         return zero_settings(self.engine)
 
     @property
     def stage(self) -> int:
+        """The ZeRO stage."""
         return int(self.zero.stage)
 
     @property
     def precision(self) -> str:
+        """fp32, bf16 or fp16."""
         return precision_of(self.engine)
 
     @property
@@ -183,10 +190,12 @@ class Setting:
 
     @property
     def accumulation(self) -> int:
+        """Lanes of a rank."""
         return self.recipe.batch.lanes // self.world
 
     @property
     def has_momentum(self) -> bool:
+        """Whether there is a momentum encoder."""
         return self.recipe.tasks["xlco"] and self.recipe.contrast.keys == "momentum"
 
     @property
@@ -199,7 +208,7 @@ class Setting:
 
     @property
     def key_sides(self) -> int:
-        """How many the momentum encoder reads."""
+        """How many texts of an item the momentum encoder reads."""
         return (1 + self.recipe.contrast.symmetric + self.recipe.contrast.hard_negatives) if self.has_momentum else 0
 
     @property
@@ -244,9 +253,11 @@ class Setting:
 
     @property
     def checkpointing(self) -> bool:
+        """Whether layers are computed again in backward."""
         return self.recipe.memory.activation_checkpointing
 
     def offloaded(self, part: str) -> bool:
+        """Whether `part`, optimizer or param, is in the host's memory."""
         return offloaded(self.engine, part)
 
     @property

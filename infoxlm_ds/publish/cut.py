@@ -38,8 +38,8 @@ def cut_encoder(lm: PreTrainedModel, layer: int) -> Cut:
 
 
 def _first_layers(lm: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A copy. Families with a pooler get one with random weights, as nothing trained it: without them, transformers
-    would warn of weights that are missing."""
+    """A copy of so many layers. Families with a pooler get one with random weights, as nothing trained it: without
+    them, transformers would warn of weights that are missing."""
     config = copy.deepcopy(lm.config)
     config.num_hidden_layers = layers
     if kinds := getattr(config, "layer_types", None):

@@ -46,7 +46,7 @@ def export(
     package is missing.
     """
     if out.exists():
-        raise UserError(f"{out} exists: remove it or export to another folder")
+        raise UserError(f"{out} exists: remove it or choose another folder")
     if step is not None and best:
         raise UserError("--step and --best exclude each other: give one of them")
     if unknown := [form for form in forms if form not in FORMS]:

@@ -19,6 +19,8 @@ ADVICE = "export the run again; a card can be edited on the hub"
 
 
 class Repository(NamedTuple):
+    """A repository on the hub, or one that would be made there."""
+
     name: str
     private: bool
     exists: bool

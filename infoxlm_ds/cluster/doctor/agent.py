@@ -32,6 +32,8 @@ CODE = ("infoxlm_ds", "data_prep")
 
 @dataclass(frozen=True)
 class Gpu:
+    """A GPU, and how much of its memory is in use."""
+
     name: str
     driver: str
     memory: int  # bytes
@@ -58,6 +60,7 @@ class Facts:
 
 
 def facts() -> dict[str, Any]:
+    """The `Facts` of this host, as JSON has them."""
     packages, wrong = _packages()
     return asdict(
         Facts(
@@ -120,6 +123,7 @@ def _locks() -> dict[str, float]:
 
 
 def port_is_free(port: int) -> bool:
+    """Whether a program could listen at this port of this host."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -141,6 +145,7 @@ def marks(folder: str, beginning: str) -> list[str]:
 
 
 def unmark(folder: str, name: str) -> None:
+    """Remove the file that `mark` created."""
     (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -158,6 +163,7 @@ def read_corpus(path: str, part: int, parts: int, seconds: float) -> dict[str, A
 
 
 def exchange(rank: int, address: str, port: int) -> dict[str, float]:
+    """See `network.exchange`."""
     from infoxlm_ds.cluster.doctor.network import exchange as measure  # imports torch
 
     return measure(rank, address, port)
@@ -177,6 +183,7 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
+    """Answer questions until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that what a library prints is not read as an answer
     for line in sys.stdin:

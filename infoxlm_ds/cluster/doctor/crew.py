@@ -60,6 +60,7 @@ class Agent:
         return last_words(self._stderr.read(), code)
 
     def close(self) -> None:
+        """End the agent."""
         self._process.kill()
         self._process.communicate()
         self._stderr.close()
@@ -82,10 +83,12 @@ class Crew:
         return {host: answer.exception() or answer.result() for host, answer in answers.items()}
 
     def dismiss(self, hosts: list[str]) -> None:
+        """End the agents of these hosts, and ask them nothing more."""
         for host in hosts:
             self._agents.pop(host).close()
             self.hosts.remove(host)
 
     def close(self) -> None:
+        """End all agents."""
         self.dismiss(list(self.hosts))
         self._pool.shutdown()

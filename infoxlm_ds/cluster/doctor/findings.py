@@ -28,14 +28,17 @@ class Finding:
 
 
 def ok(check: str, what: str) -> Finding:
+    """A check that found nothing wrong."""
     return Finding(check, "ok", what)
 
 
 def warning(check: str, what: str, remedy: str) -> Finding:
+    """A check that found what may harm the run."""
     return Finding(check, "warning", what, remedy)
 
 
 def failure(check: str, what: str, remedy: str) -> Finding:
+    """A check that found what would end the run."""
     return Finding(check, "failure", what, remedy)
 
 
@@ -52,5 +55,6 @@ def print_findings(findings: Iterable[Finding], console: Console) -> list[Findin
 
 
 def write_json(findings: Sequence[Finding], path: Path) -> None:
+    """Write the findings. The folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")

@@ -103,7 +103,7 @@ def locks(facts: Mapping[str, Facts]) -> Iterator[Finding]:
 
 
 def clocks(ahead: Mapping[str, float]) -> Iterator[Finding]:
-    """Seconds by which each host's clock is ahead of this one's."""
+    """Whether the clocks agree. `ahead`: seconds by which each host's clock is ahead of this one's."""
     middle = median(ahead.values())
     wrong = {host: seconds - middle for host, seconds in ahead.items() if abs(seconds - middle) > SKEW}
     for host, seconds in wrong.items():
@@ -148,6 +148,7 @@ def odd_ones(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def everywhere(hosts: Mapping[str, Any]) -> str:
+    """The words `on N hosts`, if there are several."""
     return f" on {len(hosts)} hosts" if len(hosts) > 1 else ""
 
 

@@ -51,7 +51,7 @@ def items_of(kind: Kind, examples: Sequence[Example], labels: list[str], tokeniz
 
 
 def _of_words(words: list[str], labels: list[int], tokenizer: Any, longest: int, example: int) -> list[Item]:
-    """The label of a word is that of its first token."""
+    """The items of a sentence. The label of a word stands at its first token."""
     encoded = tokenizer(words, is_split_into_words=True, verbose=False)
     if len(encoded["input_ids"]) > longest and len(words) > 1:
         half = len(words) // 2

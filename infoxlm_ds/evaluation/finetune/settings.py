@@ -41,6 +41,7 @@ class Settings:
 
     @property
     def of_task(self) -> Task:
+        """The entry of the table of tasks."""
         return TASKS[self.task]
 
 

@@ -37,6 +37,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
+        """The step of the last line of metrics.jsonl."""
         return int(self.history.rows[-1]["step"])
 
     @property
@@ -46,13 +47,13 @@ class Run:
         return max(zip(steps, values, strict=True), key=lambda item: (item[1], item[0]), default=None)
 
     def languages(self) -> list[str]:
-        """Those of the probe."""
+        """The languages that the probe measures."""
         found = {name.removeprefix("probe/") for row in self.history.rows for name in row if name.startswith("probe/")}
         return sorted(found - {"mean", "best", "trigram_mean"})
 
 
 def read_run(folder: Path) -> Run:
-    """UserError if the folder is no run, or if it has no figures yet."""
+    """What a run's folder tells. UserError if it is no run's, or if it has no figures yet."""
     path = metrics_of(folder)
     history = read_history(folder)
     if not history.rows:

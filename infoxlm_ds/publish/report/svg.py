@@ -117,6 +117,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = 
 
 
 def details(content: str, summary: str = "Numbers") -> str:
+    """HTML that is folded behind a summary."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
@@ -144,7 +145,7 @@ class _Axis:
 
     @classmethod
     def around(cls, values: Floats, start: float, end: float) -> _Axis:
-        """With some room. Outliers beyond five times the inner range are cut off."""
+        """The axis of these values, with some room. Outliers beyond five times the inner range are cut off."""
         low, high = float(values.min()), float(values.max())
         inner_low, inner_high = np.quantile(values, (0.02, 0.98)).tolist()
         reach = 5 * (inner_high - inner_low)
