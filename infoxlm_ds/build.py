@@ -198,7 +198,7 @@ def summary(state: TrainState) -> str:
     """One line about the training that is to start."""
     recipe, queue = state.recipe, state.queue
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in state.objective.parameters())  # stage 3 shards p
-    tasks = "+".join(task for task, used in recipe.tasks.items() if used)
+    tasks = "+".join(recipe.used_tasks)
     where = (
         f"{dist.world_size()} rank(s) on {dist.device().type}, {recipe.batch.lanes} lanes, ZeRO {state.engine.stage}, "
         f"{precision_of(state.identity.engine)}"

@@ -422,7 +422,7 @@ class Recipe(Section):
             )
         if not self.masking.probability and (self.tasks["mmlm"] or self.tasks["tlm"]):
             raise ValueError("masking.probability is 0, so MMLM and TLM learn nothing: set their weights to 0 instead")
-        if not any(self.tasks.values()):
+        if not self.used_tasks:
             raise ValueError("no task is left: set both a weight and a batch size above 0 for mmlm, tlm or xlco")
         return self
 
@@ -431,6 +431,11 @@ class Recipe(Section):
         """Which of the three losses are used: those with a weight and a batch size above 0."""
         sizes = {"mmlm": self.batch.mmlm_tokens, "tlm": self.batch.tlm_tokens, "xlco": self.batch.xlco_pairs}
         return {task: bool(size and getattr(self.weights, task)) for task, size in sizes.items()}
+
+    @property
+    def used_tasks(self) -> list[str]:
+        """The losses that are used, in the order of `tasks`."""
+        return [task for task, used in self.tasks.items() if used]
 
 
 def _names(tree: dict[str, Any], path: str) -> bool:

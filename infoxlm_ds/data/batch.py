@@ -134,8 +134,7 @@ class BatchBuilder:
                 grouping=_grouping(recipe.contrast) if task == "xlco" else ALONE,
                 negatives=recipe.contrast.hard_negatives if task == "xlco" else 0,
             )
-            for task, used in recipe.tasks.items()
-            if used
+            for task in recipe.used_tasks
         }
         self._check_size()
         if recipe.contrast.hard_negatives and "xlco" in self.readers and not corpus.manifest.counts.get("negatives"):

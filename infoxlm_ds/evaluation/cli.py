@@ -288,7 +288,10 @@ def finetune(
     from infoxlm_ds.evaluation.finetune.tasks import TASKS
 
     settings = Settings(
-        *(task, model, data, out),
+        task=task,
+        model=model,
+        data=data,
+        out=out,
         epochs=epochs or TASKS[task].epochs,
         max_tokens=max_tokens or TASKS[task].max_tokens,
         train_languages=_codes(train_languages) or ("en",),

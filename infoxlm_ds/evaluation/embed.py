@@ -121,7 +121,12 @@ class SentenceEmbedder:
         if not sentences:
             return np.zeros((len(self.views), 0, self.width), np.float32)
         vectors = embed(
-            *(sentences, self.tokenizer, self._positions, self._pooled, self.device, self._dense),
+            sentences,
+            self.tokenizer,
+            self._positions,
+            self._pooled,
+            self.device,
+            dense=self._dense,
             description=description,
             quiet=quiet,
         )

@@ -22,7 +22,7 @@ def print_mixture(path: Path, overrides: list[str], console: Console) -> None:
     if its sampling cannot be had."""
     recipe = load_recipe(path, overrides)
     corpus = Corpus(recipe.corpus)
-    for task in (task for task, used in recipe.tasks.items() if used):
+    for task in recipe.used_tasks:
         sources = expected(recipe, corpus, task)
         console.print(_by_source(task, recipe.optimizer.steps, sources))
         console.print(_by_language(task, language_shares(corpus, sources, recipe.sampling)))
@@ -38,8 +38,9 @@ def print_mixture(path: Path, overrides: list[str], console: Console) -> None:
 
 def planned_shares(recipe: Recipe, corpus: Corpus) -> dict[str, dict[str, float]]:
     """Each language's expected share of the texts, by task."""
-    tasks = [task for task, used in recipe.tasks.items() if used]
-    return {task: language_shares(corpus, expected(recipe, corpus, task), recipe.sampling) for task in tasks}
+    return {
+        task: language_shares(corpus, expected(recipe, corpus, task), recipe.sampling) for task in recipe.used_tasks
+    }
 
 
 def language_shares(corpus: Corpus, sources: list[Expected], sampling: Sampling) -> dict[str, float]:

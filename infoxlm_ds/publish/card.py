@@ -120,7 +120,7 @@ def _codes(facts: Facts) -> set[str]:
 
 def _what_it_is(facts: Facts) -> str:
     config, vector = facts.trained.model.lm.config, facts.trained.vector
-    tasks = [TASKS[task] for task, used in facts.trained.recipe.tasks.items() if used]
+    tasks = [TASKS[task] for task in facts.trained.recipe.used_tasks]
     parameters = sum(p.numel() for p in facts.trained.model.lm.parameters())
     start = facts.trained.recipe.model.init
     named = start and (Path(start).name if _is_local(start) else start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 Kind = Literal["pair", "token", "span"]
@@ -52,17 +53,19 @@ SQUAD: dict[Split, tuple[str, ...]] = {"train": _squad("train"), "dev": _squad("
 MLQA = "{split}/{split}-context-{language}-question-{language}.json"
 TYDIQA = "tydiqa-goldp-v1.1"
 TYDIQA_DEV = f"{TYDIQA}-dev/tydiqa.goldp.{{language}}.dev.json"
+_pair_task = partial(Task, "pair", ("accuracy",), 5, 128)
+_answer_task = partial(Task, "span", ("f1", "exact"), 3, 384, learning_rate=3e-5, batch_tokens=6144)
 TASKS = {
-    "sentences": Task("pair", ("accuracy",), 5, 128, sentences=1),  # of the user, as the next
-    "pairs": Task("pair", ("accuracy",), 5, 128),
-    "xnli": Task(
-        *("pair", ("accuracy",), 5, 128, ("contradiction", "entailment", "neutral")),
+    "sentences": _pair_task(sentences=1),  # of the user, as the next
+    "pairs": _pair_task(),
+    "xnli": _pair_task(
+        labels=("contradiction", "entailment", "neutral"),
         same={"contradictory": "contradiction"},  # in the translated training files
         names={"train": ("multinli.train.{language}.tsv", "XNLI-MT-1.0/multinli/multinli.train.{language}.tsv")},
         shared={split: (f"xnli.{split}.tsv", f"XNLI-1.0/xnli.{split}.tsv") for split in ("dev", "test")},
     ),
-    "pawsx": Task(
-        *("pair", ("accuracy",), 5, 128, ("0", "1")),
+    "pawsx": _pair_task(
+        labels=("0", "1"),
         names={
             "train": ("{language}/train.tsv", "{language}/translated_train.tsv"),
             "dev": ("{language}/dev_2k.tsv",),
@@ -71,30 +74,25 @@ TASKS = {
     ),
     "ner": Task("token", ("f1",), 10, 128, names=_each("{language}/{split}")),
     "pos": Task(
-        *("token", ("accuracy",), 10, 128, tuple(POS.split())),
+        kind="token",
+        metrics=("accuracy",),
+        epochs=10,
+        max_tokens=128,
+        labels=tuple(POS.split()),
         names=_each(
             "{language}/{split}.conllu", "{language}_*-ud-{split}.conllu", "UD_*/{language}_*-ud-{split}.conllu"
         ),
     ),
-    "mlqa": Task(
-        *("span", ("f1", "exact"), 3, 384),
-        learning_rate=3e-5,
-        batch_tokens=6144,
+    "mlqa": _answer_task(
         rules="mlqa",
         names=_each(MLQA, f"MLQA_V1/{MLQA}") | {"train": ("{language}_squad-translate-train-train-v1.1.json",)},
         english={"train": SQUAD["train"]},
     ),
-    "xquad": Task(
-        *("span", ("f1", "exact"), 3, 384),
-        learning_rate=3e-5,
-        batch_tokens=6144,
+    "xquad": _answer_task(
         names={"test": ("xquad.{language}.json",)},
         english=SQUAD,
     ),
-    "tydiqa": Task(
-        *("span", ("f1", "exact"), 3, 384),
-        learning_rate=3e-5,
-        batch_tokens=6144,
+    "tydiqa": _answer_task(
         names={
             "train": tuple(f"{TYDIQA}-train/{name}.{{language}}.train.json" for name in ("tydiqa", "tydiqa.goldp")),
             "dev": (TYDIQA_DEV,),

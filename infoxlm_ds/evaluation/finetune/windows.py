@@ -35,7 +35,8 @@ def windows_of(examples: Sequence[Example], tokenizer: Any, longest: int) -> lis
     for start, some in chunks(examples):
         asked = _cut([example.texts[0] for example in some], tokenizer, most)
         encoded = tokenizer(
-            *(asked, [example.texts[1] for example in some]),
+            asked,
+            [example.texts[1] for example in some],
             truncation="only_second",
             max_length=longest,
             stride=overlap,
