@@ -18,7 +18,7 @@ from infoxlm_ds.checkpoint.checkpoints import Best
 from infoxlm_ds.checkpoint.identity import FREE, leaves
 from infoxlm_ds.checkpoint.protocol import Outcome
 from infoxlm_ds.data.batch import JointBatch
-from infoxlm_ds.engine.engine import NotFinite, schedule
+from infoxlm_ds.engine.engine import NotFinite, learning_rate_at
 from infoxlm_ds.monitor.history import METRICS
 from infoxlm_ds.monitor.meters import Interval, Scalars, by_language, scalars
 from infoxlm_ds.monitor.progress import LOSSES, clock, short
@@ -70,7 +70,7 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
     values |= {
         "optimizer/gradient_norm": state.engine.gradient_norm,
-        "optimizer/learning_rate": state.recipe.optimizer.learning_rate * schedule(state.step, state.recipe.optimizer),
+        "optimizer/learning_rate": learning_rate_at(state.step, state.recipe.optimizer),
         "optimizer/skipped_steps": sums.get("skipped", 0) / world,
         "memory/peak": peak_memory(),
         "speed/tokens": sums["tokens"] / seconds,

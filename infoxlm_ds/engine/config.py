@@ -63,37 +63,8 @@ def load_engine_config(path: Path) -> dict[str, Any]:
     """Read a configuration that comes with the package, by its name, or a JSON file. UserError if a key is unknown, is
     set by the recipe, or has a value that does not work."""
     path = ENGINES.get(str(path), path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(
-            f"engine: no such file: {path}: give a path (in a recipe it is relative to the recipe's folder), or one of "
-            f"{', '.join(ENGINES)}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"engine: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"engine: {path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"engine: {path} is not a JSON object")
-    for key in config:
-        if key in OURS:
-            raise UserError(f"{path}: remove {key}: the recipe sets it, by {OURS[key]}")
-        if key not in ALLOWED:
-            raise UserError(f"{path}: {key} is not a known key: one of {', '.join(ALLOWED)}")
-    for section in (*SECTIONS, "data_types"):
-        if not isinstance(config.get(section, {}), dict):
-            raise UserError(f"{path}: {section} is not an object of keys and values")
-    for section, key, value, why in ONLY:
-        if config.get(section, {}).get(key, value) != value:
-            raise UserError(f"{path}: remove {section}.{key}: {why}")
-    if (stage := stage_of(config)) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage {stage} does not exist: use 0, 1, 2 or 3")
-    for section, keys in SECTIONS.items():
-        try:
-            keys(**config.get(section, {}))
-        except ValidationError as error:
-            raise UserError(f"{path}: {section}: {_first(error)}") from None
+    config = _read(path)
+    _check_keys(config, path)
     _check_precision(config, path)
     _check_offload(config, path)
     try:
@@ -141,6 +112,45 @@ def offloaded(config: dict[str, Any], part: str) -> bool:
     """Whether the configuration keeps `part`, optimizer or param, in the host's memory."""
     section = config.get("zero_optimization", {}).get(f"offload_{part}") or {}
     return bool(section.get("device", "none") != "none")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(
+            f"engine: no such file: {path}: give a path (in a recipe it is relative to the recipe's folder), or one of "
+            f"{', '.join(ENGINES)}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"engine: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"engine: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"engine: {path} is not a JSON object")
+    return config
+
+
+def _check_keys(config: dict[str, Any], path: Path) -> None:
+    """UserError for a key that is unknown or that the recipe sets, and for a value that does not work on its own."""
+    for key in config:
+        if key in OURS:
+            raise UserError(f"{path}: remove {key}: the recipe sets it, by {OURS[key]}")
+        if key not in ALLOWED:
+            raise UserError(f"{path}: {key} is not a known key: one of {', '.join(ALLOWED)}")
+    for section in (*SECTIONS, "data_types"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: {section} is not an object of keys and values")
+    for section, key, value, why in ONLY:
+        if config.get(section, {}).get(key, value) != value:
+            raise UserError(f"{path}: remove {section}.{key}: {why}")
+    if (stage := stage_of(config)) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage {stage} does not exist: use 0, 1, 2 or 3")
+    for section, keys in SECTIONS.items():
+        try:
+            keys(**config.get(section, {}))
+        except ValidationError as error:
+            raise UserError(f"{path}: {section}: {_first(error)}") from None
 
 
 def _check_precision(config: dict[str, Any], path: Path) -> None:

@@ -55,7 +55,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, config: dict[str, Any], optimizer: Optimizer, lanes: int) -> None:
-        self._recipe, self._lanes = optimizer, lanes
+        self._settings, self._lanes = optimizer, lanes
         self.parameters = dict(module.named_parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         first = {id(p): name for name, p in self.parameters.items()}
@@ -109,7 +109,7 @@ class Engine:
         """To be called after each micro-step. `done`: optimizer steps applied so far. Returns True if
         this call applied one."""
         for group in self._adamw.param_groups:
-            group["lr"] = self._recipe.learning_rate * schedule(done + 1, self._recipe)
+            group["lr"] = learning_rate_at(done + 1, self._settings)
         at_boundary = self._engine.is_gradient_accumulation_boundary()
         if at_boundary and self.stage == 0 and not self._clip():  # DeepSpeed would apply it
             self._engine.zero_grad()
@@ -135,7 +135,7 @@ class Engine:
         """Clip the gradients at stage 0. Returns whether they are finite."""
         parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._whole_norm, clip = float(norm), self._recipe.clip
+        self._whole_norm, clip = float(norm), self._settings.clip
         if 0 < clip < self._whole_norm < math.inf:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return math.isfinite(self._whole_norm)
@@ -278,12 +278,12 @@ def _shards(parameters: Sequence[nn.Parameter], fragments: Sequence[Fragment]) -
     return [parameters[f.parameter].ds_tensor.data[: len(f.values)] for f in fragments]  # type: ignore[attr-defined]
 
 
-def schedule(step: int, recipe: Optimizer) -> float:
-    """Factor of the learning rate at step 1, 2, ...: linear warm-up to 1 at step `warmup`, then linear decay to 0
-    after the last step."""
-    if step <= recipe.warmup:
-        return step / recipe.warmup
-    return max(0.0, (recipe.steps + 1 - step) / (recipe.steps + 1 - recipe.warmup))
+def learning_rate_at(step: int, settings: Optimizer) -> float:
+    """The learning rate at step 1, 2, ...: linear warm-up to the highest at step `warmup`, then linear decay to 0 after
+    the last step."""
+    if step <= settings.warmup:
+        return settings.learning_rate * (step / settings.warmup)
+    return settings.learning_rate * max(0.0, (settings.steps + 1 - step) / (settings.steps + 1 - settings.warmup))
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

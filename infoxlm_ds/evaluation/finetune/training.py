@@ -18,7 +18,7 @@ from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import Optimizer, UserError
 from infoxlm_ds.data.upload import to_device
 from infoxlm_ds.engine.config import load_engine_config
-from infoxlm_ds.engine.engine import Engine, schedule
+from infoxlm_ds.engine.engine import Engine, learning_rate_at
 from infoxlm_ds.evaluation.finetune.data import Data, Prepared, prepare
 from infoxlm_ds.evaluation.finetune.measure import Scores, scores
 from infoxlm_ds.evaluation.finetune.packing import collate, packed
@@ -124,7 +124,7 @@ def train_epoch(run: Run) -> float:
         batch = to_device(collate([run.data.train[i] for i in numbers]), dist.device())
         loss = engine.forward(batch)
         engine.backward(loss)
-        rate = run.settings.learning_rate * schedule(progress.step + 1, run.optimizer)
+        rate = learning_rate_at(progress.step + 1, run.optimizer)
         if not engine.step(progress.step):
             raise UserError(
                 f"seed {run.seed}: gradients are not finite at step {progress.step + 1}: lower --learning-rate"
