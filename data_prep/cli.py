@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,7 +54,7 @@ def merge_command(
     if len(corpora) < 2:
         raise UserError(f"{corpora[0]} is one corpus: give two or more after {out}, the folder to write")
     merged = merge(out, corpora)
-    typer.echo(
+    print(
         f"{out}: {sum(source.items for source in merged.sources):,} items in {len(merged.sources)} sources; rows that "
         "are in more than one of the corpora stay in it as often"
     )
@@ -67,10 +68,10 @@ def verify_command(corpus: Prepared) -> None:
     where = _place(corpus)
     problems = verify(where)
     for problem in problems:
-        typer.echo(problem, err=True)
+        print(problem, file=sys.stderr)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{where}: every file is as it was written")
+    print(f"{where}: every file is as it was written")
 
 
 @app.command("stat")
@@ -117,11 +118,11 @@ def _show_samples(corpus: Place, manifest: Manifest, reason: str) -> None:
         by_reason = json.loads(copied.read_text(encoding="utf-8"))
     if reason not in by_reason:
         raise UserError(f"{corpus}: nothing was left out for {reason!r}, only for: {', '.join(by_reason) or 'nothing'}")
-    typer.echo(f"{manifest.counts[reason]:,} texts were left out for {reason}; some of them:")
+    print(f"{manifest.counts[reason]:,} texts were left out for {reason}; some of them:")
     for sample in by_reason[reason]:
-        typer.echo(f"\n{sample['place']}")
+        print(f"\n{sample['place']}")
         for language, text in sample["texts"].items():
-            typer.echo(f"  {language}: {text}" if language else f"  {text}")
+            print(f"  {language}: {text}" if language else f"  {text}")
 
 
 def _place(text: str) -> Place:

@@ -64,9 +64,25 @@ def count(state: TrainState, lane: JointBatch, report: Report) -> None:
 def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     """Write the figures of the interval since the last log. Collective."""
     interval = state.meter.collect()
-    sums, seconds = interval.sums, interval.seconds
     _return_freed_memory()
-    steps, world = sums["steps"] / dist.world_size(), dist.world_size()
+    values = _figures(state, interval, first_rank=sinks is not None)
+    state.observed = {}
+    if sinks is None:
+        return
+    more = {"languages": interval.languages, "pairs": interval.means("xlco"), "seconds": interval.seconds}
+    masked = {task: interval.means(task) for task in ("mmlm", "tlm") if task in interval.rows}
+    if dist.world_size() > 1:
+        more["slowest"] = interval.work.index(max(interval.work))
+    sinks.write(state.step, values, more | {"masked": masked}, _by_language(state, interval))
+    if state.queue is not None and state.queue.filled == 1.0 and state.due(state.recipe.log.geometry):
+        sinks.histogram(state.step, "contrast/queue_age", state.step - state.queue.steps.numpy())
+    sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)
+
+
+def _figures(state: TrainState, interval: Interval, first_rank: bool) -> Scalars:
+    """The scalars of an interval. Only the first rank knows its MFU. Collective."""
+    sums, seconds, world = interval.sums, interval.seconds, dist.world_size()
+    steps = sums["steps"] / world
     values: Scalars = {"loss": sums["loss"] / steps} | scalars(sums, state.vocabulary)
     values |= {
         "optimizer/gradient_norm": state.engine.gradient_norm,
@@ -76,7 +92,7 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
         "speed/tokens": sums["tokens"] / seconds,
         "speed/data_wait_share": sums["data_wait"] / world / seconds,
     }
-    if sinks is not None and (gpu := this_gpu()):
+    if first_rank and (gpu := this_gpu()):
         values["speed/mfu"] = mfu(state.operations * steps, seconds, gpu.peak, world)
     if world > 1:
         values["speed/slowest_rank"] = max(interval.work) / fmean(interval.work) - 1
@@ -88,17 +104,7 @@ def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
         values["queue/filled"] = state.queue.filled
         if state.queue.filled == 1.0:
             values["queue/mean_age"] = state.queue.mean_age(state.step)
-    values |= state.observed
-    state.observed = {}
-    if sinks is not None:
-        more = {"languages": interval.languages, "pairs": interval.means("xlco"), "seconds": seconds}
-        masked = {task: interval.means(task) for task in ("mmlm", "tlm") if task in interval.rows}
-        if world > 1:
-            more["slowest"] = interval.work.index(max(interval.work))
-        sinks.write(state.step, values, more | {"masked": masked}, _by_language(state, interval))
-        if state.queue is not None and state.queue.filled == 1.0 and state.due(state.recipe.log.geometry):
-            sinks.histogram(state.step, "contrast/queue_age", state.step - state.queue.steps.numpy())
-        sinks.progress(state.step, values, (state.recipe.optimizer.steps - state.step) * seconds_a_step)
+    return values | state.observed
 
 
 def _by_language(state: TrainState, interval: Interval) -> Scalars:

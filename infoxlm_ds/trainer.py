@@ -39,7 +39,7 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
     `sinks`: rank 0's outputs; None on other ranks.
     """
     recipe, stop = state.recipe, _StopOnSignal()
-    if recipe.memory.dry_run if recipe.memory.dry_run is not None else dist.device().type == "cuda":
+    if _rehearses(recipe.memory.dry_run):
         reporting.say(sinks, f"a step with the longest batch took {rehearse(state):.1f} GiB at its peak")
     started, first = time.monotonic(), state.step
     started_save = logged = state.step
@@ -76,6 +76,11 @@ def fit(state: TrainState, sinks: Sinks | None) -> bool:
     if state.unsaved:
         raise SaveFailed(f"the last checkpoint could not be written: {state.unsaved}")
     return state.step >= recipe.optimizer.steps
+
+
+def _rehearses(wish: bool | None) -> bool:
+    """Whether a step with the longest batch runs first. `wish`: the recipe's; None: on GPUs."""
+    return dist.device().type == "cuda" if wish is None else wish
 
 
 def train_step(state: TrainState) -> bool:
