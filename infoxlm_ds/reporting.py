@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import shlex
@@ -13,7 +12,7 @@ import psutil
 import torch
 import yaml
 
-from infoxlm_ds import dist
+from infoxlm_ds import dist, freed_memory
 from infoxlm_ds.checkpoint.checkpoints import Best
 from infoxlm_ds.checkpoint.identity import FREE, leaves
 from infoxlm_ds.checkpoint.protocol import Outcome
@@ -64,7 +63,8 @@ def count(state: TrainState, lane: JointBatch, report: Report) -> None:
 def log(state: TrainState, sinks: Sinks | None, seconds_a_step: float) -> None:
     """Write the figures of the interval since the last log. Collective."""
     interval = state.meter.collect()
-    _return_freed_memory()
+    if dist.device().type == "cpu":
+        freed_memory.give_back()
     values = _figures(state, interval, first_rank=sinks is not None)
     state.observed = {}
     if sinks is None:
@@ -235,10 +235,3 @@ def peak_memory() -> float:
     if dist.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system. Batches differ in length, and glibc keeps the memory that they free: a CPU
-    rank grew from 0.7 to 4.4 GB in 700 steps."""
-    if dist.device().type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 from datetime import timedelta
@@ -10,12 +9,11 @@ from datetime import timedelta
 import deepspeed
 import torch
 
-from infoxlm_ds import dist
+from infoxlm_ds import dist, freed_memory
 from infoxlm_ds.cluster import environment
 from infoxlm_ds.config import Timeout
 
 PATIENT = Timeout()
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 
 
 class NotJoined(RuntimeError):
@@ -34,7 +32,7 @@ def start_ranks(timeout: Timeout = PATIENT, deterministic: bool = False) -> None
     else:
         # Only inference uses this op; its build takes minutes, and a killed build hangs every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
+        freed_memory.keep()
     joining = timedelta(seconds=timeout.join)
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=joining)
@@ -49,12 +47,3 @@ def start_ranks(timeout: Timeout = PATIENT, deterministic: bool = False) -> None
             f"{str(error).splitlines()[0]}"
         ) from None
     dist.set_timeout(timeout.start)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step. It would return buffers of over 32 MB to the system at once,
-    and the system would clear each page again: 3.3 s a step became 1.9 s with a vocabulary of 250,000, at ZeRO 1."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
