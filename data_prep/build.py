@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from data_prep.corpus_folder import file_of, write_index, write_manifest, write_samples
 from data_prep.description import CorpusDescription, load_description
 from data_prep.encode import Encoder
 from data_prep.filters.report import QUOTED, Report, Sample
@@ -36,16 +37,13 @@ from data_prep.sources.files import size_of
 from data_prep.table import Footer, read_footer
 from data_prep.texts import Texts, texts_of
 from data_prep.tokenizer import TokenizerTask, describe_tokenizer, load_fast, make_tokenizer
-from infoxlm_ds.atomic import write_file
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data import manifest as manifests
-from infoxlm_ds.data.files import File, sha256_of
 from infoxlm_ds.data.manifest import Manifest, Shard, Source, load_manifest
 
 BUCKET = 32 * 2**20  # bytes of text
 TRIED = 2000  # texts of each source on which SentencePiece must agree with the tokenizer
 MOST_FAULTS = 0.01  # of rows and sentences
-SAMPLES = "samples.json"  # texts that were dropped, by reason
 
 
 def build(description_path: Path, out: Path, how: How = ONE) -> None:
@@ -303,17 +301,16 @@ class _Build:
         samples = mapped.report.tree()["samples"]
         for sample in itertools.chain.from_iterable(samples.values()):  # the same wherever the files lie
             sample["place"] = sample["place"].removeprefix(f"{self._base}{os.sep}")
-        write_file(folder / SAMPLES, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
         manifest = Manifest(
             name=self._description.name,
             max_tokens=self._description.max_tokens,
             tokenizer=described.model_copy(update={"files": files}),
             sources=tuple(sources),
-            samples=file_of(folder, folder / SAMPLES),
+            samples=write_samples(folder, samples),
             counts=dict(sorted(counts.items())),
             prep=prep,
         )
-        write_file(folder / manifests.NAME, manifest.render(), durable=True)
+        write_manifest(folder, manifest)
 
     def _samples(self, source: str, written: list[Reduced], tokenizer: Any) -> Report:
         """Texts of near-duplicates that went, for the report."""
@@ -356,8 +353,7 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
         indices.append(np.insert(of_shard, 0, number, axis=1))
         name_of_shard = str(task.argument.shard.relative_to(folder))
         shards.append(Shard(name=name_of_shard, bytes=reduced.bytes, sha256=reduced.sha256, packs=len(of_shard)))
-    index, path = np.concatenate(indices), folder / name / f"{name}.index.npy"
-    np.save(path, index)
+    index = np.concatenate(indices)
     source = Source(
         name=name,
         kind=name.partition(".")[0],  # type: ignore[arg-type]
@@ -365,7 +361,7 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
         items=sum(reduced.items for reduced in written),
         tokens=int(index[:, 4].sum()),
         packs=len(index),
-        index=file_of(folder, path),
+        index=write_index(folder, name, index),
         shards=tuple(shards),
     )
     return source, written
@@ -373,8 +369,3 @@ def _source(folder: Path, name: str, languages: tuple[str, ...], tasks: list[Tas
 
 def _short_hash(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_of(out: Path, path: Path) -> File:
-    """The manifest's entry of a file in the corpus folder `out`."""
-    return File(name=str(path.relative_to(out)), bytes=path.stat().st_size, sha256=sha256_of(path))

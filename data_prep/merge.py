@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.build import SAMPLES, file_of
+from data_prep.corpus_folder import write_index, write_manifest, write_samples
 from data_prep.filters.report import Report
-from infoxlm_ds.atomic import new_folder, write_file
+from infoxlm_ds.atomic import new_folder
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.files import File, inside, sha256_of
-from infoxlm_ds.data.manifest import NAME, Manifest, Shard, Source, load_manifest
+from infoxlm_ds.data.manifest import Manifest, Shard, Source, load_manifest
 
 
 def merge(out: Path, parts: Sequence[Path]) -> Manifest:
@@ -36,17 +36,16 @@ def merge(out: Path, parts: Sequence[Path]) -> Manifest:
             _take(parts[0], file, folder / file.name)
         sources = tuple(_join(folder, of_name) for of_name in named.values())
         counts, samples = _report(parts, manifests)
-        write_file(folder / SAMPLES, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
         merged = Manifest(
             name="+".join(manifest.name for manifest in manifests),
             max_tokens=max(manifest.max_tokens for manifest in manifests),
             tokenizer=manifests[0].tokenizer,
             sources=sources,
-            samples=file_of(folder, folder / SAMPLES),
+            samples=write_samples(folder, samples),
             counts=counts,
             prep={"merged": [{"name": m.name, "manifest_sha256": m.sha256, "prep": m.prep} for m in manifests]},
         )
-        write_file(folder / NAME, merged.render(), durable=True)
+        write_manifest(folder, merged)
     return merged
 
 
@@ -92,10 +91,9 @@ def _join(folder: Path, parts: list[tuple[Path, Source]]) -> Source:
             name = f"{first.name}/{first.name}-{len(shards):05d}.tar"
             _take(part, shard, folder / name)
             shards.append(shard.model_copy(update={"name": name}))
-    path = folder / first.name / f"{first.name}.index.npy"
-    np.save(path, np.concatenate(indices))
+    index = write_index(folder, first.name, np.concatenate(indices))
     figures = {key: sum(getattr(source, key) for _, source in parts) for key in ("items", "tokens", "packs")}
-    return first.model_copy(update={**figures, "index": file_of(folder, path), "shards": tuple(shards)})
+    return first.model_copy(update={**figures, "index": index, "shards": tuple(shards)})
 
 
 def _take(part: Path, file: File, to: Path) -> None:
