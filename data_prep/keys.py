@@ -25,6 +25,8 @@ from infoxlm_ds.config import Recipe, Section
 DOCS = Path(__file__).parent.parent / "docs"
 ABOUT_CORPORA, ABOUT_RECIPES = DOCS / "data.md", DOCS / "recipe.md"
 BEGIN, END = "<!-- keys: written by `python -m data_prep.keys` -->\n", "<!-- end of keys -->"
+SIGNS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+KINDS = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
 
 
 def main() -> None:
@@ -122,16 +124,9 @@ def _value(field: FieldInfo) -> str:
 
 def _bounds(metadata: Iterable[Any]) -> str:
     found = ", ".join(
-        f"{sign} {getattr(bound, name):,}"
-        for bound in metadata
-        for name, sign in _SIGNS.items()
-        if hasattr(bound, name)
+        f"{sign} {getattr(bound, name):,}" for bound in metadata for name, sign in SIGNS.items() if hasattr(bound, name)
     )
     return f" ({found})" if found else ""
-
-
-_SIGNS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
-_KINDS = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
 
 
 def _kind(annotation: Any) -> str:
@@ -148,7 +143,7 @@ def _kind(annotation: Any) -> str:
         return f"list of {fixed[0]}" if ... in arguments else f"[{', '.join(fixed)}]"
     if origin is dict:
         return f"{_kind(arguments[0])}: {_kind(arguments[1])}"
-    return _KINDS[annotation]
+    return KINDS[annotation]
 
 
 def _default(field: FieldInfo, below: list[type[Section]]) -> str:

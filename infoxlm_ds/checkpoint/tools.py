@@ -17,6 +17,13 @@ from infoxlm_ds.checkpoint.store import Store, damage_of, read_receipts, read_st
 from infoxlm_ds.config import Recipe, UserError
 from infoxlm_ds.reading import check
 
+# What a folder with this ending is.
+LEFT = {
+    SUFFIX: "being written, or left by a run that was killed: removed at the next start",
+    ".removed": "being removed: finished at the next start",
+    ".damaged": "a damaged checkpoint: `infoxlm checkpoint prune` removes it",
+}
+
 
 def list_checkpoints(run: Path, console: Console) -> None:
     """Print a table of the checkpoints, oldest first. It checks that files exist; it does not read them all."""
@@ -32,14 +39,7 @@ def list_checkpoints(run: Path, console: Console) -> None:
         )
     for path in sorted(store.folder.glob("step-*")):
         if path not in steps:
-            console.print(f"{path.name}: {_LEFT.get(path.suffix, 'newer than `latest`: it was not committed')}")
-
-
-_LEFT = {
-    SUFFIX: "being written, or left by a run that was killed: removed at the next start",
-    ".removed": "being removed: finished at the next start",
-    ".damaged": "a damaged checkpoint: `infoxlm checkpoint prune` removes it",
-}
+            console.print(f"{path.name}: {LEFT.get(path.suffix, 'newer than `latest`: it was not committed')}")
 
 
 def verify(run: Path, step: int | None, console: Console) -> bool:
