@@ -30,7 +30,7 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 ENGINE = f"engine={ROOT / 'ds_configs' / 'zero1_fp32.json'}"
 DEMO_FORMS = {"demo": (ENGINE,), "demo-infoxlm": (ENGINE, "preset=infoxlm", "contrast.queue.size=4096")}
 # Scalars that depend on the clock or on the machine's memory.
-NOT_COMPARED = re.compile(r"(speed|memory|checkpoint)/.*|seconds")
+NOT_COMPARED = re.compile(r"(speed|memory|checkpoint)/.*|seconds|slowest")
 
 
 @dataclass(frozen=True)
