@@ -32,11 +32,13 @@ class Interval(NamedTuple):
     seconds: float
 
     def means(self, task: str) -> dict[str, dict[str, float]]:
-        """Mean loss and, of the contrast, accuracy of each language or pair of languages."""
+        """Mean loss and, of the contrast, accuracy of each language or pair of languages that had a row. Without a
+        masked piece, an item has none."""
         names = ("loss", "accuracy")
         return {
             name: dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=False))
             for name, sums in self.rows.get(task, {}).items()
+            if sums[0]
         }
 
 

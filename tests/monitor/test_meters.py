@@ -44,6 +44,12 @@ def test_the_loss_of_each_language_is_the_mean_over_its_rows() -> None:
     assert meter.collect().rows == {}
 
 
+def test_a_language_without_a_masked_piece_has_no_mean() -> None:
+    meter = Meter()
+    meter.add_rows("tlm", np.array(["de-en", "uk-zh"]), torch.tensor([[1.0]]), torch.tensor([0]))
+    assert meter.collect().means("tlm") == {"de-en": {"loss": 1.0}}
+
+
 def test_the_bound_counts_the_negatives_that_were_left() -> None:
     columns = {"repelled": 1.0, "positive": 8.0, "hardest": 4.0, "hits": 3, "above": 2, "positives": 0}
     sums = {f"xlco/{name}": value for name, value in columns.items()}
