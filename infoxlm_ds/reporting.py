@@ -161,8 +161,12 @@ def _places(state: TrainState) -> Iterator[tuple[str, str]]:
     yield "checkpoint", str(state.checkpoints.store.latest())
     yield "figures", str(run / METRICS)
     yield "next", shlex.join(["infoxlm", "export", str(run), str(run / "export")])
-    data = str(probe.data) if probe else "PARALLEL_TEXT"
-    yield "", shlex.join(["infoxlm", "eval", "retrieval", "--model", str(run / "export"), "--data", data])
+    text = (
+        ["--data", str(probe.data), "--pivot", probe.pivot, "--min-pairs", "2"]
+        if probe
+        else ["--data", "PARALLEL_TEXT"]
+    )
+    yield "", shlex.join(["infoxlm", "eval", "retrieval", "--model", str(run / "export"), *text])
     yield "", shlex.join(["infoxlm", "report", str(run), str(run / "report.html")])
 
 

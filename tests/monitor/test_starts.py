@@ -59,7 +59,8 @@ def test_the_end_says_where_things_lie_and_what_comes_next(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "a run"
-    probe = f"probe={{data: {corpus.parent / 'rows.jsonl'}, every: 1, pairs: 20, languages: [de]}}"
+    text = corpus.parent / "rows.jsonl"
+    probe = f"probe={{data: {text}, every: 1, pivot: ru, pairs: 20, languages: [de]}}"
     assert run_ranks(_train, 1, small_recipe(corpus, run, "contrast.momentum=1.0", probe)) == [0]
     end = capfd.readouterr().out.partition("finished: step 6, after 0:00:")[2].splitlines()
     assert any(re.fullmatch(r"  losses       mmlm [\d.]+, tlm [\d.]+, xlco [\d.]+, acc [\d.]+", line) for line in end)
@@ -68,4 +69,6 @@ def test_the_end_says_where_things_lie_and_what_comes_next(
     assert "step 2: the key encoder stands still" in warned and "(5 lines of the log)" in warned
     assert f"  checkpoint   {run / 'checkpoints' / 'step-00000006'}" in end
     assert f"  next         infoxlm export '{run}' '{run / 'export'}'" in end
+    measure = f"infoxlm eval retrieval --model '{run / 'export'}' --data {text} --pivot ru --min-pairs 2"
+    assert f"{'':<15}{measure}" in end
     assert f"               infoxlm report '{run}' '{run / 'report.html'}'" in end
