@@ -82,7 +82,7 @@ def source_of(files: Sequence[Path], languages: Sequence[str]) -> dict[str, obje
     source: dict[str, object] = {"name": "nway.own", "kind": "nway", "mono": True}
     if len(paths) > 1:
         if len(languages) != len(paths) or len(set(languages)) != len(paths):
-            raise UserError(f"{len(paths)} files: name the language of each, such as --languages en,sw")
+            raise UserError(f"{len(paths)} files: name the language of each, each once, such as --languages en,sw")
         return source | {"format": "moses", "paths": dict(zip(languages, paths, strict=True))}
     suffixes = [suffix for suffix in files[0].suffixes if suffix not in COMPRESSED]
     form = FORMAT_OF.get(suffixes[-1] if suffixes else "")
@@ -116,6 +116,10 @@ def count_rows(source: dict[str, object], wanted: Sequence[str]) -> Counted:
             yield text_id("\t".join(texts.values())), next(numbers), texts
 
     smallest = heapq.nsmallest(MOST_HELD_OUT, keyed())
+    if not rows:
+        raise UserError(
+            f"no row has two languages: give at least {LEAST_PAIRS} rows, and correct --languages if it is wrong"
+        )
     if missing := [code for code in wanted if code not in languages]:
         raise UserError(f"no row has {', '.join(missing)} beside another language: correct --languages")
     if rows < LEAST_PAIRS:

@@ -84,8 +84,8 @@ def _check_weights(inputs: Inputs) -> None:
 def _disk(setting: Setting, recipe: Recipe) -> str:
     """A line about the disk. UserError if the checkpoints do not fit: while one is written, there is one more than is
     kept."""
-    folder = _first_folder(recipe.run)
-    if not os.access(folder, os.W_OK | os.X_OK):
+    folder = _nearest(recipe.run)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written to: correct `run` or its permissions")
     settings, steps = recipe.checkpoint, recipe.optimizer.steps
     saves = -(-steps // settings.every)
@@ -101,7 +101,7 @@ def _disk(setting: Setting, recipe: Recipe) -> str:
     return f"disk: {most} checkpoints of {each / GB:.2f} GB at most; {free / GB:.1f} GB are free in {folder}"
 
 
-def _first_folder(run: Path) -> Path:
-    """The run's folder or, if it is not there yet, the nearest one above."""
+def _nearest(run: Path) -> Path:
+    """The run's folder or, if it is not there yet, the nearest thing above it that is there."""
     folder = run.absolute()
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -66,7 +66,7 @@ def metrics_of(run: Path) -> Path:
     """The file with the figures of a run. UserError if the folder has none."""
     path = run / METRICS
     if not path.is_file():
-        raise UserError(f"{run} has no metrics.jsonl: give the folder of a run, `run` in its recipe")
+        raise UserError(f"{run} has no metrics.jsonl: give the folder of a run that has begun, `run` in its recipe")
     return path
 
 

@@ -55,6 +55,7 @@ def test_it_finds_what_the_ranks_would_find(corpus: Path, tmp_path: Path, monkey
     assert "no such recipe" in _mistake(tmp_path / "none.yaml")
     assert "is no prepared corpus" in _mistake(recipe, f"corpus={tmp_path}")
     assert "model.init" in _mistake(recipe, f"model.init={tmp_path}")
+    assert "cannot be written to" in _mistake(recipe, f"run={recipe}/run")
     assert run_ranks(train_here, 1, recipe, "optimizer.steps=4") == [0]
     more = ("optimizer.steps=8", "resume.allow_change=[optimizer.steps]")
     assert "optimizer.steps" in _mistake(recipe, "optimizer.steps=8")

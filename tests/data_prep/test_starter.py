@@ -105,12 +105,14 @@ def test_it_never_overwrites(files: list[Path], tmp_path: Path) -> None:
 def test_what_is_no_parallel_text_is_told_and_nothing_is_written(files: list[Path], tmp_path: Path) -> None:
     english, german = files
     (tmp_path / "short").write_text("eins\nzwei\n")
+    (tmp_path / "empty").touch()
     (tmp_path / "few.tsv").write_text("one\teins\n" * 20)
     (tmp_path / "broken.tsv").write_text("one\teins\n" * 20 + "two\n")
     for given, languages, words in [
         ([english, tmp_path / "short"], ["en", "de"], "the same number of lines.*240.*2"),
         ([english, german], ["en"], "name the language of each"),
         ([english, german], ["en", "en"], "name the language of each"),
+        ([tmp_path / "empty", tmp_path / "empty"], ["en", "de"], "no row has two languages: give at least 100 rows"),
         ([english], ["en"], "two files or more"),
         ([english, tmp_path / "none"], ["en", "de"], "no such file"),
         ([tmp_path / "few.tsv"], [], "each column"),

@@ -61,7 +61,8 @@ def read_split(task: Task, folder: Path, language: str, split: Split) -> list[Ex
         if language in _languages_in(task, folder / name):
             return _read(task, folder / name, language)
     names = ", ".join((*english, *task.patterns(split), *task.shared.get(split, ()))).replace("{language}", language)
-    raise UserError(f"--data {folder}: no {split} file of {language}: expected one of {names}")
+    others = "; --select chooses whose dev files are read" if split == "dev" else ""
+    raise UserError(f"--data {folder}: no {split} file of {language}: expected one of {names}{others}")
 
 
 def _read(task: Task, path: Path, language: str | None) -> list[Example]:

@@ -199,6 +199,8 @@ def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
     write_pairs(tmp_path, train=2)
     _refused("pawsx", tmp_path, "--languages sw: no test file in .*: there are en, de, ru", languages=("sw",))
     _refused("pawsx", tmp_path, "no train file of sw: expected one of sw/train.tsv", train_languages=("sw",))
+    (tmp_path / "en" / "dev_2k.tsv").unlink()
+    _refused("pawsx", tmp_path, "no dev file of en: expected one of en/dev_2k.tsv.*; --select chooses whose")
     options: dict[str, Any] = {"select": "target", "languages": ("en",)}
     _refused("pawsx", tmp_path, "--select target: all evaluated languages are trained on", **options)
 
