@@ -153,6 +153,7 @@ def _on_ray(tasks: list[Task], how: How) -> Iterator[Task]:
 
 
 def _wait_for_others(tasks: list[Task], progress: _Progress) -> None:
+    progress.waits = bool(tasks)
     while tasks:
         for task in [task for task in tasks if task.out.exists()]:
             tasks.remove(task)
@@ -163,7 +164,10 @@ def _wait_for_others(tasks: list[Task], progress: _Progress) -> None:
 
 
 class _Progress:
-    """A bar on a terminal, else a line from time to time: bytes, rate, time left, and what was counted."""
+    """A bar on a terminal, else a line from time to time: bytes, rate, time left, and what was counted. `waits`: this
+    part has done its tasks."""
+
+    waits = False
 
     def __init__(self, stage: Stage, console: Console) -> None:
         self._stage, self._console = stage, console
@@ -204,8 +208,10 @@ class _Progress:
         figures = [f"{self._tasks:,} of {len(self._stage.tasks):,} tasks", f"{self._bytes / 1e6:,.1f} MB"]
         if self._new:
             figures.append(f"{rate / 1e6:,.1f} MB/s")
-            if self._bytes < self._all:
+            if self._bytes < self._all and not self.waits:
                 left = int((self._all - self._bytes) / rate)
                 figures.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        if self.waits and self._tasks < len(self._stage.tasks):
+            figures.append("waiting for the other parts")
         figures += [f"{name} {count:,}" for name, count in self._counts.most_common(6) if count]
         return ", ".join(figures)

@@ -16,9 +16,10 @@ from unittest.mock import patch
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
 from data_prep.build import build
-from data_prep.run import How
+from data_prep.run import How, Stage, Task, do, run
 from data_prep.verify import verify
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
@@ -111,6 +112,18 @@ def test_parts_on_several_machines_give_the_same_bytes(
     shutil.rmtree(out)  # what the parts left does not count as this corpus
     build(description, out)
     assert files(out) == whole
+
+
+def test_a_part_that_has_done_its_tasks_says_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = (Task(lambda _, out: out.touch(), None, tmp_path / name, 1) for name in ("mine", "other"))
+    monkeypatch.setattr("data_prep.run.INTERVAL", 0)
+    monkeypatch.setattr("data_prep.run.time.sleep", lambda _: do(other))  # the other part, meanwhile
+    console = Console(width=200)
+    with console.capture() as said:
+        run(Stage("reading", [mine, other]), How(part=(0, 2)), console)
+    *waiting, last = said.get().splitlines()
+    assert "waiting for the other parts" in waiting[-1] and "left" not in waiting[-1]
+    assert last.startswith("reading: 2 of 2 tasks") and "waiting" not in last
 
 
 def test_a_build_that_is_killed_again_and_again_goes_on(
