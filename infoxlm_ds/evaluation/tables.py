@@ -127,7 +127,7 @@ def _empty(data: str, row: RetrievalRow | MeanRow, first: str) -> Table:
     by_language = first == "language"
     how = f", {row.pooling} pooling{', projected' * row.projected}" if by_language and row.layer != OWN else ""
     title = f"{Path(data).name}: accuracy@1, {row.score}{how}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True)
     table.add_column("pairs" if by_language else "languages", no_wrap=True, justify="right" if by_language else "left")
     for heading in ("forward", "backward", "95 %", "trigrams", "chance"):

@@ -13,9 +13,9 @@ from rich.console import Console
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation import cli
 from infoxlm_ds.evaluation.output import write_json
-from infoxlm_ds.evaluation.results import Result
+from infoxlm_ds.evaluation.results import MeanRow, Result
 from infoxlm_ds.evaluation.retrieval import RetrievalRow
-from infoxlm_ds.evaluation.tables import as_json, print_comparison
+from infoxlm_ds.evaluation.tables import as_json, print_comparison, print_tables
 
 
 def _row(**changes: Any) -> RetrievalRow:
@@ -50,6 +50,22 @@ def test_results_are_named_by_their_folder_also_by_the_one_that_a_command_runs_i
     monkeypatch.chdir(tmp_path / "here")
     cli.compare([Path("rows.json"), Path("../there/rows.json")])
     assert re.search("languages +here +there", capsys.readouterr().out)
+
+
+def test_the_table_of_a_long_family_fits_a_terminal_of_80_columns() -> None:
+    screen, numbers = io.StringIO(), dict.fromkeys(MeanRow.__dataclass_fields__, 0.5)
+    words = {
+        "data": "x.jsonl",
+        "group": "family Sino-Tibetan",
+        "languages": 1,
+        "layer": 2,
+        "pooling": "mean",
+        "projected": False,
+        "score": "cosine",
+    }
+    mean = MeanRow(**numbers | words)  # type: ignore[arg-type]
+    print_tables(Result([_row(projected=False, score="cosine")], [mean]), Console(file=screen, width=80))
+    assert "chance" in screen.getvalue() and "Sino-Tibetan (1)" in screen.getvalue()
 
 
 def test_only_common_languages_count() -> None:
