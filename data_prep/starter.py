@@ -14,6 +14,7 @@ from typing import NamedTuple
 import yaml
 
 from data_prep.description import FORMATS, SourceDescription, load_description
+from data_prep.filters.languages import scripts
 from data_prep.inputs import LARGEST_BLOCK
 from data_prep.rows import Fault, Row
 from data_prep.sources import READERS
@@ -241,8 +242,12 @@ def _model(base: Base | None, large: bool) -> str:
 def next_commands(folder: Path, counted: Counted) -> str:
     """What was done, and what to do next."""
     model, dev = folder / "model", folder / "dev.jsonl"
+    unknown = ", ".join(code for code in counted.languages if not scripts(code))
+    note = (
+        f"{unknown}: no known code (en, sw, zh_TW are); the script of these texts is not checked\n" if unknown else ""
+    )
     return f"""\
-{folder}: {counted.rows:,} rows of {", ".join(counted.languages)}; {len(counted.held_out)} are held out, in {dev}. Next:
+{note}{folder}: {counted.rows:,} rows of {", ".join(counted.languages)}; {len(counted.held_out)} are held out, in {dev}. Next:
   infoxlm prep build {folder / "corpus.yaml"} {folder / "corpus"}
   infoxlm train {folder / "recipe.yaml"}
   infoxlm export {folder / "run"} {model}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build import build
-from data_prep.starter import FILES, Base, init
+from data_prep.starter import FILES, Base, Counted, init, next_commands
 from infoxlm_ds.build import check_inputs
 from infoxlm_ds.config import UserError
 from infoxlm_ds.data.corpus import Corpus
@@ -122,3 +122,9 @@ def test_what_is_no_parallel_text_is_told_and_nothing_is_written(files: list[Pat
         with pytest.raises(UserError, match=words) as caught:
             init(tmp_path / "mine", given, languages, None, 0)
         assert "\n" not in str(caught.value) and not (tmp_path / "mine").exists()
+
+
+def test_a_language_that_no_filter_knows_is_named() -> None:
+    said = next_commands(Path("mine"), Counted(200, 9000, 60, ("en", "swahili"), []))
+    assert said.startswith("swahili: no known code") and "en:" not in said
+    assert next_commands(Path("mine"), Counted(200, 9000, 60, ("en", "sw"), [])).startswith("mine: 200 rows of en, sw")
