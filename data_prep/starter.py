@@ -243,11 +243,10 @@ def next_commands(folder: Path, counted: Counted) -> str:
     """What was done, and what to do next."""
     model, dev = folder / "model", folder / "dev.jsonl"
     unknown = ", ".join(code for code in counted.languages if not scripts(code))
-    note = (
-        f"{unknown}: no known code (en, sw, zh_TW are); the script of these texts is not checked\n" if unknown else ""
-    )
+    note = f"{unknown}: no known code (en, sw, zh_TW are); the script of these texts is not checked\n"
+    done = f"{counted.rows:,} rows of {', '.join(counted.languages)}; {len(counted.held_out)} are held out, in {dev}"
     return f"""\
-{note}{folder}: {counted.rows:,} rows of {", ".join(counted.languages)}; {len(counted.held_out)} are held out, in {dev}. Next:
+{note * bool(unknown)}{folder}: {done}. Next:
   infoxlm prep build {folder / "corpus.yaml"} {folder / "corpus"}
   infoxlm train {folder / "recipe.yaml"}
   infoxlm export {folder / "run"} {model}

@@ -24,6 +24,7 @@ class Entry(NamedTuple):
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
+    """All of the page, in its order."""
     sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     return tuple(Entry(text.partition("\n")[0], f"## {text}", _messages(text)) for text in sections)
 
