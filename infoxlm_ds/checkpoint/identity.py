@@ -82,11 +82,12 @@ class Identity:
                 f"{run} cannot go on with these changes: {', '.join(impossible)}. Use its own recipe, or take its "
                 f"weights into a new run: `infoxlm export {run} MODEL`, then model.init=MODEL and another run folder"
             )
-        refused = [str(d) for d in differing if not d.below(*self.recipe.resume.allow_change)]
-        if refused:
+        allowed = self.recipe.resume.allow_change
+        if refused := [d for d in differing if not d.below(*allowed)]:
+            keys = dict.fromkeys((*allowed, *(".".join(d.key.split(".")[:2]) for d in refused)))
             raise UserError(
-                f"{run} holds a run with other settings: {', '.join(refused)}. Use its own recipe, choose another run "
-                "folder, or allow the changes in resume.allow_change"
+                f"{run} holds a run with other settings: {', '.join(map(str, refused))}. Use its own recipe, choose "
+                f"another run folder, or allow the changes with 'resume.allow_change=[{', '.join(keys)}]'"
             )
         return differing
 

@@ -213,7 +213,7 @@ WATCHDOGS = (
     Watchdog(
         "saturated",
         _saturated,
-        "give it more negatives (contrast.queue.size, batch.xlco_pairs), hard negatives or harder pairs",
+        "give it more negatives (batch.xlco_pairs and, with a queue, contrast.queue.size), hard ones or harder pairs",
     ),
     Watchdog(
         "stale_queue", _stale, "set a smaller contrast.queue.size, more batch.xlco_pairs or a momentum nearer to 1"

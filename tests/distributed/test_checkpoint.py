@@ -118,9 +118,12 @@ def test_damage_is_named_by_all_ranks_and_the_checkpoint_before_is_used_where_th
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer.learning_rate=0.5"], ["optimizer.learning_rate 0.01 -> 0.5", "resume.allow_change"]),
-        (["seed=9", "resume.allow_change=[optimizer]"], ["seed 1 -> 9"]),
-        (["sampling.stages=[{from_step: 2, alpha: 0.1}]"], ["sampling.stages", "resume.allow_change"]),
+        (
+            ["optimizer.learning_rate=0.5"],
+            ["optimizer.learning_rate 0.01 -> 0.5", "'resume.allow_change=[optimizer.learning_rate]'"],
+        ),
+        (["seed=9", "resume.allow_change=[optimizer]"], ["seed 1 -> 9", "[optimizer, seed]"]),
+        (["sampling.stages=[{from_step: 2, alpha: 0.1}]"], ["sampling.stages", "[sampling.stages]"]),
         (["sampling.weights={'*': 1}", "resume.allow_change=[seed]"], ["sampling.weights.* None -> 1.0"]),
         (["model.layers=3", "resume.allow_change=[model]"], ["model.layers 2 -> 3", "infoxlm export"]),
         (["batch.lanes=8", "resume.allow_change=[batch]"], ["batch.lanes 4 -> 8", "infoxlm export"]),
