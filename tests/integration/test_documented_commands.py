@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import yaml
@@ -130,15 +131,28 @@ def test_commands_of_a_page_run(page: Path, place: Path, tmp_path: Path) -> None
         for written, instead in INSTEAD.items():
             line = line.replace(written, instead)
         command, *words = shlex.split(line)[1:]
-        if command == "train" and "--dry-run" not in words:  # without the launcher; a run that is done would do nothing
-            shutil.rmtree(here / "my-run")
-            with chdir(here):
-                assert run_ranks(train_here, 1, *words) == [0], line
+        if command == "train" and "--dry-run" not in words:
+            shutil.rmtree(here / "my-run")  # it is done, and would do nothing
+            assert run_ranks(_train, 1, here, *words) == [0], line
             continue
         if command == "export":
             shutil.rmtree(here / words[1], ignore_errors=True)
-        done = infoxlm_here(command, *words, folder=here)
+        if command == "finetune":
+            (done,) = run_ranks(_finetune, 1, here, *words)
+        else:
+            done = infoxlm_here(command, *words, folder=here)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
+
+
+def _train(rank: int, world: int, here: Path, *words: str) -> int:
+    """Without the launcher."""
+    with chdir(here):
+        return train_here(rank, world, *words)
+
+
+def _finetune(rank: int, world: int, here: Path, *words: str) -> CompletedProcess[str]:
+    """In a process of its own, because it joins ranks."""
+    return infoxlm_here("finetune", *words, folder=here)
 
 
 def test_what_runs_elsewhere_is_there() -> None:
