@@ -10,6 +10,7 @@ import typer
 from data_prep.cli import app as prep
 from data_prep.cli import build_command
 from infoxlm_ds import shipped
+from infoxlm_ds.checkpoint.cli import Run
 from infoxlm_ds.checkpoint.cli import app as checkpoint
 from infoxlm_ds.config import UserError
 from infoxlm_ds.evaluation.cli import app as evaluation
@@ -26,7 +27,6 @@ app.add_typer(prep, name="prep", help="Turn text into a corpus of packs of token
 app.add_typer(evaluation, name="eval")
 app.add_typer(checkpoint, name="checkpoint")
 Hostfile = Annotated[Path | None, typer.Option(help="Lines of HOST slots=N, see hostfile.example.")]
-Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe in YAML, or the name of one that comes with the package.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Change the recipe.")]
 

@@ -104,7 +104,7 @@ class Sinks:
                 job(board)
             except OSError as error:  # TensorBoard's is of its writer's thread, which has ended
                 self._boards.remove(board)
-                self.warn(f"{board.name} cannot be written: {error.strerror}. It ends here until the next start")
+                self.say(f"{board.name} cannot be written: {error.strerror}. It ends here until the next start")
 
     def progress(self, step: int, values: Scalars, seconds_left: float) -> None:
         """Show the figures of a line of the log: on a terminal in its last line, elsewhere in a line of their own."""
